@@ -1,0 +1,199 @@
+"""The compiled operators of ``csrc/`` and their public faces.
+
+Each operator is ``torch.ops.nasfcos.<name>``; ``torch.compile``, ``torch.export`` and autocast work
+through it. Where no compiled kernel exists (no compiler at installation, or a device that ``csrc/``
+does not serve) a plain PyTorch version of the same operator takes over, see :mod:`.library`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
+
+__all__ = ["batched_nms", "modulated_deform_conv2d", "nms", "sigmoid_focal_loss"]
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, legacy: bool = False) -> Tensor:
+    """Greedy non-maximum suppression.
+
+    Args:
+        boxes: [N, 4] floating point, xyxy, pixels.
+        scores: [N] floating point.
+        iou_threshold: a box is suppressed when its IoU with a kept box of higher score is above this
+            (with ``legacy``: above or equal).
+        legacy: the released models' convention, in which both corners belong to the box and its width
+            is ``x1 - x0 + 1``. Otherwise torchvision's, ``x1 - x0``.
+
+    Returns:
+        int64 indices of the kept boxes by descending score; equal scores keep their input order.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    return _nms(boxes, scores, None, iou_threshold, legacy)
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, legacy: bool = False
+) -> Tensor:
+    """:func:`nms` within each class: boxes of different ``labels`` ([N] integer) never suppress each
+    other. Box coordinates are used as they are (not shifted apart by class), so the result is exactly
+    that of one :func:`nms` a class.
+    """
+    return _nms(boxes, scores, labels, iou_threshold, legacy)
+
+
+def _nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, legacy: bool
+) -> Tensor:
+    torch._check_value(
+        boxes.dim() == 2 and boxes.shape[1] == 4,
+        lambda: f"nms: boxes must be [N, 4], got {list(boxes.shape)}",
+    )
+    for name, tensor in (("scores", scores), ("labels", labels)):
+        if tensor is None:
+            continue
+        torch._check_value(
+            tensor.dim() == 1 and tensor.shape[0] == boxes.shape[0],
+            lambda name=name, tensor=tensor: (
+                f"nms: {name} must be [N] with the N of boxes {list(boxes.shape)}, "
+                f"got {list(tensor.shape)}"
+            ),
+        )
+    return torch.ops.nasfcos.nms(boxes, scores, labels, float(iou_threshold), legacy)
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    reduction: str = "sum",
+) -> Tensor:
+    """Sigmoid focal loss for one-vs-rest classification (Lin et al., "Focal Loss for Dense Object
+    Detection", ICCV 2017, equation 5).
+
+    Args:
+        logits: [N, C] floating point, any size of value: the loss and its gradient never overflow
+            unless a logit itself is infinite.
+        targets: [N] integer; 0 is background, 1..C the class, -1 a row to ignore (no loss, no
+            gradient).
+        gamma: focusing exponent, >= 0.
+        alpha: weight of the positive terms, ``1 - alpha`` that of the negative ones.
+        reduction: "sum" (a scalar; nothing of the logits' size is stored besides the logits) or
+            "none" ([N, C], in the logits' dtype).
+
+    Returns:
+        The sum in float32 for float16 and bfloat16 logits, otherwise in the logits' dtype.
+
+    Raises:
+        ValueError: shapes or reduction that do not fit; on the CPU, a target outside -1..C.
+    """
+    torch._check_value(
+        logits.dim() == 2 and targets.dim() == 1 and logits.shape[0] == targets.shape[0],
+        lambda: (
+            "sigmoid_focal_loss: logits must be [N, C] and targets [N], "
+            f"got {list(logits.shape)} and {list(targets.shape)}"
+        ),
+    )
+    if reduction not in ("sum", "none"):
+        raise ValueError(
+            f"sigmoid_focal_loss: reduction must be 'sum' or 'none', got {reduction!r}"
+        )
+    return torch.ops.nasfcos.sigmoid_focal_loss(
+        logits, targets, float(gamma), float(alpha), reduction == "sum"
+    )
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    offset_groups: int = 1,
+) -> Tensor:
+    """Modulated deformable convolution (Zhu et al., "Deformable ConvNets v2", CVPR 2019).
+
+    Args:
+        input: [N, C, H, W].
+        offset: [N, 2 * offset_groups * kh * kw, Ho, Wo] in input pixels: y, x for each tap, group
+            after group (torchvision's order).
+        mask: [N, offset_groups * kh * kw, Ho, Wo], the factor of each tap's sample (after any sigmoid).
+        weight: [Cout, C, kh, kw].
+        bias: [Cout] or None.
+        stride, padding, dilation: as in ``conv2d``; one integer or (y, x).
+        offset_groups: how many consecutive groups of input channels have offsets and masks of their own.
+
+    Returns:
+        [N, Cout, Ho, Wo] in the dtype of ``input``. The arithmetic is float64 for a float64 input and
+        float32 otherwise, also under autocast: half precision is too coarse for pixel positions.
+
+    A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask makes the
+    outputs that use it NaN; gradients there are NaN or zero.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    _check_deform_shapes(
+        input, offset, mask, weight, bias, stride, padding, dilation, offset_groups
+    )
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    output = torch.ops.nasfcos.modulated_deform_conv2d(
+        input.to(dtype),
+        offset.to(dtype),
+        mask.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride,
+        padding,
+        dilation,
+        offset_groups,
+    )
+    return output.to(input.dtype)
+
+
+def _pair(value: int | tuple[int, int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _check_deform_shapes(
+    input, offset, mask, weight, bias, stride, padding, dilation, offset_groups
+) -> None:
+    def check(holds: bool, message: str) -> None:
+        torch._check_value(holds, lambda: f"modulated_deform_conv2d: {message}")
+
+    check(input.dim() == 4, f"input must be [N, C, H, W], got {list(input.shape)}")
+    check(weight.dim() == 4, f"weight must be [Cout, C, kh, kw], got {list(weight.shape)}")
+    n, channels, height, width = input.shape
+    out_channels, weight_channels, kh, kw = weight.shape
+    check(
+        weight_channels == channels,
+        f"weight is for {weight_channels} input channels, input has {channels}",
+    )
+    check(
+        offset_groups >= 1 and channels % offset_groups == 0,
+        f"{channels} input channels do not divide into offset_groups={offset_groups}",
+    )
+    check(min(stride) >= 1 and min(dilation) >= 1, "stride and dilation must be positive")
+    check(min(padding) >= 0, "padding must not be negative")
+    size = _library.deform_output_size(height, width, kh, kw, stride, padding, dilation)
+    check(
+        size[0] >= 1 and size[1] >= 1,
+        f"a {height}x{width} input is too small for the {kh}x{kw} kernel",
+    )
+    taps = offset_groups * kh * kw
+    for name, tensor, want in (
+        ("offset", offset, (n, 2 * taps, *size)),
+        ("mask", mask, (n, taps, *size)),
+    ):
+        check(tuple(tensor.shape) == want, f"{name} must be {list(want)}, got {list(tensor.shape)}")
+    if bias is not None:
+        check(
+            tuple(bias.shape) == (out_channels,),
+            f"bias must be [{out_channels}], got {list(bias.shape)}",
+        )

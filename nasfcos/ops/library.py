@@ -1,0 +1,166 @@
+"""``torch.ops.nasfcos``: schemas, kernels, fake kernels and gradients of the operators.
+
+The schemas live here only. ``csrc/`` registers compiled kernels for the CPU and, where it was built
+with CUDA, for CUDA; the dispatcher prefers those. The plain versions are registered for every
+backend beneath them, so for each operator and device without a compiled kernel the plain version
+serves.
+"""
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import plain
+
+_log = logging.getLogger(__name__)
+
+_SCHEMAS = {
+    "nms": "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, bool legacy) -> Tensor",
+    "sigmoid_focal_loss": (
+        "(Tensor logits, Tensor targets, float gamma, float alpha, bool reduce) -> Tensor"
+    ),
+    "sigmoid_focal_loss_backward": (
+        "(Tensor grad, Tensor logits, Tensor targets, float gamma, float alpha) -> Tensor"
+    ),
+    "modulated_deform_conv2d": (
+        "(Tensor input, Tensor offset, Tensor mask, Tensor weight, Tensor? bias, int[2] stride, "
+        "int[2] padding, int[2] dilation, int offset_groups) -> Tensor"
+    ),
+    "modulated_deform_conv2d_backward": (
+        "(Tensor grad, Tensor input, Tensor offset, Tensor mask, Tensor weight, int[2] stride, "
+        "int[2] padding, int[2] dilation, int offset_groups) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+# On CUDA torchvision's operator is the intended kernel of these, not a makeshift.
+_TORCHVISION_ON_CUDA = {"modulated_deform_conv2d", "modulated_deform_conv2d_backward"}
+
+_lib = torch.library.Library("nasfcos", "DEF")
+
+
+def _load_extension() -> str | None:
+    """Loads ``nasfcos/_C.so``. Returns why it could not, or None."""
+    path = Path(__file__).resolve().parents[1] / "_C.so"
+    if not path.exists():
+        return "the extension was not compiled"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} does not load (was it built for another PyTorch?): {error}"
+    return None
+
+
+@functools.cache
+def _say_slow(device: str) -> None:
+    """Once per process and device."""
+    _log.warning(
+        "The nasfcos operators run as plain PyTorch on %s, which is slower: %s. To compile them: "
+        "pip install --no-build-isolation --no-deps --force-reinstall -e . "
+        "in the source folder, with a C++ compiler%s.",
+        device,
+        _missing or f"it was compiled without {device.upper()} kernels",
+        " and, with NASFCOS_CUDA=1, nvcc" if device == "cuda" else "",
+    )
+
+
+def _makeshift(name: str):
+    function = getattr(plain, name)
+
+    @functools.wraps(function)
+    def serve(*args):
+        device = args[0].device.type
+        if not (device == "cuda" and name in _TORCHVISION_ON_CUDA):
+            _say_slow(device)
+        return function(*args)
+
+    return serve
+
+
+def has_compiled(name: str, device: str) -> bool:
+    """Whether operator ``name`` has a compiled kernel on ``device`` ("cpu" or "cuda")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"nasfcos::{name}", device.upper())
+
+
+for _name, _schema in _SCHEMAS.items():
+    _lib.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    _lib.impl(_name, _makeshift(_name), "CompositeExplicitAutograd")
+_missing = _load_extension()
+
+
+def deform_output_size(
+    height: int,
+    width: int,
+    kh: int,
+    kw: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[int, int]:
+    return (
+        (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
+        (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1,
+    )
+
+
+@torch.library.register_fake("nasfcos::nms", lib=_lib)
+def _(boxes, scores, labels, iou_threshold, legacy):
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty(kept, dtype=torch.int64)
+
+
+@torch.library.register_fake("nasfcos::sigmoid_focal_loss", lib=_lib)
+def _(logits, targets, gamma, alpha, reduce):
+    if not reduce:
+        return logits.new_empty(logits.shape)
+    return logits.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.library.register_fake("nasfcos::sigmoid_focal_loss_backward", lib=_lib)
+def _(grad, logits, targets, gamma, alpha):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
+def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
+    size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
+    return input.new_empty((input.shape[0], weight.shape[0], *size))
+
+
+@torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
+def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
+    return tuple(t.new_empty(t.shape) for t in (input, offset, mask, weight))
+
+
+def _focal_context(ctx, inputs, output) -> None:
+    logits, targets, ctx.gamma, ctx.alpha, _ = inputs
+    ctx.save_for_backward(logits, targets)
+
+
+def _focal_backward(ctx, grad: Tensor):
+    grad_logits = torch.ops.nasfcos.sigmoid_focal_loss_backward(
+        grad, *ctx.saved_tensors, ctx.gamma, ctx.alpha
+    )
+    return grad_logits, None, None, None, None
+
+
+def _deform_context(ctx, inputs, output) -> None:
+    input, offset, mask, weight, _bias, *ctx.geometry = inputs
+    ctx.save_for_backward(input, offset, mask, weight)
+
+
+def _deform_backward(ctx, grad: Tensor):
+    grads = torch.ops.nasfcos.modulated_deform_conv2d_backward(
+        grad, *ctx.saved_tensors, *ctx.geometry
+    )
+    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
+    return *grads, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::modulated_deform_conv2d", _deform_backward, setup_context=_deform_context, lib=_lib
+)

@@ -1,0 +1,136 @@
+"""The operators in plain PyTorch and torchvision.
+
+They serve wherever ``csrc/`` has no compiled kernel, and are what the compiled kernels are tested
+against. Signatures are those of the schemas in :mod:`.library`.
+"""
+
+import torch
+import torchvision  # noqa: F401  (defines torch.ops.torchvision)
+from torch import Tensor
+
+# Any sample this many pixels out reads as zero whatever the image; torchvision's CPU kernel reads
+# outside its memory for offsets that are not finite or do not fit an int.
+_FAR = 1e6
+
+
+def nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, legacy: bool
+) -> Tensor:
+    if boxes.device.type != "cpu":
+        # One round trip instead of one synchronisation a box.
+        host = (None if t is None else t.cpu() for t in (boxes, scores, labels))
+        return torch.ops.nasfcos.nms(*host, iou_threshold, legacy).to(boxes.device)
+
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    extra = 1 if legacy else 0
+    order = scores.argsort(descending=True, stable=True)
+    x0, y0, x1, y1 = boxes[order].unbind(1)
+    labels = None if labels is None else labels[order]
+    area = (x1 - x0 + extra) * (y1 - y0 + extra)
+    # The threshold takes the boxes' precision for the legacy comparison and stays double for the
+    # ordinary one: that decides boxes exactly at the threshold as the two origins do.
+    threshold = torch.tensor(iou_threshold, dtype=boxes.dtype if legacy else torch.float64)
+    suppressed = torch.zeros_like(x0, dtype=torch.bool)
+    keep = []
+    for i in range(len(order)):
+        if suppressed[i]:
+            continue
+        keep.append(i)
+        w = (torch.minimum(x1[i], x1) - torch.maximum(x0[i], x0) + extra).clamp(min=0)
+        h = (torch.minimum(y1[i], y1) - torch.maximum(y0[i], y0) + extra).clamp(min=0)
+        iou = w * h / (area[i] + area - w * h)
+        hit = iou >= threshold if legacy else iou.double() > threshold
+        suppressed |= hit if labels is None else hit & (labels == labels[i])
+    return order[keep]
+
+
+def sigmoid_focal_loss(
+    logits: Tensor, targets: Tensor, gamma: float, alpha: float, reduce: bool
+) -> Tensor:
+    z, weight, _ = _focal_terms(logits, targets, alpha)
+    loss = weight * z.sigmoid() ** gamma * _softplus(z)
+    loss = loss.masked_fill((targets < 0)[:, None], 0.0)
+    return loss.sum() if reduce else loss.to(logits.dtype)
+
+
+def sigmoid_focal_loss_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, gamma: float, alpha: float
+) -> Tensor:
+    z, weight, sign = _focal_terms(logits, targets, alpha)
+    p = z.sigmoid()
+    rest = (-z).sigmoid()
+    # rest vanishes faster than the logarithm grows, also where that is infinite
+    tail = torch.where(rest == 0, 0.0, rest * _softplus(z))
+    grad_logits = grad * sign * weight * p**gamma * (gamma * tail + p)
+    return grad_logits.masked_fill((targets < 0)[:, None], 0.0).to(logits.dtype)
+
+
+def _focal_terms(logits: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z, the logit of being wrong; the alpha weight; dz / dlogit."""
+    classes = logits.shape[1]
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < -1 or high > classes:
+            raise ValueError(
+                f"sigmoid_focal_loss: targets must lie in -1..{classes} (the number of classes), "
+                f"got {low if low < -1 else high}"
+            )
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    positive = targets[:, None] == torch.arange(1, classes + 1, device=targets.device)
+    sign = torch.where(positive, -1.0, 1.0).to(x.dtype)
+    weight = torch.where(positive, alpha, 1 - alpha).to(x.dtype)
+    return sign * x, weight, sign
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset_groups: int,
+) -> Tensor:
+    offset, mask = _tame(offset, mask)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    return torch.ops.torchvision.deform_conv2d(
+        input, weight, offset, mask, bias, *stride, *padding, *dilation, 1, offset_groups, True
+    )
+
+
+def modulated_deform_conv2d_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset_groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offset, mask = _tame(offset, mask)
+    bias = weight.new_zeros(weight.shape[0])
+    grad_input, grad_weight, grad_offset, grad_mask, _ = (
+        torch.ops.torchvision._deform_conv2d_backward(
+            grad.contiguous(), input, weight, offset, mask, bias,
+            *stride, *padding, *dilation, 1, offset_groups, True,
+        )
+    )  # fmt: skip
+    return grad_input, grad_offset, grad_mask, grad_weight
+
+
+def _tame(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets that torchvision survives; a NaN among them moves to its mask."""
+    n, taps, height, width = mask.shape
+    lost = offset.isnan().reshape(n, taps, 2, height, width).any(dim=2)
+    return offset.nan_to_num(_FAR, _FAR, -_FAR).clamp(-_FAR, _FAR), mask.masked_fill(
+        lost, torch.nan
+    )
