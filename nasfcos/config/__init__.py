@@ -1,0 +1,7 @@
+"""The config tree: defaults, YAML files with inheritance, command-line overrides, and errors."""
+
+from .defaults import get_defaults
+from .errors import ConfigError
+from .load import load_config
+
+__all__ = ["ConfigError", "get_defaults", "load_config"]

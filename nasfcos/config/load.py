@@ -1,0 +1,285 @@
+"""Reading config files: inheritance, merging with type checks, and the checks of the whole."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from ..genotype import Genotype, GenotypeError
+from .defaults import get_defaults
+from .errors import ConfigError, nearest
+from .released import is_released, translate_released
+
+logger = logging.getLogger(__name__)
+
+BASE_KEY = "_BASE_"
+COMMAND_LINE = "command line"
+
+CHOICES = {
+    "MODEL.NECK.NAME": ("nas_fpn", "fpn"),
+    "MODEL.HEAD.NAME": ("fcos", "retinanet"),
+    "MODEL.HEAD.TOWER": ("plain", "searched"),
+    "MODEL.RESNET.NORM": ("frozen_bn", "bn"),
+    "SOLVER.OPTIMIZER": ("sgd", "adamw"),
+    "SOLVER.SCHEDULE": ("step", "cosine"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.AMP": ("off", "bf16", "fp16"),
+}
+
+AT_LEAST = {
+    "MODEL.NUM_CLASSES": 0,
+    "MODEL.NECK.CHANNELS": 1,
+    "MODEL.HEAD.NUM_CONVS": 0,
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TEST": 1,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "DATASETS.MAX_BAD_IMAGES": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.SIZE_DIVISIBILITY": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.CLIP_GRAD_NORM": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.KEEP_CHECKPOINTS": 1,
+    "SOLVER.LOG_PERIOD": 1,
+    "TEST.IMS_PER_BATCH": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.PRE_NMS_TOP_N": 1,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no."""
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def load_config(
+    file: str | os.PathLike[str] | None = None, overrides: Sequence[Any] = ()
+) -> CfgNode:
+    """The config tree of a YAML file, with overrides on top.
+
+    Args:
+        file: a YAML file of this project, or one of the original release (which is translated, and
+            the translation logged). None: the defaults.
+        overrides: alternating keys and values, ``["SOLVER.BASE_LR", 0.02, ...]``; values may be
+            text, as they come from a command line.
+
+    Returns:
+        The tree, frozen.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, a wrong type, a value out of its
+            range, an invalid genotype. The message names the file and the key.
+    """
+    cfg = get_defaults()
+    # The place each leaf was last set, so that a check of the whole can name the file.
+    sources: dict[str, str] = {}
+    for source, tree in _inheritance_chain(Path(file)) if file is not None else ():
+        _merge(cfg, tree, source, sources)
+    _merge_overrides(cfg, overrides, sources)
+    _check(cfg, sources)
+    cfg.freeze()
+    return cfg
+
+
+def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """The file's tree after those of the files it inherits from, oldest ancestor first."""
+    tree = _read_yaml(path, seen)
+    seen = (*seen, path.resolve())
+    bases = tree.pop(BASE_KEY, [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_path = path.parent / Path(base).expanduser()
+        if base_path.resolve() in seen:
+            chain = " -> ".join(str(p) for p in (*seen, base_path.resolve()))
+            raise ConfigError(f"{path}: {BASE_KEY} inherits in a circle: {chain}")
+        yield from _inheritance_chain(base_path, seen)
+    if is_released(tree):
+        tree, notes = translate_released(tree, str(path))
+        logger.info(
+            "%s is a config of the original release; translated:\n%s",
+            path,
+            "\n".join(f"  {note}" for note in notes),
+        )
+    yield str(path), tree
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
+    named_by = f" (named by {BASE_KEY} of {seen[-1]})" if seen else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"config file {path} does not exist{named_by}.{nearest(path.name, siblings)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read{named_by}: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    return tree
+
+
+def _merge(node: CfgNode, tree: dict, source: str, sources: dict[str, str], prefix: str = "") -> None:
+    """Set the values of `tree` in `node`, checking names and types."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in node:
+            if not node.is_new_allowed():
+                raise ConfigError(_unknown_key(name, source))
+            node[key] = _free_form(value)
+            sources[name] = source
+        elif isinstance(node[key], CfgNode):
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"{source}: {name} is a section with keys of its own, not a value ({value!r})"
+                )
+            _merge(node[key], value, source, sources, f"{name}.")
+        else:
+            node[key] = _coerce(value, node[key], name, source)
+            sources[name] = source
+
+
+def _merge_overrides(cfg: CfgNode, overrides: Sequence[Any], sources: dict[str, str]) -> None:
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"{COMMAND_LINE}: overrides come as KEY VALUE pairs, but there are {len(overrides)} "
+            f"words: {' '.join(map(str, overrides))}"
+        )
+    for key, value in zip(overrides[::2], overrides[1::2]):
+        tree: Any = value
+        for part in reversed(str(key).split(".")):
+            tree = {part: tree}
+        _merge(cfg, tree, COMMAND_LINE, sources)
+
+
+def _free_form(value: Any) -> Any:
+    if isinstance(value, dict):
+        node = CfgNode(new_allowed=True)
+        for key, item in value.items():
+            node[str(key)] = _free_form(item)
+        return node
+    return value
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")
+
+
+def _unknown_key(name: str, source: str) -> str:
+    known = list(_all_keys(get_defaults()))
+    hint = nearest(name, known)
+    if not hint:  # right name, wrong section
+        last = name.rsplit(".", 1)[-1]
+        same = [key for key in known if key.rsplit(".", 1)[-1] == last]
+        hint = f" Did you mean {same[0]!r}?" if same else ""
+    return f"{source}: there is no key {name!r} in the config tree.{hint}"
+
+
+def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
+    """`value` as the type of `default`; text is read as a Python literal where text is not meant."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            pass
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, float) and isinstance(value, int):
+        value, fits = float(value), True
+    elif isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        value, fits = type(default)(value), True
+    else:
+        fits = isinstance(value, type(default))
+    if fits and isinstance(default, (list, tuple)) and default:
+        fits = all(_like(item, default[0]) for item in value)
+    if not fits:
+        wanted = type(default).__name__
+        if isinstance(default, (list, tuple)) and default:
+            wanted += f" of {type(default[0]).__name__}"
+        raise ConfigError(
+            f"{source}: {name} must be {wanted} (such as {default!r}), "
+            f"not {type(value).__name__} {value!r}"
+        )
+    return value
+
+
+def _like(item: Any, example: Any) -> bool:
+    if isinstance(item, bool) or isinstance(example, bool):
+        return isinstance(item, bool) and isinstance(example, bool)
+    return isinstance(item, (int, float) if isinstance(example, float) else type(example))
+
+
+def _get(cfg: CfgNode, name: str) -> Any:
+    for part in name.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
+    """What the types alone do not show."""
+
+    def fail(name: str, why: str) -> None:
+        raise ConfigError(f"{sources.get(name, 'default config')}: {name} {why}")
+
+    for name, allowed in CHOICES.items():
+        value = _get(cfg, name)
+        if value not in allowed:
+            fail(name, f"is {value!r}, but must be one of {allowed}.{nearest(value, allowed)}")
+    for name, least in AT_LEAST.items():
+        value = _get(cfg, name)
+        if not value >= least:  # also refuses NaN
+            fail(name, f"is {value!r}, but must be at least {least}")
+    for name, length in (("MODEL.RESNET.BLOCKS", 4), ("MODEL.FCOS.SIZE_LIMITS", 4)):
+        if len(_get(cfg, name)) != length:
+            fail(name, f"needs {length} entries, not {_get(cfg, name)!r}")
+    if len(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) not in (0, 2):
+        fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
+    if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
+        fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
+    _check_genotype(cfg, fail)
+
+
+def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
+    name = "MODEL.GENOTYPE"
+    searched_neck = cfg.MODEL.NECK.NAME == "nas_fpn"
+    searched_head = cfg.MODEL.HEAD.TOWER == "searched"
+    if not cfg.MODEL.GENOTYPE:
+        if searched_neck or searched_head:
+            part = "MODEL.NECK.NAME nas_fpn" if searched_neck else "MODEL.HEAD.TOWER searched"
+            fail(name, f"is empty, but {part} is built from it")
+        return
+    try:
+        genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
+    except GenotypeError as error:
+        fail(name, f"is invalid: {error}")
+    if searched_head and genotype.head_split is None:
+        fail(name, "has no head part ([i], [operations]), but MODEL.HEAD.TOWER is 'searched'")

@@ -1,0 +1,202 @@
+"""The YAML files of the original release, translated to this project's keys.
+
+The release's tree serves many detectors; its eight files set keys that these models never read.
+Each key is named here once: with the key it becomes, with the value it must have, or as unused.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import ConfigError, nearest
+
+RESNET_BLOCKS = {
+    "R-50": [3, 4, 6, 3],
+    "R-101": [3, 4, 23, 3],
+}
+
+
+def _body(value: str) -> dict[str, Any]:
+    if value == "MobileNetV2":
+        return {"MODEL.BACKBONE.NAME": "mobilenet_v2"}
+    blocks = RESNET_BLOCKS.get(value.removesuffix("-NAS"))
+    if blocks is None:
+        raise ValueError("known are MobileNetV2, R-50-NAS and R-101-NAS")
+    return {"MODEL.BACKBONE.NAME": "resnet", "MODEL.RESNET.BLOCKS": blocks}
+
+
+def _to(key: str, convert: Callable[[Any], Any] = lambda v: v) -> Callable[[Any], dict[str, Any]]:
+    return lambda value: {key: convert(value)}
+
+
+def _when(**keys: Any) -> Callable[[Any], dict[str, Any]]:
+    """Sets keys (dots written as two underscores) if the released switch is on."""
+    return lambda value: {k.replace("__", "."): v for k, v in keys.items()} if value else {}
+
+
+def _only(*allowed: Any) -> Callable[[Any], dict[str, Any]]:
+    def check(value: Any) -> dict[str, Any]:
+        if value not in allowed:
+            raise ValueError(f"only {' or '.join(map(repr, allowed))} is supported")
+        return {}
+
+    return check
+
+
+def _unused(_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _same(key: str) -> tuple[str, Callable[[Any], dict[str, Any]]]:
+    return key, _to(key)
+
+
+# Released key -> the settings it becomes. A key ending in ".*" stands for a whole section.
+TRANSLATION: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "MODEL.META_ARCHITECTURE": _only("SingleStageDetector"),
+    "MODEL.RPN_ONLY": _only(True),
+    "MODEL.DENSEBOX_ON": _when(MODEL__HEAD__NAME="fcos"),
+    "MODEL.RETINANET_ON": _when(MODEL__HEAD__NAME="retinanet"),
+    "MODEL.BACKBONE.CONV_BODY": _body,
+    "MODEL.BACKBONE.OUT_CHANNELS": _unused,
+    "MODEL.BACKBONE.ENCODER_OUT_CHANNELS": _unused,
+    "MODEL.BACKBONE.FREEZE_CONV_BODY_AT": _to("MODEL.BACKBONE.FREEZE_AT"),
+    "MODEL.RESNETS.STRIDE_IN_1X1": _to("MODEL.RESNET.STRIDE_IN_1X1"),
+    "MODEL.RESNETS.NUM_GROUPS": _to("MODEL.RESNET.NUM_GROUPS"),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": _to("MODEL.RESNET.WIDTH_PER_GROUP"),
+    "MODEL.RESNETS.BACKBONE_OUT_CHANNELS": _unused,
+    "MODEL.RETINANET.NUM_CLASSES": _to("MODEL.NUM_CLASSES", lambda n: n - 1),
+    "MODEL.RETINANET.NMS_TH": _to("TEST.NMS_IOU"),
+    "MODEL.RETINANET.FG_IOU_THRESHOLD": _to("MODEL.RETINANET.FG_IOU"),
+    "MODEL.RETINANET.BG_IOU_THRESHOLD": _to("MODEL.RETINANET.BG_IOU"),
+    "MODEL.RETINANET.SCALES_PER_OCTAVE": _to("MODEL.RETINANET.SCALES_PER_OCTAVE"),
+    "MODEL.RETINANET.STRADDLE_THRESH": _only(-1),
+    "MODEL.RETINANET.USE_C5": _only(False),
+    "MODEL.RPN.*": _unused,
+    "MODEL.ROI_HEADS.*": _unused,
+    "MODEL.ROI_BOX_HEAD.*": _unused,
+    "SEARCH.NAS_DECODER_ON": _when(MODEL__NECK__NAME="nas_fpn"),
+    "SEARCH.NAS_HEAD_ON": _when(MODEL__HEAD__TOWER="searched"),
+    "SEARCH.DECODER.CONFIG": _to("MODEL.GENOTYPE"),
+    "SEARCH.DECODER.AGG_SIZE": _to("MODEL.NECK.CHANNELS"),
+    "SEARCH.DECODER.VERSION": _only(2),
+    "SEARCH.DECODER.NUM_CELLS": _unused,
+    "SEARCH.DECODER.OP_SIZE": _unused,
+    "SEARCH.HEAD.NUM_HEAD_LAYERS": _unused,
+    "SEARCH.HEAD.OP_SIZE": _unused,
+    "SEARCH.HEAD.AGG_OP_SIZE": _unused,
+    "SEARCH.HEAD.OUTPUT_CONCAT": _only(False),
+    "SEARCH.HEAD.WEIGHT_SHARE_SEARCH": _only(True),
+    "SOLVER.NUM_GPUS": _unused,
+    **dict(
+        _same(key)
+        for key in (
+            "MODEL.WEIGHT",
+            "MODEL.DEVICE",
+            "DATASETS.TRAIN",
+            "DATASETS.TEST",
+            "INPUT.MIN_SIZE_TRAIN",
+            "INPUT.MAX_SIZE_TRAIN",
+            "INPUT.MIN_SIZE_RANGE_TRAIN",
+            "INPUT.MIN_SIZE_TEST",
+            "INPUT.MAX_SIZE_TEST",
+            "DATALOADER.SIZE_DIVISIBILITY",
+            "DATALOADER.NUM_WORKERS",
+            "DATALOADER.ASPECT_RATIO_GROUPING",
+            "SOLVER.BASE_LR",
+            "SOLVER.BIAS_LR_FACTOR",
+            "SOLVER.MOMENTUM",
+            "SOLVER.WEIGHT_DECAY",
+            "SOLVER.WEIGHT_DECAY_BIAS",
+            "SOLVER.GAMMA",
+            "SOLVER.STEPS",
+            "SOLVER.MAX_ITER",
+            "SOLVER.WARMUP_FACTOR",
+            "SOLVER.WARMUP_ITERS",
+            "SOLVER.WARMUP_METHOD",
+            "SOLVER.CHECKPOINT_PERIOD",
+            "SOLVER.IMS_PER_BATCH",
+            "TEST.IMS_PER_BATCH",
+            "OUTPUT_DIR",
+        )
+    ),
+}
+
+MARKS = (("MODEL", "META_ARCHITECTURE"), ("MODEL", "RPN_ONLY"), ("SEARCH", "NAS_DECODER_ON"))
+
+
+def is_released(tree: dict) -> bool:
+    """Whether a YAML tree is in the original release's form, by keys that only it has."""
+    return any(
+        isinstance(tree.get(section), dict) and key in tree[section] for section, key in MARKS
+    )
+
+
+def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
+    """A released tree in this project's keys, and a line of explanation for each key.
+
+    Raises:
+        ConfigError: a key that the release's detectors do not have, or a value that asks for one
+            of its detectors that is not among the eight.
+    """
+    settings: dict[str, Any] = {}
+    notes = []
+    for name, raw in _leaves(tree):
+        rule = TRANSLATION.get(name)
+        if rule is None:
+            rule = next((TRANSLATION[s] for s in _sections(name) if s in TRANSLATION), None)
+        if rule is None:
+            raise ConfigError(
+                f"{source}: there is no key {name!r} in the release's searched detectors."
+                f"{nearest(name, TRANSLATION)}"
+            )
+        value = _literal(raw)
+        try:
+            made = rule(value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{source}: {name} is {value!r}: {error}") from None
+        settings.update(made)
+        if made != {name: value}:
+            became = ", ".join(f"{k} = {v!r}" for k, v in made.items()) or "not needed"
+            notes.append(f"{name} = {value!r}  ->  {became}")
+    # The release knows the plain pyramid and tower by the absence of its switches.
+    settings.setdefault("MODEL.NECK.NAME", "fpn")
+    settings.setdefault("MODEL.HEAD.TOWER", "plain")
+    return _nested(settings), notes
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sections(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        yield ".".join(parts[:end]) + ".*"
+
+
+def _literal(value: Any) -> Any:
+    """The release writes tuples as text: ``(60000,80000,)``."""
+    if isinstance(value, str) and value[:1] in "([":
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
+def _nested(settings: dict[str, Any]) -> dict:
+    tree: dict = {}
+    for name, value in settings.items():
+        *sections, key = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return tree

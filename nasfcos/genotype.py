@@ -1,0 +1,209 @@
+"""What a searched architecture is: its operations, its written form, and whether it can be built.
+
+A genotype is a nested list (paper, section 3.2; the release's files use the same form):
+one ``[[in0, in1, op0, op1, agg]]`` per FPN cell, then, where the head is searched too, ``[i]`` and
+the list of head operations. Nodes 0..3 are the adapted backbone maps C2..C5; cell ``k`` makes node
+``4 + k``. The head layers before ``i`` have their own weights at each pyramid level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FPN_OPS = (
+    "sep_conv_3x3",
+    "sep_conv_3x3_dil3",
+    "sep_conv_5x5_dil6",
+    "skip_connect",
+    "def_conv_3x3",
+)
+AGGREGATIONS = ("psum", "cat")
+HEAD_OPS = (
+    "conv1x1",
+    "conv3x3",
+    "sep_conv_3x3",
+    "sep_conv_3x3_dil3",
+    "skip_connect",
+    "def_conv_3x3",
+)
+
+NUM_INPUTS = 4
+"""Backbone maps (C2..C5) that the pool of nodes starts with."""
+
+NUM_OUTPUTS = 3
+"""Pyramid levels (P3..P5) that the cells must leave unconsumed."""
+
+
+class GenotypeError(ValueError):
+    """A genotype that no network can be built from; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One FPN cell: unary operations on two nodes (indices into the pool), then an aggregation."""
+
+    inputs: tuple[int, int]
+    ops: tuple[int, int]
+    aggregation: int
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """A searched decoder.
+
+    Attributes:
+        cells: the FPN cells in the order in which they are computed.
+        head_split: head layers before this one have weights of their own at each level; None when
+            the head is not searched.
+        head_ops: indices into `HEAD_OPS`, first layer first; empty when the head is not searched.
+    """
+
+    cells: tuple[Cell, ...]
+    head_split: int | None = None
+    head_ops: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, config: Sequence) -> Genotype:
+        """Read the nested-list form.
+
+        Raises:
+            GenotypeError: malformed, an index out of range (or of a node that does not exist yet),
+                or fewer than three unconsumed cell outputs.
+        """
+        items = _as_list(config, "the genotype")
+        cells: list[Cell] = []
+        while len(cells) < len(items) and _is_cell(items[len(cells)]):
+            cells.append(_parse_cell(items[len(cells)], len(cells)))
+        rest = items[len(cells) :]
+        head_split, head_ops = _parse_head(rest, len(cells)) if rest else (None, ())
+        genotype = cls(tuple(cells), head_split, head_ops)
+        free = len(genotype.unconsumed)
+        if free < NUM_OUTPUTS:
+            raise GenotypeError(
+                f"{free} cell outputs are left unconsumed, but P3, P4 and P5 need {NUM_OUTPUTS}: "
+                "let fewer cells take other cells' outputs as inputs"
+            )
+        return genotype
+
+    def to_list(self) -> list:
+        """The nested-list form; `parse` reads it back to an equal genotype."""
+        items: list = [[[*c.inputs, *c.ops, c.aggregation]] for c in self.cells]
+        if self.head_split is not None:
+            items += [[self.head_split], list(self.head_ops)]
+        return items
+
+    @property
+    def consumed(self) -> frozenset[int]:
+        """Nodes that some cell takes as an input."""
+        return frozenset(node for cell in self.cells for node in cell.inputs)
+
+    @property
+    def unconsumed(self) -> tuple[int, ...]:
+        """Cell outputs that no cell takes as an input, oldest first."""
+        consumed = self.consumed
+        made = range(NUM_INPUTS, NUM_INPUTS + len(self.cells))
+        return tuple(node for node in made if node not in consumed)
+
+    @property
+    def pyramid_nodes(self) -> tuple[int, int, int]:
+        """The nodes that become P3, P4 and P5: the newest unconsumed output is P3."""
+        p5, p4, p3 = self.unconsumed[-NUM_OUTPUTS:]
+        return p3, p4, p5
+
+    @property
+    def extra_nodes(self) -> tuple[int, ...]:
+        """The other unconsumed outputs, added to each of P3, P4 and P5."""
+        return self.unconsumed[:-NUM_OUTPUTS]
+
+    def describe(self) -> str:
+        """The architecture in words, a line per cell, level and head layer."""
+        names = [f"C{i + 2}" for i in range(NUM_INPUTS)]
+        lines = []
+        for cell in self.cells:
+            a, b = (f"{FPN_OPS[op]}({names[node]})" for op, node in zip(cell.ops, cell.inputs))
+            names.append(f"N{len(names)}")
+            lines.append(f"{names[-1]} = {AGGREGATIONS[cell.aggregation]}({a}, {b})")
+        extra = "".join(f" + {names[node]}" for node in self.extra_nodes)
+        for level, node in zip((3, 4, 5), self.pyramid_nodes):
+            lines.append(f"P{level} = {names[node]}{extra}")
+        if self.head_split is not None:
+            for i, op in enumerate(self.head_ops):
+                owner = "per level" if i < self.head_split else "shared"
+                lines.append(f"head layer {i}: {HEAD_OPS[op]} ({owner})")
+        return "\n".join(lines)
+
+
+def _as_list(value: object, what: str) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise GenotypeError(f"{what} must be a list, not {value!r}")
+    return list(value)
+
+
+def _is_cell(item: object) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 1 and isinstance(item[0], (list, tuple))
+
+
+def _index(value: object, names: int | Sequence[str], where: str) -> int:
+    count = names if isinstance(names, int) else len(names)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise GenotypeError(f"{where} must be an integer, not {value!r}")
+    if not 0 <= value < count:
+        choice = (
+            f"nodes 0..{count - 1} exist by then"
+            if isinstance(names, int)
+            else ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        )
+        raise GenotypeError(f"{where} is {value}, but the choice is: {choice}")
+    return value
+
+
+def _parse_cell(item: Sequence, k: int) -> Cell:
+    decisions = list(item[0])
+    if len(decisions) != 5:
+        raise GenotypeError(
+            f"cell {k} has {len(decisions)} decisions; it takes five: [in0, in1, op0, op1, agg]"
+        )
+    nodes = NUM_INPUTS + k
+    in0, in1 = (_index(decisions[i], nodes, f"cell {k}, input {i}") for i in (0, 1))
+    op0, op1 = (_index(decisions[2 + i], FPN_OPS, f"cell {k}, operation {i}") for i in (0, 1))
+    return Cell((in0, in1), (op0, op1), _index(decisions[4], AGGREGATIONS, f"cell {k}, agg"))
+
+
+def _parse_head(rest: list, num_cells: int) -> tuple[int, tuple[int, ...]]:
+    if len(rest) != 2:
+        raise GenotypeError(
+            f"after {num_cells} cells of the form [[in0, in1, op0, op1, agg]] come nothing, or [i] "
+            f"and the list of head operations; there are {len(rest)} entries: {rest!r}"
+        )
+    split, ops = _as_list(rest[0], "the head's split [i]"), _as_list(rest[1], "the head operations")
+    if len(split) != 1:
+        raise GenotypeError(f"the head's split must be a list of one integer, not {split!r}")
+    if not ops:
+        raise GenotypeError("the list of head operations is empty")
+    head_ops = tuple(_index(op, HEAD_OPS, f"head operation {i}") for i, op in enumerate(ops))
+    head_split = split[0]
+    if isinstance(head_split, bool) or not isinstance(head_split, int):
+        raise GenotypeError(f"the head's split must be an integer, not {head_split!r}")
+    if not 0 <= head_split <= len(ops):
+        raise GenotypeError(
+            f"the head's split is {head_split}, but it must lie in 0..{len(ops)}, the number of "
+            "head operations"
+        )
+    return head_split, head_ops
+
+
+PUBLISHED = Genotype.parse(
+    [
+        [[3, 3, 4, 4, 1]],
+        [[3, 3, 4, 4, 1]],
+        [[4, 3, 4, 3, 1]],
+        [[1, 3, 4, 3, 1]],
+        [[5, 3, 4, 4, 1]],
+        [[4, 7, 4, 4, 1]],
+        [[7, 2, 4, 4, 1]],
+        [0],
+        [5, 1, 5, 0, 4, 4],
+    ]
+)
+"""The architecture found by the paper (FPN and head)."""
