@@ -1,0 +1,42 @@
+"""Files that are there whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes `path`'s place when the block ends well.
+
+    If the block raises, nothing of it stays and a file already at `path` is untouched. Missing
+    folders are made. The name keeps its suffix, so libraries that go by it write the right format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
+    """Write `value` as strict JSON (a nan becomes null), whole or not at all."""
+    with replacing(path) as temporary:
+        # dumps, not dump: only the former is compiled code.
+        temporary.write_text(
+            json.dumps(_without_nan(value), indent=indent, allow_nan=False), encoding="utf-8"
+        )
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

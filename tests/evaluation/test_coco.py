@@ -1,0 +1,184 @@
+"""COCO figures against pycocotools, which is their definition."""
+
+import contextlib
+import copy
+import io
+import logging
+import math
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from nasfcos.evaluation import coco
+from nasfcos.evaluation.coco import FIGURES, coco_metrics, complete_annotations
+
+
+def reference(image_ids, annotations, results, category_ids) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": i} for i in image_ids],
+            "annotations": copy.deepcopy(annotations),
+            "categories": [{"id": i} for i in category_ids],
+        }
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def random_set(seed: int, images: int, classes: int, objects: int, found: int):
+    """Detections near objects and at random, on a coarse grid of scores so that many tie.
+
+    Category and image ids have gaps, the last category has no object, some images have neither
+    objects nor detections, some objects are crowds, and areas differ from those of the boxes.
+    """
+    rng = np.random.default_rng(seed)
+    image_ids = [int(i) for i in rng.permutation(3 * images)[:images]]
+    category_ids = sorted(int(i) for i in rng.permutation(200)[:classes] + 1)
+
+    def random_box():
+        return [*rng.uniform(0, 400, 2), *np.exp(rng.uniform(1.5, 5.5, 2))]
+
+    annotations, results = [], []
+    for image_id in image_ids:
+        here = []
+        for _ in range(rng.integers(0, objects)):
+            box = [float(x) for x in random_box()]
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": category_ids[rng.integers(0, classes - 1)],
+                "bbox": box,
+                "area": box[2] * box[3] * float(rng.uniform(0.4, 1)),
+                "iscrowd": int(rng.random() < 0.15),
+            }
+            here.append(annotation)
+            annotations.append(annotation)
+        if rng.random() < 0.15:
+            continue
+        for _ in range(rng.integers(0, found)):
+            category_id = category_ids[rng.integers(0, classes)]
+            box = np.array(random_box())
+            if here and rng.random() < 0.6:
+                target = here[rng.integers(len(here))]
+                category_id = target["category_id"]
+                box = np.array(target["bbox"])
+                box += rng.normal(0, 0.05, 4) * np.tile(box[2:], 2)
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [float(x) for x in (*box[:2], *box[2:].clip(min=1))],
+                    "score": round(float(rng.random()), 2),
+                }
+            )
+    return image_ids, annotations, results, category_ids
+
+
+@pytest.mark.parametrize(
+    "shape", [(20, 6, 12, 40), (4, 2, 10, 400), (40, 10, 4, 6)], ids=["mixed", "over 100", "sparse"]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_are_those_of_pycocotools(seed, shape):
+    image_ids, annotations, results, category_ids = random_set(seed, *shape)
+    names = [f"class {i}" for i in category_ids]
+    metrics = coco_metrics(image_ids, annotations, results, category_ids, names)
+    expected = reference(image_ids, annotations, results, category_ids)
+
+    ours = [-1 if math.isnan(metrics[name]) else metrics[name] for name in FIGURES]
+    assert ours == pytest.approx(expected.stats.tolist(), abs=1e-9)
+    assert max(ours) > 0.05
+
+    precision = expected.eval["precision"][:, :, :, 0, 2]
+    for k, name in enumerate(names):
+        here = metrics["per_class"][name]
+        for figure, part in {
+            "AP": precision[:, :, k],
+            "AP50": precision[0, :, k],
+            "AP75": precision[5, :, k],
+        }.items():
+            part = part[part > -1]
+            if part.size:
+                assert here[figure] == pytest.approx(part.mean(), abs=1e-9)
+            else:
+                assert math.isnan(here[figure])
+    assert math.isnan(metrics["per_class"][names[-1]]["AP"])  # the class without objects
+
+
+def test_pycocotools_does_it_where_the_fast_library_is_missing(monkeypatch, capsys, caplog):
+    arguments = random_set(5, 10, 4, 8, 20)
+    names = list("abcd")
+    fast = coco_metrics(*arguments, names)
+    monkeypatch.setattr(coco, "COCO", COCO)
+    monkeypatch.setattr(coco, "COCOeval", COCOeval)
+    with caplog.at_level(logging.DEBUG, logger=coco.__name__):
+        slow = coco_metrics(*arguments, names)
+    for name in FIGURES:
+        assert slow[name] == pytest.approx(fast[name], abs=1e-9, nan_ok=True)
+    for name in names:
+        assert slow["per_class"][name] == pytest.approx(
+            fast["per_class"][name], abs=1e-9, nan_ok=True
+        )
+    assert capsys.readouterr().out == ""  # what it prints goes to the log
+    assert "per image evaluation" in caplog.text
+
+
+def test_nothing_found_is_zero_and_nothing_to_find_is_not_a_number():
+    image_ids, annotations, results, category_ids = random_set(0, 5, 3, 8, 10)
+    names = list("abc")
+    assert coco_metrics(image_ids, annotations, [], category_ids, names)["AP"] == 0
+    for no_truth in (
+        coco_metrics(image_ids, [], results, category_ids, names),
+        coco_metrics(image_ids, [], [], category_ids, names),
+        coco_metrics([], [], [], category_ids, names),
+    ):
+        assert all(math.isnan(no_truth[name]) for name in FIGURES)
+        assert math.isnan(no_truth["per_class"]["a"]["AP50"])
+
+
+def test_only_the_given_categories_and_images_count():
+    image_ids, annotations, results, category_ids = random_set(1, 12, 4, 8, 20)
+    chosen_images, chosen = image_ids[:8], category_ids[:2]
+
+    def only(entries):
+        return [e for e in entries if e["image_id"] in chosen_images and e["category_id"] in chosen]
+
+    expected = reference(chosen_images, only(annotations), only(results), chosen)
+    metrics = coco_metrics(chosen_images, annotations, only(results), chosen, ["a", "b"])
+    assert metrics["AP"] == pytest.approx(expected.stats[0], abs=1e-9)
+    assert set(metrics["per_class"]) == {"a", "b"}
+
+
+def test_missing_keys_are_filled_in():
+    bare = {"id": 7, "image_id": 1, "category_id": 2, "bbox": [0, 0, 10, 20]}
+    assert complete_annotations([bare]) == [{**bare, "area": 200, "iscrowd": 0}]
+    assert "area" not in bare
+    kept = complete_annotations([{**bare, "area": 12.5, "iscrowd": 1, "segmentation": []}])
+    assert (kept[0]["area"], kept[0]["iscrowd"]) == (12.5, 1)
+
+
+@pytest.mark.parametrize("bbox", [None, [], [1, 2, 3], [0, 0, float("nan"), 4], "0 0 1 1"])
+def test_annotations_without_a_box_are_left_out(bbox):
+    good = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
+    assert len(complete_annotations([good, {**good, "id": 2, "bbox": bbox}, "text", {}])) == 1
+
+
+def test_ids_that_cannot_serve_are_replaced(caplog):
+    entry = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    twice = [{**entry, "id": 3}, {**entry, "id": 3, "bbox": [50, 50, 9, 9]}]
+    results = [{**entry, "score": 0.9}, {**twice[1], "score": 0.8}]
+    for annotations in (twice, [{k: v for k, v in a.items() if k != "id"} for a in twice]):
+        caplog.clear()
+        assert coco_metrics([1], annotations, results, [1], ["a"])["AP"] == 1
+        assert "numbered anew" in caplog.text
+
+
+def test_an_annotation_with_id_0_is_pointed_out(caplog):
+    entry = {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    complete_annotations([entry])
+    assert "id 0" in caplog.text
