@@ -1,0 +1,223 @@
+"""Data sets and loaders from the config."""
+
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from .catalog import class_names, find_dataset, with_training_classes
+from .dataset import DetectionDataset, load_dataset
+from .records import DataError, UnreadableImage
+from .samplers import TestBatchSampler, TrainBatchSampler, augmentation_rng
+from .transforms import TestTransform, TrainTransform
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[list[Tensor], list[dict]]
+
+
+class _TrainingView(Dataset):
+    """Some images of a joined data set, augmented. Items are asked for by (index, position)."""
+
+    def __init__(
+        self, dataset: ConcatDataset, indices: Sequence[int], transform: TrainTransform, seed: int
+    ):
+        self.dataset = dataset
+        self.indices = indices
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, dict]:
+        index, position = item
+        image, target = self._load(index)
+        return _apply(self.transform, image, target, augmentation_rng(self.seed, position))
+
+    def _load(self, index: int):
+        """The image, or the next one that can be read (the same one whenever it is asked for)."""
+        for step in range(len(self.indices)):
+            try:
+                return self.dataset[self.indices[(index + step) % len(self.indices)]]
+            except UnreadableImage:
+                continue
+        raise DataError("none of the training images can be read")
+
+
+class _TestView(Dataset):
+    """Resized images; None for one that cannot be read."""
+
+    def __init__(self, dataset: DetectionDataset, transform: TestTransform):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict] | None:
+        try:
+            image, target = self.dataset[index]
+        except UnreadableImage:
+            return None
+        return _apply(self.transform, image, target)
+
+
+def _apply(transform, image, target: dict, *args) -> tuple[Tensor, dict]:
+    try:
+        return transform(image, target, *args)
+    except Exception as error:
+        raise DataError(f"{target['file_name']}: {type(error).__name__}: {error}") from error
+
+
+def _collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], list[dict]]:
+    samples = [sample for sample in samples if sample is not None]
+    # Small arrays travel from the workers by value: each tensor would cost an open file.
+    for _, target in samples:
+        target["boxes"] = target["boxes"].numpy()
+        target["labels"] = target["labels"].numpy()
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+class BatchLoader:
+    """Batches `(images, targets)`: a list of uint8 [3, H, W] and a list of target dicts."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, targets in self._loader:
+            for target in targets:
+                target["boxes"] = torch.from_numpy(target["boxes"])
+                target["labels"] = torch.from_numpy(target["labels"])
+            if images:
+                yield images, targets
+
+    def __len__(self) -> int:
+        """Batches to come, for a test loader; a training loader has no end (TypeError)."""
+        return len(self._loader)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the main process ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:
+    return BatchLoader(
+        DataLoader(
+            view,
+            batch_sampler=sampler,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=_collate,
+            worker_init_fn=_start_worker,
+        )
+    )
+
+
+def _groups(cfg: CfgNode, records: Sequence) -> np.ndarray:
+    """1 for images at least as high as wide, 0 for the others; all 0 without grouping."""
+    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        return np.zeros(len(records), dtype=np.int64)
+    return np.array([record.height >= record.width for record in records], dtype=np.int64)
+
+
+def build_dataset(cfg: CfgNode, name: str) -> DetectionDataset:
+    """Read the data set `name`; its labels are numbered as in the training data.
+
+    Raises:
+        ConfigError: an unknown name or a faulty entry of DATASETS.CUSTOM.
+        DataError: missing or malformed files.
+    """
+    spec = with_training_classes(cfg, find_dataset(cfg, name))
+    return load_dataset(spec, cfg.DATASETS.MAX_BAD_IMAGES)
+
+
+def build_train_loader(
+    cfg: CfgNode, rank: int = 0, world_size: int = 1, start_iteration: int = 0
+) -> BatchLoader:
+    """An endless loader over all of DATASETS.TRAIN; one item per optimizer step.
+
+    An item is this process's share of the global batch: SOLVER.IMS_PER_BATCH / `world_size`
+    images, to be cut into SOLVER.ACCUMULATE parts by the caller. Items depend only on the config
+    and on the step, not on workers or on where the loader started.
+
+    Args:
+        cfg: the config tree; SEED must not be negative any more.
+        rank, world_size: of this process.
+        start_iteration: steps already done; the first item is that of the next one.
+
+    Raises:
+        ConfigError: a batch that does not divide, or MODEL.NUM_CLASSES that does not fit the data.
+        DataError: no usable data; while iterating, too many images that cannot be read.
+    """
+    if cfg.SEED < 0:
+        raise ValueError("SEED must be replaced by an actual seed before the loader is built")
+    classes = class_names(cfg)
+    if cfg.MODEL.NUM_CLASSES not in (0, len(classes)):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but the data of DATASETS.TRAIN = "
+            f"{tuple(cfg.DATASETS.TRAIN)} have {len(classes)} classes; set it to 0 to follow them"
+        )
+    datasets = [build_dataset(cfg, name) for name in cfg.DATASETS.TRAIN]
+    for dataset in datasets:
+        if not dataset.has_annotations:
+            raise DataError(f"data set {dataset.name} cannot be trained on: it has no annotations")
+    records = [record for dataset in datasets for record in dataset.records]
+    indices = np.arange(len(records))
+    if cfg.DATALOADER.SKIP_EMPTY:
+        indices = indices[[not record.ignored.all() for record in records]]
+        logger.info(
+            "%d of %d training images have boxes; the others are left out",
+            len(indices), len(records),
+        )  # fmt: skip
+        if not len(indices):
+            raise DataError(
+                f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on "
+                "(DATALOADER.SKIP_EMPTY leaves out those without)"
+            )
+    view = _TrainingView(
+        ConcatDataset(datasets),
+        indices,
+        TrainTransform(
+            min_sizes=tuple(cfg.INPUT.MIN_SIZE_TRAIN),
+            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+            size_range=tuple(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) or None,
+            flip_prob=cfg.INPUT.FLIP_PROB,
+            brightness=cfg.INPUT.BRIGHTNESS,
+            contrast=cfg.INPUT.CONTRAST,
+            saturation=cfg.INPUT.SATURATION,
+            hue=cfg.INPUT.HUE,
+        ),
+        cfg.SEED,
+    )
+    sampler = TrainBatchSampler(
+        groups=_groups(cfg, [records[i] for i in indices]),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        seed=cfg.SEED,
+        rank=rank,
+        world_size=world_size,
+        accumulate=cfg.SOLVER.ACCUMULATE,
+        start_iteration=start_iteration,
+    )
+    return _loader(cfg, view, sampler)
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset: DetectionDataset, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
+    """Each image of `dataset` once over all processes, resized for testing.
+
+    Batches hold TEST.IMS_PER_BATCH / `world_size` images (at least one). Boxes of the targets are
+    in the resized image; `original_size` (height, width) leads back. Images that cannot be read
+    are logged and left out.
+    """
+    sampler = TestBatchSampler(
+        groups=_groups(cfg, dataset.records),
+        batch_size=max(1, cfg.TEST.IMS_PER_BATCH // world_size),
+        rank=rank,
+        world_size=world_size,
+    )
+    transform = TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return _loader(cfg, _TestView(dataset, transform), sampler)

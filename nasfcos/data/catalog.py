@@ -1,0 +1,264 @@
+"""Which data sets there are, where their files lie, and which classes they have.
+
+Built in: `coco_2017_{train,val,test_dev}` under coco/ and `voc_{2007,2012}_{train,val,trainval,
+test}` under voc/ of the data root. Own sets are entries of DATASETS.CUSTOM.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from ..config.errors import nearest
+from .coco import read_coco_classes
+from .records import DataError
+from .voc import read_voc_classes
+
+# Names in the order of the sorted category ids.
+COCO_CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,"
+    "banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush".split(",")
+)
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+
+_COCO_SPLITS = {
+    "train": ("train2017", "instances_train2017.json"),
+    "val": ("val2017", "instances_val2017.json"),
+    "test_dev": ("test2017", "image_info_test-dev2017.json"),
+}
+_BUILT_IN = tuple(f"coco_2017_{split}" for split in _COCO_SPLITS) + tuple(
+    f"voc_{year}_{split}" for year in (2007, 2012) for split in ("train", "val", "trainval", "test")
+)
+_KEYS = {
+    "coco": ("FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES"),
+    "voc": ("FORMAT", "IMAGES", "ANNOTATIONS", "SPLIT", "CLASSES"),
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set's description; nothing is read yet."""
+
+    name: str
+    format: str  # "coco" or "voc"
+    images: Path  # folder
+    annotations: Path  # JSON file (coco) or folder of XML files (voc)
+    split: Path | None = None  # voc: text file of image names; None: all XML files
+    classes: tuple[str, ...] | None = None  # by label; None: follow from the annotations
+    has_annotations: bool = True  # False: images only (a test split)
+    key: str = "DATASETS.ROOT"  # of the config, for messages
+
+
+def data_root(cfg: CfgNode) -> Path:
+    """The folder of the data: DATASETS.ROOT, else $NASFCOS_DATA, else "datasets"."""
+    return Path(cfg.DATASETS.ROOT or os.environ.get("NASFCOS_DATA") or "datasets").expanduser()
+
+
+def _built_in(name: str, root: Path) -> DatasetSpec:
+    if name.startswith("coco_2017_"):
+        split = name.removeprefix("coco_2017_")
+        images, annotations = _COCO_SPLITS[split]
+        return DatasetSpec(
+            name=name,
+            format="coco",
+            images=root / "coco" / images,
+            annotations=root / "coco" / "annotations" / annotations,
+            classes=COCO_CLASSES,
+            has_annotations=split != "test_dev",
+        )
+    _, year, split = name.split("_")
+    folder = root / "voc" / f"VOC{year}"
+    return DatasetSpec(
+        name=name,
+        format="voc",
+        images=folder / "JPEGImages",
+        annotations=folder / "Annotations",
+        split=folder / "ImageSets" / "Main" / f"{split}.txt",
+        classes=VOC_CLASSES,
+        has_annotations=(year, split) != ("2012", "test"),
+    )
+
+
+def _custom(name: str, entry: object, root: Path) -> DatasetSpec:
+    key = f"DATASETS.CUSTOM.{name}"
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"{key} must be a section with the keys {', '.join(_KEYS['coco'])}, not {entry!r}"
+        )
+
+    def text(part: str, needed: bool = True) -> str | None:
+        value = entry.get(part)
+        if value is None and not needed:
+            return None
+        if value is None:
+            raise ConfigError(f"{key}.{part} is missing")
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f"{key}.{part} must be text, not {value!r}")
+        return value
+
+    kind = text("FORMAT")
+    if kind not in _KEYS:
+        raise ConfigError(
+            f"{key}.FORMAT is {kind!r}, but must be 'coco' (a COCO JSON file) or 'voc' (PASCAL VOC "
+            f"XML files).{nearest(kind.lower(), _KEYS)}"
+        )
+    for part in entry:
+        if part not in _KEYS[kind]:
+            raise ConfigError(
+                f"{key}.{part} is unknown for FORMAT {kind} (known: {', '.join(_KEYS[kind])})."
+                f"{nearest(str(part).upper(), _KEYS[kind])}"
+            )
+    classes = entry.get("CLASSES")
+    if classes is not None:
+        proper = isinstance(classes, (list, tuple)) and len(classes) > 0
+        if not proper or not all(isinstance(c, str) and c.strip() for c in classes):
+            raise ConfigError(f"{key}.CLASSES must be a list of names, not {classes!r}")
+        if len(set(classes)) < len(classes):
+            raise ConfigError(f"{key}.CLASSES names a class twice: {list(classes)!r}")
+        classes = tuple(classes)
+    split = text("SPLIT", needed=False)
+    return DatasetSpec(
+        name=name,
+        format=kind,
+        images=root / Path(text("IMAGES")).expanduser(),
+        annotations=root / Path(text("ANNOTATIONS")).expanduser(),
+        split=None if split is None else root / Path(split).expanduser(),
+        classes=classes,
+        key=key,
+    )
+
+
+def _lookup(cfg: CfgNode, name: str) -> DatasetSpec:
+    root = data_root(cfg)
+    if name in cfg.DATASETS.CUSTOM:
+        return _custom(name, cfg.DATASETS.CUSTOM[name], root)
+    if name in _BUILT_IN:
+        return _built_in(name, root)
+    raise ConfigError(
+        f"there is no data set {name!r}.{nearest(name, [*_BUILT_IN, *cfg.DATASETS.CUSTOM])} Built "
+        f"in are {', '.join(_BUILT_IN)}; define your own as DATASETS.CUSTOM.{name}: "
+        "{FORMAT: coco, IMAGES: folder, ANNOTATIONS: file.json}"
+    )
+
+
+def _check_files(spec: DatasetSpec) -> None:
+    own = spec.key != "DATASETS.ROOT"
+    needed = [("IMAGES", spec.images, "folder")]
+    if spec.format == "coco":
+        needed.append(("ANNOTATIONS", spec.annotations, "file"))
+    elif spec.has_annotations:
+        needed.append(("ANNOTATIONS", spec.annotations, "folder"))
+    if spec.split is not None:
+        needed.append(("SPLIT", spec.split, "file"))
+    for part, path, kind in needed:
+        if path.is_dir() if kind == "folder" else path.is_file():
+            continue
+        state = f"is not a {kind}" if path.exists() else "does not exist"
+        remedy = (
+            f"correct {spec.key}.{part} (relative paths start at DATASETS.ROOT, else the "
+            "environment variable NASFCOS_DATA, else 'datasets')"
+            if own
+            else "set DATASETS.ROOT (or the environment variable NASFCOS_DATA) to the folder that "
+            f"holds {spec.format}/, or put the data there"
+        )
+        raise DataError(f"data set {spec.name}: the {part.lower()} {kind} {path} {state}; {remedy}")
+
+
+def find_dataset(cfg: CfgNode, name: str) -> DatasetSpec:
+    """The description of a data set by its name, with its files checked to be there.
+
+    Raises:
+        ConfigError: an unknown name, or a faulty entry of DATASETS.CUSTOM.
+        DataError: a file or folder that does not exist.
+    """
+    spec = _lookup(cfg, name)
+    _check_files(spec)
+    return spec
+
+
+@functools.lru_cache(maxsize=32)
+def _read_classes(spec: DatasetSpec, stamp: tuple[int, ...]) -> tuple[str, ...]:
+    if spec.format == "coco":
+        return read_coco_classes(spec.annotations)
+    return read_voc_classes(spec.annotations, spec.split)
+
+
+def _classes_of(spec: DatasetSpec) -> tuple[str, ...]:
+    if spec.classes is not None:
+        return spec.classes
+    _check_files(spec)
+    paths = [path for path in (spec.annotations, spec.split) if path is not None]
+    return _read_classes(spec, tuple(path.stat().st_mtime_ns for path in paths))
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classes of the training data; label 1 is the first.
+
+    Known without reading files for the built-in sets and where CLASSES are given.
+
+    Raises:
+        ConfigError: no training set, or several that do not agree.
+        DataError: files that have to be read are missing or malformed.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty, so the classes are not known")
+    found = {name: _classes_of(_lookup(cfg, name)) for name in cfg.DATASETS.TRAIN}
+    first, *others = found
+    for other in others:
+        if found[other] != found[first]:
+            raise ConfigError(
+                f"the sets of DATASETS.TRAIN have different classes: {first} has "
+                f"{list(found[first])}, {other} has {list(found[other])}; give both the same "
+                f"CLASSES (DATASETS.CUSTOM.{other}.CLASSES)"
+            )
+    return list(found[first])
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """MODEL.NUM_CLASSES, or where that is 0 as many as the training data has."""
+    return cfg.MODEL.NUM_CLASSES or len(class_names(cfg))
+
+
+def with_training_classes(cfg: CfgNode, spec: DatasetSpec) -> DatasetSpec:
+    """`spec` with its classes settled, in the order of the training data's labels.
+
+    A data set that does not say its CLASSES and is not trained on takes those of the training
+    data, so that labels mean the same in both. Where the training data is not at hand, its own.
+
+    Raises:
+        ConfigError: it has classes that the training data has not.
+    """
+    if spec.classes is not None:
+        return spec
+    try:
+        own = _classes_of(spec)
+    except DataError:
+        own = ()  # not annotated
+    if spec.name in cfg.DATASETS.TRAIN or not cfg.DATASETS.TRAIN:
+        trained = own
+    else:
+        try:
+            trained = tuple(class_names(cfg))
+        except (ConfigError, DataError):
+            trained = own
+    unknown = [name for name in own if name not in trained]
+    if unknown:
+        raise ConfigError(
+            f"data set {spec.name} has classes that the training data has not: "
+            f"{', '.join(map(repr, unknown))}; name those to use in {spec.key}.CLASSES"
+        )
+    return replace(spec, classes=trained or None)

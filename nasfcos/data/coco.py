@@ -1,0 +1,182 @@
+"""COCO annotation files (detection: images, annotations, categories)."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from .images import read_size
+from .records import Annotations, DataError, Record, clip_and_filter
+
+
+def _load(path: Path) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a UTF-8 text file ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(
+            f"{path}: not a COCO annotation file (an object with the list 'images'; a list of "
+            "detections, for one, is a results file)"
+        )
+    return content
+
+
+def _categories(content: dict, path: Path) -> dict[int, str]:
+    """id -> name, in the order of the ids."""
+    try:
+        names = {category["id"]: category["name"] for category in content.get("categories", [])}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: every category needs an 'id' and a 'name'") from error
+    if not all(isinstance(i, int) and isinstance(name, str) for i, name in names.items()):
+        raise DataError(f"{path}: category ids must be integers and their names text")
+    return dict(sorted(names.items()))
+
+
+def read_coco_classes(path: Path) -> tuple[str, ...]:
+    """Class names of a COCO file in the order of their sorted ids.
+
+    Raises:
+        DataError: the file is not COCO JSON or has no categories.
+    """
+    names = _categories(_load(path), path)
+    if not names:
+        raise DataError(f"{path}: has no 'categories', so the classes must be given as CLASSES")
+    return tuple(names.values())
+
+
+def _choose_categories(
+    names: dict[int, str], classes: tuple[str, ...] | None, path: Path
+) -> dict[int, int]:
+    """Category id -> label in 1..N, in the order of labels."""
+    if classes is None or tuple(names.values()) == classes:
+        return {i: label for label, i in enumerate(names, 1)}
+    ids = {name: i for i, name in names.items()}
+    missing = [name for name in classes if name not in ids]
+    if missing:
+        raise DataError(
+            f"{path}: has no category called {', '.join(map(repr, missing))} (it has "
+            f"{', '.join(map(repr, ids))}); give the names of this file as CLASSES"
+        )
+    return {ids[name]: label for label, name in enumerate(classes, 1)}
+
+
+def _box_array(annotations: list[dict]) -> np.ndarray:
+    """[N, 4] float64 (x, y, w, h); NaN where an entry has no proper `bbox`."""
+    boxes = [annotation.get("bbox") for annotation in annotations]
+    try:
+        array = np.array(boxes, dtype=np.float64)
+        if array.shape == (len(boxes), 4):
+            return array
+    except (TypeError, ValueError):
+        pass
+    array = np.full((len(boxes), 4), np.nan)
+    for row, box in zip(array, boxes, strict=True):
+        try:
+            row[:] = np.array(box, dtype=np.float64).reshape(4)
+        except (TypeError, ValueError):
+            continue
+    return array
+
+
+def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> dict[int, Record]:
+    empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+    records = {}
+    for image in content["images"]:
+        try:
+            image_id, file_name = image["id"], image["file_name"]
+            height, width = int(image.get("height") or 0), int(image.get("width") or 0)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: image entry without 'id' or 'file_name': {image}") from error
+        if not isinstance(image_id, int) or not isinstance(file_name, str):
+            raise DataError(f"{path}: image id {image_id!r} must be an integer, its name text")
+        if image_id in records:
+            remarks["image ids given twice (the last counts)"] += 1
+        if height <= 0 or width <= 0:
+            try:
+                height, width = read_size(folder / file_name)
+            except Exception:  # reported by name when the image is loaded
+                height, width = 0, 0
+        records[image_id] = Record(file_name, image_id, height, width, *empty)
+    return records
+
+
+def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) -> Annotations:
+    """Read a COCO file.
+
+    A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. Boxes that are
+    not finite, have no area, or belong to an unknown image or category are dropped and counted.
+    Records stand in the order of their sorted image ids.
+
+    Args:
+        path: annotation file; without the key `annotations` the set counts as not annotated.
+        images: its images folder, read only for images whose size the file does not give.
+        classes: category names by label, some or all of the file's. None: all, by sorted id.
+
+    Raises:
+        DataError: not COCO JSON (with the line), or `classes` that the file does not have.
+    """
+    content = _load(path)
+    remarks = Counter()
+    records = _read_images(content, path, images, remarks)
+    names = _categories(content, path)
+    if not names and classes is not None and "annotations" not in content:
+        names = dict(enumerate(classes, 1))
+    if not names:
+        raise DataError(f"{path}: has no 'categories'")
+    labels = _choose_categories(names, classes, path)
+
+    annotations = []
+    for annotation in content.get("annotations") or []:
+        if not isinstance(annotation, dict):
+            remarks["malformed annotations dropped"] += 1
+        elif annotation.get("image_id") not in records:
+            remarks["boxes of unlisted images dropped"] += 1
+        elif annotation.get("category_id") not in names:
+            remarks["boxes of unknown categories dropped"] += 1
+        elif annotation["category_id"] in labels:
+            annotations.append(annotation)
+    if annotations:
+        _attach(annotations, records, labels, remarks)
+    return Annotations(
+        records=[records[i] for i in sorted(records)],
+        classes=tuple(names[i] for i in labels),
+        category_ids=tuple(labels),
+        has_annotations="annotations" in content,
+        remarks=remarks,
+    )
+
+
+def _attach(
+    annotations: list[dict], records: dict[int, Record], labels: dict[int, int], remarks: Counter
+) -> None:
+    """Convert all boxes at once and give each record its own."""
+    owners = [records[annotation["image_id"]] for annotation in annotations]
+    boxes = _box_array(annotations)
+    boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:] - 1, 0)
+    boxes, keep, clipped = clip_and_filter(
+        boxes,
+        np.array([record.height for record in owners]),
+        np.array([record.width for record in owners]),
+    )
+    if dropped := int((~keep).sum()):
+        remarks["boxes not finite, without area or outside of their image dropped"] = dropped
+    if clipped:
+        remarks["boxes clipped to their image"] = clipped
+    kept = np.flatnonzero(keep)
+    classes = np.array([labels[annotations[i]["category_id"]] for i in kept], dtype=np.int64)
+    crowd = np.array([bool(annotations[i].get("iscrowd", 0)) for i in kept], dtype=bool)
+    rows: dict[int, list[int]] = {}
+    for row, i in enumerate(kept):
+        rows.setdefault(owners[i].image_id, []).append(row)
+    for image_id, chosen in rows.items():
+        record = records[image_id]
+        record.boxes = boxes[kept[chosen]]
+        record.labels = classes[chosen]
+        record.ignored = crowd[chosen]

@@ -1,0 +1,138 @@
+"""The one data set class, whatever the format of the annotations."""
+
+import logging
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .catalog import DatasetSpec
+from .coco import read_coco
+from .images import load_image
+from .records import Annotations, DataError, UnreadableImage, clip_and_filter
+from .voc import read_voc
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionDataset(Dataset):
+    """Images with boxes.
+
+    Attributes:
+        name: as in the config.
+        classes: names; the class of label i is `classes[i - 1]`.
+        category_ids: the annotation file's id of each class, in the same order.
+        records: one `Record` per image, with all boxes (crowd and difficult ones flagged).
+        spec: where the files lie.
+        has_annotations: False for a test split.
+
+    `dataset[i]` is `(image, target)`: a PIL image, 8-bit RGB, and a dict with `boxes` [N, 4]
+    float32 and `labels` [N] int64 (without crowd and difficult ones), `image_id`,
+    `original_size` (height, width) and `file_name`.
+    """
+
+    def __init__(self, spec: DatasetSpec, annotations: Annotations, max_bad_images: int = 10):
+        """
+        Args:
+            spec, annotations: what a reader found for this description.
+            max_bad_images: unreadable images to put up with before that becomes an error.
+        """
+        self.spec = spec
+        self.name = spec.name
+        self.records = annotations.records
+        self.classes = annotations.classes
+        self.category_ids = annotations.category_ids
+        self.has_annotations = annotations.has_annotations and spec.has_annotations
+        self.max_bad_images = max_bad_images
+        # Shared with worker processes, so that all of them count together.
+        self._bad = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
+        self._warned_of_size = False
+        if not self.records:
+            raise DataError(f"data set {self.name}: {spec.annotations} lists no image")
+        boxes = sum(len(record.boxes) for record in self.records)
+        logger.info(
+            "data set %s: %d images, %d boxes, %d classes", self.name, len(self), boxes,
+            len(self.classes),
+        )  # fmt: skip
+        if annotations.remarks:
+            logger.warning("data set %s: %s", self.name, annotations.describe_remarks())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, dict]:
+        """
+        Raises:
+            UnreadableImage: this image is missing or does not decode (logged once).
+            DataError: more images than `max_bad_images` were.
+        """
+        record = self.records[index]
+        path = self.spec.images / record.file_name
+        try:
+            image = load_image(path, (record.height, record.width))
+        except Exception as error:
+            self._report_bad(index, error)
+            raise UnreadableImage(f"{path} cannot be read: {error}") from error
+        keep = ~record.ignored
+        boxes, labels = record.boxes[keep], record.labels[keep]
+        size = (image.height, image.width)
+        if size != (record.height, record.width):
+            boxes, labels = self._fit(boxes, labels, size, record.height, record.width, path)
+        return image, {
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(labels),
+            "image_id": record.image_id,
+            "original_size": size,
+            "file_name": record.file_name,
+        }
+
+    def _fit(self, boxes, labels, size, height, width, path) -> tuple[np.ndarray, np.ndarray]:
+        if not self._warned_of_size:
+            self._warned_of_size = True
+            logger.warning(
+                "data set %s: %s is %d x %d pixels (height x width) but annotated as %d x %d; its "
+                "boxes are taken as pixels of the file (further images like this are not named)",
+                *(self.name, path, *size, height, width),
+            )
+        boxes, usable, _ = clip_and_filter(boxes, *size)
+        return boxes[usable], labels[usable]
+
+    def _report_bad(self, index: int, error: Exception) -> None:
+        record = self.records[index]
+        path = self.spec.images / record.file_name
+        if not self._bad[index]:
+            self._bad[index] = True
+            logger.warning("data set %s: %s is skipped: %s", self.name, path, error)
+        bad = self._bad.nonzero().flatten().tolist()
+        if len(bad) > self.max_bad_images:
+            names = ", ".join(self.records[i].file_name for i in bad[:5])
+            raise DataError(
+                f"data set {self.name}: {len(bad)} images of {self.spec.images} are missing or "
+                f"do not decode ({names}{', ...' if len(bad) > 5 else ''}), more than "
+                f"DATASETS.MAX_BAD_IMAGES = {self.max_bad_images}; the last one: {error}"
+            ) from error
+
+
+def load_dataset(spec: DatasetSpec, max_bad_images: int = 10) -> DetectionDataset:
+    """Read the annotations of a data set.
+
+    Args:
+        spec: its description; a VOC set needs `classes`.
+        max_bad_images: see `DetectionDataset`; also the number of VOC annotation files that may
+            be missing.
+    """
+    if spec.format == "coco":
+        annotations = read_coco(spec.annotations, spec.images, spec.classes)
+    else:
+        if spec.classes is None:
+            raise DataError(f"data set {spec.name}: without annotations it needs CLASSES")
+        annotations = read_voc(
+            spec.annotations,
+            spec.images,
+            spec.split,
+            spec.classes,
+            spec.has_annotations,
+            max_bad_images,
+        )
+    return DetectionDataset(spec, annotations, max_bad_images)

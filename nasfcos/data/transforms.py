@@ -1,0 +1,122 @@
+"""From a decoded picture to the model's input: sizes, flips, colours.
+
+Boxes are legacy inclusive xyxy; all randomness comes from the generator that is passed in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+
+def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """The size (height, width) to which an image is resized, its aspect ratio kept.
+
+    The short side becomes `min_size`, unless the long side would pass `max_size`; then the short
+    side becomes round(max_size * short / long). The long side is truncated to an integer.
+    """
+    short, long = min(height, width), max(height, width)
+    if long * min_size > max_size * short:
+        min_size = max(1, round(max_size * short / long))
+    long = min_size * long // short
+    return (min_size, long) if height <= width else (long, min_size)
+
+
+def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """Bilinear with antialiasing, to (height, width)."""
+    height, width = shape
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Boxes [N, 4] of an image of size `old` (height, width) in one resized to `new`.
+
+    Coordinates are multiplied by the ratio of the sizes, as in the release.
+    """
+    y, x = new[0] / old[0], new[1] / old[1]
+    return boxes * torch.tensor([x, y, x, y], dtype=boxes.dtype)
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Boxes [N, 4] in the mirrored image: x becomes width - 1 - x."""
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return torch.stack((width - 1 - x1, y0, width - 1 - x0, y1), dim=1)
+
+
+def to_uint8_tensor(image: Image.Image) -> Tensor:
+    """[3, H, W] uint8 of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """Resize to a fixed short side."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    min_size: int
+    max_size: int
+
+    def __call__(self, image: Image.Image, target: dict) -> tuple[Tensor, dict]:
+        old = (image.height, image.width)
+        new = resized_shape(*old, self.min_size, self.max_size)
+        target = {**target, "boxes": scale_boxes(target["boxes"], old, new)}
+        return to_uint8_tensor(resize(image, new)), target
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Colour jitter, resize to a random short side, random flip.
+
+    min_sizes: short sides to choose from; size_range (low, high), both included: draw from the
+    whole range instead. max_size: limit of the long side. flip_prob: probability of a left-right
+    flip. brightness, contrast, saturation: the factor is drawn from 1 - x .. 1 + x; hue: the shift
+    from -x..x of the colour circle.
+    """
+
+    min_sizes: tuple[int, ...]
+    max_size: int
+    size_range: tuple[int, int] | None = None
+    flip_prob: float = 0.5
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __call__(
+        self, image: Image.Image, target: dict, rng: np.random.Generator
+    ) -> tuple[Tensor, dict]:
+        old = (image.height, image.width)
+        new = resized_shape(*old, self._draw_size(rng), self.max_size)
+        flip = rng.random() < self.flip_prob
+        image = resize(self._jitter(image, rng), new)
+        boxes = scale_boxes(target["boxes"], old, new)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            boxes = flip_boxes(boxes, new[1])
+        return to_uint8_tensor(image), {**target, "boxes": boxes}
+
+    def _draw_size(self, rng: np.random.Generator) -> int:
+        if self.size_range is not None:
+            low, high = self.size_range
+            return int(rng.integers(low, high + 1))
+        return self.min_sizes[int(rng.integers(len(self.min_sizes)))]
+
+    def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        changes = [
+            (F.adjust_brightness, self.brightness, 1.0),
+            (F.adjust_contrast, self.contrast, 1.0),
+            (F.adjust_saturation, self.saturation, 1.0),
+            (F.adjust_hue, self.hue, 0.0),
+        ]
+        for i in rng.permutation(len(changes)):
+            change, strength, centre = changes[i]
+            if strength > 0:
+                amount = rng.uniform(centre - strength, centre + strength)
+                image = change(image, amount if centre == 0 else max(0.0, amount))
+        return image

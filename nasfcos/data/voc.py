@@ -1,0 +1,157 @@
+"""PASCAL VOC annotations: one XML file per image, a text file that lists a split."""
+
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from .images import read_size
+from .records import Annotations, DataError, Record, clip_and_filter
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _parse(path: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        raise DataError(f"{path}, line {line}, column {column}: not valid XML ({error})") from error
+
+
+def _names(annotations: Path, split: Path | None) -> list[str]:
+    """Image names (without extension) of a split; without a split, of all XML files."""
+    if split is None:
+        names = sorted(path.stem for path in annotations.glob("*.xml"))
+    else:
+        # The lists of one class have a second column, which says whether it is there.
+        lines = split.read_text(encoding="utf-8").splitlines()
+        names = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    if not names:
+        raise DataError(f"{split or annotations}: lists no image")
+    return names
+
+
+def _text(element: ElementTree.Element | None, path: str) -> str:
+    return ((element.findtext(path) if element is not None else None) or "").strip()
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(float(text))
+    except (OverflowError, ValueError):
+        return 0
+
+
+def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
+    """Sorted names of the classes that occur in a split.
+
+    Raises:
+        DataError: an XML file is malformed, or there is no object at all.
+    """
+    found = set()
+    for name in _names(annotations, split):
+        path = annotations / f"{name}.xml"
+        if path.exists():
+            found.update(_text(item, "name") for item in _parse(path).iterfind("object"))
+    found.discard("")
+    if not found:
+        raise DataError(f"{split or annotations}: no object in any of the XML files")
+    return tuple(sorted(found))
+
+
+def read_voc(
+    annotations: Path,
+    images: Path,
+    split: Path | None,
+    classes: tuple[str, ...],
+    has_annotations: bool = True,
+    max_missing: int = 0,
+) -> Annotations:
+    """Read a split of a VOC data set.
+
+    VOC counts pixels from 1, both corners inclusive: 1 is subtracted from each coordinate, then
+    boxes are clipped to the image. Objects marked difficult are kept with their `ignored` flag.
+    The image id is the place in the split, from 1.
+
+    Args:
+        annotations: folder of XML files, called as the images.
+        images: images folder.
+        split: text file with an image name per line; None: all XML files, sorted.
+        classes: names by label; objects of other classes are dropped and counted.
+        has_annotations: False where there are no XML files (a test split).
+        max_missing: images without XML file that are left out before that becomes an error.
+
+    Raises:
+        DataError: a malformed XML file (with the line), or too many missing ones.
+    """
+    labels = {name: label for label, name in enumerate(classes, 1)}
+    files = {path.stem: path.name for path in sorted(images.iterdir()) if path.is_file()}
+    remarks = Counter()
+    records, missing = [], []
+    for image_id, name in enumerate(_names(annotations, split), 1):
+        path = annotations / f"{name}.xml"
+        root = None
+        if has_annotations:
+            if not path.exists():
+                missing.append(path)
+                continue
+            root = _parse(path)
+        file_name = files.get(name) or _text(root, "filename") or f"{name}.jpg"
+        height, width = _integer(_text(root, "size/height")), _integer(_text(root, "size/width"))
+        if height <= 0 or width <= 0:
+            try:
+                height, width = read_size(images / file_name)
+            except Exception:  # reported by name when the image is loaded
+                height, width = 0, 0
+        boxes, found, ignored = _read_objects(root, height, width, labels, remarks)
+        records.append(Record(file_name, image_id, height, width, boxes, found, ignored))
+    if missing:
+        shown = ", ".join(str(path) for path in missing[:5])
+        if len(missing) > max_missing:
+            raise DataError(
+                f"{split or annotations}: {len(missing)} of the listed images have no annotation "
+                f"file ({shown}{', ...' if len(missing) > 5 else ''}); up to "
+                f"DATASETS.MAX_BAD_IMAGES = {max_missing} would be left out"
+            )
+        remarks[f"images without annotation file left out ({shown})"] = len(missing)
+    return Annotations(
+        records=records,
+        classes=classes,
+        category_ids=tuple(range(1, len(classes) + 1)),
+        has_annotations=has_annotations,
+        remarks=remarks,
+    )
+
+
+def _read_objects(
+    root: ElementTree.Element | None,
+    height: int,
+    width: int,
+    labels: dict[str, int],
+    remarks: Counter,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes [N, 4], labels [N] and difficult flags [N] of one XML file."""
+    boxes, found, difficult = [], [], []
+    for item in root.iterfind("object") if root is not None else ():
+        name = _text(item, "name")
+        if name not in labels:
+            remarks["boxes of other classes dropped"] += 1
+            continue
+        try:
+            boxes.append([float(_text(item, f"bndbox/{corner}")) - 1 for corner in _CORNERS])
+        except ValueError:
+            boxes.append([np.nan] * 4)
+        found.append(labels[name])
+        difficult.append(_text(item, "difficult") == "1")
+    array, keep, clipped = clip_and_filter(
+        np.array(boxes, dtype=np.float64).reshape(-1, 4), height, width
+    )
+    if not keep.all():
+        remarks["boxes not finite, without area or outside of their image dropped"] += int(
+            (~keep).sum()
+        )
+    if clipped:
+        remarks["boxes clipped to their image"] += clipped
+    return array[keep], np.array(found, np.int64)[keep], np.array(difficult, bool)[keep]
