@@ -81,7 +81,7 @@ def extension_arguments() -> dict:
     sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
     # ATen's parallel_for is a header template over OpenMP; without -fopenmp it would run serially.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    flags = {"cxx": ["-O3", *openmp, "-fno-math-errno", "-fno-trapping-math"]}
+    flags = {"cxx": ["-O3", *openmp, "-fno-math-errno", "-fno-trapping-math", "-g0"]}
     make = cpp_extension.CppExtension
     if with_cuda:
         sources += sorted(CSRC.glob("cuda/*.cu"))

@@ -1,0 +1,326 @@
+// Sigmoid focal loss, forward and backward. The plain version is nasfcos/ops/plain.py.
+//
+// With z the logit of being wrong (the logit itself where the target is another class, its negative
+// where it is this one), p = sigmoid(z) and weight alpha or 1 - alpha:
+//   loss = weight * p^gamma * softplus(z)
+//   d loss / d z = weight * p^gamma * (gamma * (1 - p) * softplus(z) + p)
+// Both stay exact for large |z| because p, 1 - p and softplus(z) all come from exp(-|z|).
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/bit_cast.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using at::Tensor;
+
+// exp(-a) for a >= 0, to about one unit in the last place; plain arithmetic, so that loops of it
+// become vector code.
+ALWAYS_INLINE float exp_minus(float a) {
+  constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  const float x = -(a < 87.0f ? a : 87.0f);
+  const int32_t n = static_cast<int32_t>(x * log2e - 0.5f);
+  const float k = static_cast<float>(n);
+  const float r = (x - k * ln2_high) - k * ln2_low;
+  float y = 1.0f / 5040;
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r * r + r + 1.0f;
+  y *= c10::bit_cast<float>((n + 127) << 23);
+  return a < 87.0f ? y : 0.0f;
+}
+
+// log(1 + e) for 0 <= e <= 1: 2 artanh(e / (2 + e)) by its series.
+ALWAYS_INLINE float log1p_unit(float e) {
+  const float s = e / (2.0f + e);
+  const float q = s * s;
+  float y = 2.0f / 15;
+  y = y * q + 2.0f / 13;
+  y = y * q + 2.0f / 11;
+  y = y * q + 2.0f / 9;
+  y = y * q + 2.0f / 7;
+  y = y * q + 2.0f / 5;
+  y = y * q + 2.0f / 3;
+  return s * (y * q + 2.0f);
+}
+
+ALWAYS_INLINE double exp_minus(double a) { return std::exp(-a); }
+ALWAYS_INLINE double log1p_unit(double e) { return std::log1p(e); }
+
+template <typename T>
+struct Wrong {
+  T p, rest, softplus, power;  // p, 1 - p, softplus(z), p^gamma
+};
+
+template <bool squared, typename T>
+ALWAYS_INLINE Wrong<T> wrong(T z, T gamma) {
+  const T e = exp_minus(std::abs(z));
+  const T log = log1p_unit(e);
+  const T inverse = T(1) / (T(1) + e);
+  Wrong<T> w;
+  w.p = z >= T(0) ? inverse : e * inverse;
+  w.rest = z >= T(0) ? e * inverse : inverse;
+  w.softplus = (z <= T(0) ? T(0) : z) + log;  // so written, NaN stays NaN
+  if constexpr (squared) {
+    w.power = w.p * w.p;
+  } else {
+    // p^gamma by log p = min(z, 0) - log(1 + e); finite, so that p^0 is 1 also for p = 0
+    const T least = z >= T(0) ? T(0) : (z < T(-1e30) ? T(-1e30) : z);
+    w.power = exp_minus(gamma * (log - least));
+  }
+  return w;
+}
+
+template <bool squared, typename T>
+ALWAYS_INLINE T loss_of(T z, T gamma) {
+  const Wrong<T> w = wrong<squared>(z, gamma);
+  return w.power * w.softplus;
+}
+
+template <bool squared, typename T>
+ALWAYS_INLINE T slope_of(T z, T gamma) {
+  const Wrong<T> w = wrong<squared>(z, gamma);
+  // 1 - p vanishes faster than softplus grows, also where that is infinite
+  const T tail = w.rest == T(0) ? T(0) : gamma * w.rest * w.softplus;
+  return w.power * (tail + w.p);
+}
+
+// Over n logits of classes that are not the target's.
+
+template <bool squared, typename T>
+ALWAYS_INLINE T sum_loop(const T* x, int64_t n, T gamma) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += loss_of<squared>(x[i], gamma);
+  return sum;
+}
+
+template <bool squared, typename T>
+ALWAYS_INLINE void loss_loop(const T* x, int64_t n, T gamma, T weight, T* y) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = weight * loss_of<squared>(x[i], gamma);
+}
+
+template <bool squared, typename T>
+ALWAYS_INLINE void slope_loop(const T* x, int64_t n, T gamma, T weight, T* y) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = weight * slope_of<squared>(x[i], gamma);
+}
+
+NASFCOS_CLONES float sum_of(const float* x, int64_t n, float gamma) {
+  return gamma == 2.0f ? sum_loop<true>(x, n, gamma) : sum_loop<false>(x, n, gamma);
+}
+NASFCOS_CLONES void losses(const float* x, int64_t n, float gamma, float weight, float* y) {
+  gamma == 2.0f ? loss_loop<true>(x, n, gamma, weight, y)
+                : loss_loop<false>(x, n, gamma, weight, y);
+}
+NASFCOS_CLONES void slopes(const float* x, int64_t n, float gamma, float weight, float* y) {
+  gamma == 2.0f ? slope_loop<true>(x, n, gamma, weight, y)
+                : slope_loop<false>(x, n, gamma, weight, y);
+}
+double sum_of(const double* x, int64_t n, double gamma) { return sum_loop<false>(x, n, gamma); }
+void losses(const double* x, int64_t n, double gamma, double weight, double* y) {
+  loss_loop<false>(x, n, gamma, weight, y);
+}
+void slopes(const double* x, int64_t n, double gamma, double weight, double* y) {
+  slope_loop<false>(x, n, gamma, weight, y);
+}
+
+// Half types are computed in float, a block at a time.
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+constexpr int64_t kBlock = 512;
+
+template <typename S>
+void to_compute(const S* x, int64_t n, Compute<S>* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Compute<S>>(x[i]);
+}
+
+// Splits rows [begin, end) into runs of logits that are not their row's target, single logits that
+// are, and whole rows to ignore. Background is most of the rows, so the runs are long.
+template <typename Run, typename Single, typename Ignored>
+void walk(
+    const int64_t* targets, int64_t begin, int64_t end, int64_t classes, const Run& run,
+    const Single& single, const Ignored& ignored) {
+  int64_t start = begin * classes;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t target = targets[i];
+    if (target == 0) continue;
+    const int64_t stop = i * classes + (target > 0 ? target - 1 : 0);
+    if (stop > start) run(start, stop);
+    if (target > 0) {
+      single(stop);
+      start = stop + 1;
+    } else {
+      ignored(i * classes, (i + 1) * classes);
+      start = (i + 1) * classes;
+    }
+  }
+  if (end * classes > start) run(start, end * classes);
+}
+
+// Rows of one unit of work: fixed, so that the sum does not depend on the number of threads.
+int64_t rows_per_part(int64_t classes) {
+  return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, classes));
+}
+
+Tensor checked_targets(const Tensor& logits, const Tensor& targets) {
+  TORCH_CHECK_VALUE(
+      logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0),
+      "sigmoid_focal_loss: logits must be [N, C] and targets [N]");
+  const Tensor result = targets.to(at::kLong).contiguous();
+  const int64_t* t = result.const_data_ptr<int64_t>();
+  const int64_t classes = logits.size(1);
+  for (int64_t i = 0; i < result.numel(); ++i) {
+    TORCH_CHECK_VALUE(
+        t[i] >= -1 && t[i] <= classes, "sigmoid_focal_loss: targets must lie in -1..", classes,
+        " (the number of classes), got ", t[i]);
+  }
+  return result;
+}
+
+template <typename S>
+Tensor sum_impl(
+    const Tensor& logits, const Tensor& targets, Compute<S> gamma, Compute<S> alpha) {
+  using T = Compute<S>;
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const S* x = logits.const_data_ptr<S>();
+  const int64_t* t = targets.const_data_ptr<int64_t>();
+  const int64_t step = rows_per_part(classes);
+  const int64_t parts = (rows + step - 1) / step;
+  std::vector<double> sums(parts, 0.0);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      double negative = 0, positive = 0;
+      walk(
+          t, part * step, std::min(rows, (part + 1) * step), classes,
+          [&](int64_t start, int64_t stop) {
+            if constexpr (std::is_same_v<S, T>) {
+              negative += sum_of(x + start, stop - start, gamma);
+            } else {
+              T block[kBlock];
+              for (int64_t i = start; i < stop; i += kBlock) {
+                const int64_t n = std::min(kBlock, stop - i);
+                to_compute(x + i, n, block);
+                negative += sum_of(block, n, gamma);
+              }
+            }
+          },
+          [&](int64_t i) { positive += loss_of<false, T>(-static_cast<T>(x[i]), gamma); },
+          [](int64_t, int64_t) {});
+      sums[part] = (1 - alpha) * negative + alpha * positive;
+    }
+  });
+  double sum = 0;
+  for (double part : sums) sum += part;
+  Tensor result = at::empty({}, logits.options().dtype(c10::CppTypeToScalarType<T>::value));
+  *result.mutable_data_ptr<T>() = static_cast<T>(sum);
+  return result;
+}
+
+// y = scale(i) * (what `negatives` and `positive` give), elementwise.
+template <typename S, typename Negatives, typename Positive, typename Scale>
+Tensor elementwise_impl(
+    const Tensor& logits, const Tensor& targets, const Negatives& negatives,
+    const Positive& positive, const Scale& scale) {
+  using T = Compute<S>;
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const S* x = logits.const_data_ptr<S>();
+  const int64_t* t = targets.const_data_ptr<int64_t>();
+  Tensor result = at::empty(logits.sizes(), logits.options());
+  S* y = result.mutable_data_ptr<S>();
+  at::parallel_for(0, rows, rows_per_part(classes), [&](int64_t first, int64_t last) {
+    walk(
+        t, first, last, classes,
+        [&](int64_t start, int64_t stop) {
+          T from[kBlock], to[kBlock];
+          for (int64_t i = start; i < stop; i += kBlock) {
+            const int64_t n = std::min(kBlock, stop - i);
+            to_compute(x + i, n, from);
+            negatives(from, n, to);
+            for (int64_t k = 0; k < n; ++k) y[i + k] = static_cast<S>(scale(i + k) * to[k]);
+          }
+        },
+        [&](int64_t i) {
+          y[i] = static_cast<S>(scale(i) * positive(-static_cast<T>(x[i])));
+        },
+        [&](int64_t start, int64_t stop) { std::fill(y + start, y + stop, S(0)); });
+  });
+  return result;
+}
+
+Tensor sigmoid_focal_loss(
+    const Tensor& logits_, const Tensor& targets_, double gamma_, double alpha_, bool reduce) {
+  const Tensor targets = checked_targets(logits_, targets_);
+  const Tensor logits = logits_.contiguous();
+  Tensor result;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits.scalar_type(), "sigmoid_focal_loss", [&] {
+        using T = Compute<scalar_t>;
+        const T gamma = static_cast<T>(gamma_), alpha = static_cast<T>(alpha_);
+        if (reduce) {
+          result = sum_impl<scalar_t>(logits, targets, gamma, alpha);
+        } else {
+          result = elementwise_impl<scalar_t>(
+              logits, targets,
+              [=](const T* x, int64_t n, T* y) { losses(x, n, gamma, 1 - alpha, y); },
+              [=](T z) { return alpha * loss_of<false, T>(z, gamma); },
+              [](int64_t) { return T(1); });
+        }
+      });
+  return result;
+}
+
+Tensor sigmoid_focal_loss_backward(
+    const Tensor& grad_, const Tensor& logits_, const Tensor& targets_, double gamma_,
+    double alpha_) {
+  const Tensor targets = checked_targets(logits_, targets_);
+  const Tensor logits = logits_.contiguous();
+  TORCH_CHECK_VALUE(
+      grad_.dim() == 0 || grad_.sizes() == logits.sizes(),
+      "sigmoid_focal_loss_backward: grad must be a scalar or of the logits' shape");
+  Tensor result;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits.scalar_type(), "sigmoid_focal_loss_backward", [&] {
+        using T = Compute<scalar_t>;
+        const T gamma = static_cast<T>(gamma_), alpha = static_cast<T>(alpha_);
+        const auto negatives = [=](const T* x, int64_t n, T* y) {
+          slopes(x, n, gamma, 1 - alpha, y);
+        };
+        const auto positive = [=](T z) { return -alpha * slope_of<false, T>(z, gamma); };
+        const Tensor grad = grad_.to(c10::CppTypeToScalarType<T>::value).contiguous();
+        const T* g = grad.const_data_ptr<T>();
+        if (grad.dim() == 0) {
+          const T factor = *g;
+          result = elementwise_impl<scalar_t>(
+              logits, targets, negatives, positive, [=](int64_t) { return factor; });
+        } else {
+          result = elementwise_impl<scalar_t>(
+              logits, targets, negatives, positive, [=](int64_t i) { return g[i]; });
+        }
+      });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
+  m.impl("sigmoid_focal_loss", TORCH_FN(sigmoid_focal_loss));
+  m.impl("sigmoid_focal_loss_backward", TORCH_FN(sigmoid_focal_loss_backward));
+}
