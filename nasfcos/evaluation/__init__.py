@@ -1,5 +1,5 @@
 """COCO and PASCAL VOC figures of detections."""
 
-from nasfcos.evaluation.evaluate import EvaluationError, evaluate, format_metrics
+from .evaluate import EvaluationError, evaluate, format_metrics
 
 __all__ = ["EvaluationError", "evaluate", "format_metrics"]

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasfcos.boxes import legacy_to_xywh
-from nasfcos.evaluation.coco import FIGURES, coco_metrics
-from nasfcos.evaluation.files import write_json
-from nasfcos.evaluation.voc import Boxes, voc_average_precision
+from ..boxes import legacy_to_xywh
+from .coco import FIGURES, coco_metrics
+from .files import write_json
+from .voc import Boxes, voc_average_precision
 
 if TYPE_CHECKING:
-    from nasfcos.data import DetectionDataset
+    from ..data import DetectionDataset
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nasfcos.boxes import legacy_areas, legacy_sizes
+from ..boxes import legacy_areas, legacy_sizes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,352 @@
+"""Pictures: boxes on images, sheets of them, and the curves of a training run."""
+
+import colorsys
+import functools
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .evaluation.files import replacing
+
+logger = logging.getLogger(__name__)
+
+AnyImage = np.ndarray | Tensor | Image.Image
+
+
+# ----------------------------------------------------------------------------------------- boxes
+
+
+def draw_detections(
+    image: AnyImage,
+    detections: Mapping[str, Tensor],
+    class_names: Sequence[str] | None = None,
+    score_threshold: float = 0.3,
+) -> np.ndarray:
+    """An image with boxes and labels on it.
+
+    Args:
+        image: uint8 RGB array [H, W, 3], PIL image, or RGB tensor [3, H, W], uint8 or float 0..1.
+        detections: `boxes` [N, 4], xyxy in the pixels of the image, both corners inside; `labels`
+            [N] from 1; `scores` [N]. A training target has no scores: all its boxes are drawn.
+        class_names: name of label n at n - 1; None shows the numbers.
+        score_threshold: detections below it are not drawn.
+
+    Returns:
+        A new uint8 array [H, W, 3]. Of boxes that overlap the best scored lies on top. Lines and
+        text grow with the image; tags stay inside of it and off each other where there is room.
+    """
+    canvas = _to_pil(image)
+    draw = ImageDraw.Draw(canvas)
+    # A small part of the picture, but text that can still be read.
+    font_size = max(9, round(math.sqrt(canvas.width * canvas.height) / 42))
+    line_width = max(1, round(font_size / 6))
+    font = _font(font_size)
+
+    tags, placed = [], []
+    for box, label, score in _best_first(detections, score_threshold):
+        text = class_names[label - 1] if class_names else str(label)
+        if score is not None:
+            text = f"{text} {score:.2f}"
+        text = _shorten(text, font, canvas.width - 2 * (font_size // 4))
+        width = math.ceil(font.getlength(text)) + 2 * (font_size // 4)
+        height = round(font_size * 1.3)
+        tag = _place_tag(box, width, height, canvas.size, placed)
+        placed.append(tag)
+        tags.append((box, class_color(label), text, tag))
+
+    for box, color, text, tag in reversed(tags):
+        x0, y0, x1, y1 = (round(side) for side in box)
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=line_width)
+        draw.rectangle((tag[0], tag[1], tag[2] - 1, tag[3] - 1), fill=color)
+        luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+        draw.text(
+            ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2),
+            text,
+            fill=(0, 0, 0) if luminance > 140 else (255, 255, 255),
+            font=font,
+            anchor="mm",
+        )
+    return np.array(canvas)
+
+
+def image_grid(
+    images: Sequence[AnyImage],
+    detections: Sequence[Mapping[str, Tensor]] | None = None,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float = 0.3,
+    columns: int | None = None,
+    cell_size: int = 400,
+) -> np.ndarray:
+    """A sheet of images, each with its detections.
+
+    Each image is fitted into its cell before its boxes are drawn, so text is equally legible in
+    all of them. A row is as high as its highest image.
+
+    Args:
+        images, class_names, score_threshold: as for `draw_detections`.
+        detections: for each image, or None for bare images.
+        columns: cells in a row; None makes as many rows as columns.
+        cell_size: the longer side of every image on the sheet, in pixels.
+
+    Returns:
+        uint8 RGB array [H, W, 3].
+    """
+    if not images:
+        raise ValueError("image_grid needs at least one image")
+    pictures = []
+    for index, image in enumerate(images):
+        picture = _to_pil(image)
+        scale = cell_size / max(picture.size)
+        size = [max(1, round(side * scale)) for side in picture.size]
+        ratios = torch.tensor([new / old for new, old in zip(size, picture.size, strict=True)])
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        if detections is not None:
+            scaled = dict(detections[index])
+            scaled["boxes"] = scaled["boxes"].detach().cpu() * ratios.repeat(2)
+            picture = draw_detections(picture, scaled, class_names, score_threshold)
+        pictures.append(np.asarray(picture))
+
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    gap = max(2, cell_size // 50)
+    step = cell_size + gap
+    sheet = np.full(
+        (sum(heights) + gap * (len(rows) + 1), step * len(rows[0]) + gap, 3), 255, np.uint8
+    )
+    row_top = gap
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            height, width = picture.shape[:2]
+            top = row_top + (row_height - height) // 2
+            left = gap + column * step + (cell_size - width) // 2
+            sheet[top : top + height, left : left + width] = picture
+        row_top += row_height + gap
+    return sheet
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """The RGB color of a class: always the same, and far from those of the labels beside it."""
+    hue = (0.58 + label * (math.sqrt(5) - 1) / 2) % 1  # golden section: never close to the last few
+    saturation, value = [(0.85, 0.95), (0.6, 1.0), (1.0, 0.7)][label // 8 % 3]
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def _best_first(detections: Mapping[str, Tensor], score_threshold: float):
+    """(box, label, score or None) of what is to be drawn."""
+    boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
+    if "scores" not in detections:
+        return zip(boxes, labels, [None] * len(boxes), strict=True)
+    triples = zip(boxes, labels, detections["scores"].tolist(), strict=True)
+    return sorted(
+        (triple for triple in triples if triple[2] >= score_threshold),
+        key=lambda triple: -triple[2],
+    )
+
+
+def _to_pil(image: AnyImage) -> Image.Image:
+    """An RGB copy that may be drawn on."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        if image.is_floating_point():
+            image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+        image = image.permute(1, 2, 0).numpy()
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            "An image must be a uint8 RGB array [H, W, 3] or a tensor [3, H, W], not "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # for its fonts, which know more alphabets than PIL's
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """The text, or as much of it as fits into `room` pixels and an ellipsis."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text + "…" if text else ""
+
+
+def _place_tag(
+    box: Sequence[float],
+    width: int,
+    height: int,
+    image_size: tuple[int, int],
+    placed: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int]:
+    """Where a tag goes, (x0, y0, x1, y1) with the last row and column outside.
+
+    The first free of: above the box, below it, inside at its top, inside at its bottom; the one
+    covered least where none is free.
+    """
+    image_width, image_height = image_size
+    width, height = min(width, image_width), min(height, image_height)
+    left = min(max(0, round(box[0])), image_width - width)
+    top, bottom = round(box[1]), round(box[3]) + 1
+
+    def covered(y: int) -> int:
+        return sum(
+            max(0, min(left + width, x1) - max(left, x0)) * max(0, min(y + height, y1) - max(y, y0))
+            for x0, y0, x1, y1 in placed
+        )
+
+    candidates = [top - height, bottom, top, bottom - height]
+    inside = [y for y in candidates if 0 <= y <= image_height - height]
+    y = min(inside or [min(max(0, top), image_height - height)], key=covered)
+    return left, y, left + width, y + height
+
+
+# ---------------------------------------------------------------------------------------- curves
+
+
+def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
+    """The lines of a `metrics.jsonl`, by iteration.
+
+    Lines of the same iteration are joined. A line that goes back to an earlier iteration is that of
+    a resumed run: it replaces what came after that iteration. Lines that do not parse (the last one
+    of a killed run) are skipped, and counted in the log.
+    """
+    history: dict[int, dict[str, float]] = {}
+    broken = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                iteration = int(entry["iteration"])
+            except (ValueError, TypeError, KeyError):
+                broken += 1
+                continue
+            for later in [i for i in reversed(history) if i > iteration]:
+                del history[later]
+            history.setdefault(iteration, {}).update(
+                (name, float(value))
+                for name, value in entry.items()
+                if isinstance(value, (int, float)) and math.isfinite(value)
+            )
+    if broken:
+        logger.warning("%s: %d lines that are not JSON skipped", path, broken)
+    return history
+
+
+def plot_training(metrics_jsonl: str | Path, output_png: str | Path) -> None:
+    """Draw the losses, the learning rate and the AP of a run over its iterations.
+
+    Args:
+        metrics_jsonl: what training wrote: a JSON object per line with `iteration`, and `loss`,
+            `loss_...`, `lr`, `eval/<data set>/AP`, `eval/<data set>/AP50`.
+        output_png: the picture, written whole or not at all.
+
+    Raises:
+        ValueError: the file has no such line.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    history = read_metrics(metrics_jsonl)
+    series = _series(history)
+    losses = sorted(
+        (name for name in series if name.startswith("loss")), key=lambda n: (n != "loss", n)
+    )
+    figures = [name for name in series if name.startswith("eval/")]
+    figures = [name for name in figures if name.rsplit("/", 1)[1] in ("AP", "AP50")]
+    panels = [
+        kind
+        for kind, present in (("loss", losses), ("lr", "lr" in series), ("AP", figures))
+        if present
+    ]
+    if not panels:
+        raise ValueError(f"{metrics_jsonl} has no line with a loss, a learning rate or an AP")
+
+    figure = Figure(figsize=(5.2 * len(panels), 3.9), dpi=130, layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    if losses:
+        _plot_losses(axes["loss"], {name: series[name] for name in losses})
+    if "lr" in series:
+        axes["lr"].plot(*series["lr"], color="#444444", linewidth=1.8)
+        axes["lr"].set_title("learning rate")
+        axes["lr"].set_ylim(bottom=0)
+        axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    if figures:
+        _plot_average_precision(axes["AP"], {name: series[name] for name in figures})
+    last = max(history)
+    for axis in axes.values():
+        axis.set_xlabel("iteration")
+        axis.set_xlim(0, last)
+        axis.grid(alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    with replacing(output_png) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _series(history: Mapping[int, Mapping[str, float]]) -> dict[str, tuple[list, list]]:
+    """(iterations, values) of each name."""
+    series: dict[str, tuple[list, list]] = {}
+    for iteration in sorted(history):
+        for name, value in history[iteration].items():
+            iterations, values = series.setdefault(name, ([], []))
+            iterations.append(iteration)
+            values.append(value)
+    return series
+
+
+def _plot_losses(axis, losses: Mapping[str, tuple[list, list]]) -> None:
+    top = 0.0
+    for name, (iterations, values) in losses.items():
+        smoothed = _smooth(np.array(values))
+        (line,) = axis.plot(
+            iterations, smoothed, linewidth=2.2 if name == "loss" else 1.6,
+            color="#222222" if name == "loss" else None, label=name, zorder=3,
+        )  # fmt: skip
+        axis.plot(iterations, values, linewidth=0.7, alpha=0.3, color=line.get_color())
+        # The first steps can be a hundred times what follows; they may leave the picture.
+        top = max(top, np.percentile(values, 98))
+    axis.set_ylim(0, top * 1.15 or 1)
+    axis.set_title("losses")
+    axis.legend(frameon=False)
+
+
+def _plot_average_precision(axis, figures: Mapping[str, tuple[list, list]]) -> None:
+    datasets = sorted({name.split("/", 1)[1].rsplit("/", 1)[0] for name in figures})
+    for name, (iterations, values) in sorted(figures.items()):
+        dataset, figure = name.split("/", 1)[1].rsplit("/", 1)
+        axis.plot(
+            iterations, values, color=f"C{datasets.index(dataset)}", linewidth=1.8,
+            linestyle="-" if figure == "AP" else "--", marker="o", markersize=4, clip_on=False,
+            label=f"{figure} {dataset}" if len(datasets) > 1 else figure,
+        )  # fmt: skip
+        axis.annotate(
+            f"{values[-1]:.3f}", (iterations[-1], values[-1]), xytext=(-4, 5),
+            textcoords="offset points", ha="right", fontsize=8,
+        )  # fmt: skip
+    axis.set_ylim(0, 1)
+    axis.set_title(f"AP on {datasets[0]}" if len(datasets) == 1 else "AP")
+    axis.legend(frameon=False)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the run, narrower at its ends."""
+    half = len(values) // 40
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, len(values) - 1 - index), half)
+    low, high = index - reach, index + reach + 1
+    return (sums[high] - sums[low]) / (high - low)

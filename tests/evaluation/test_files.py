@@ -1,0 +1,27 @@
+import json
+
+import pytest
+
+from nasfcos.evaluation.files import replacing, write_json
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "figures.json"
+    write_json(path, {"AP": 0.5})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text('{"AP"')
+        raise RuntimeError("disk full")
+    assert json.loads(path.read_text()) == {"AP": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_values_that_are_not_json_are_refused_whole(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "figures.json", [float("inf")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_made_and_nan_is_null(tmp_path):
+    path = tmp_path / "a" / "b" / "c.json"
+    write_json(path, {"x": float("nan"), "y": {"z": float("nan")}})
+    assert path.read_text() == '{"x": null, "y": {"z": null}}'
