@@ -27,11 +27,11 @@ namespace {
 
 using at::Tensor;
 
-// exp(-a) for a >= 0, to about one unit in the last place; plain arithmetic, so that loops of it
-// become vector code.
+// exp(-a) for a >= 0, to about one unit in the last place. Plain arithmetic without branches, so that
+// loops of it become vector code; from 88 on the exponent underflows to the bits of zero.
 ALWAYS_INLINE float exp_minus(float a) {
   constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  const float x = -(a < 87.0f ? a : 87.0f);
+  const float x = -std::min(a, 88.0f);
   const int32_t n = static_cast<int32_t>(x * log2e - 0.5f);
   const float k = static_cast<float>(n);
   const float r = (x - k * ln2_high) - k * ln2_low;
@@ -42,8 +42,7 @@ ALWAYS_INLINE float exp_minus(float a) {
   y = y * r + 1.0f / 6;
   y = y * r + 0.5f;
   y = y * r * r + r + 1.0f;
-  y *= c10::bit_cast<float>((n + 127) << 23);
-  return a < 87.0f ? y : 0.0f;
+  return y * c10::bit_cast<float>((n + 127) << 23);
 }
 
 // log(1 + e) for 0 <= e <= 1: 2 artanh(e / (2 + e)) by its series.
@@ -76,12 +75,12 @@ ALWAYS_INLINE Wrong<T> wrong(T z, T gamma) {
   Wrong<T> w;
   w.p = z >= T(0) ? inverse : e * inverse;
   w.rest = z >= T(0) ? e * inverse : inverse;
-  w.softplus = (z <= T(0) ? T(0) : z) + log;  // so written, NaN stays NaN
+  w.softplus = std::max(z, T(0)) + log;  // in this order of arguments NaN stays NaN
   if constexpr (squared) {
     w.power = w.p * w.p;
   } else {
     // p^gamma by log p = min(z, 0) - log(1 + e); finite, so that p^0 is 1 also for p = 0
-    const T least = z >= T(0) ? T(0) : (z < T(-1e30) ? T(-1e30) : z);
+    const T least = std::max(std::min(z, T(0)), T(-1e30));
     w.power = exp_minus(gamma * (log - least));
   }
   return w;
@@ -97,8 +96,8 @@ template <bool squared, typename T>
 ALWAYS_INLINE T slope_of(T z, T gamma) {
   const Wrong<T> w = wrong<squared>(z, gamma);
   // 1 - p vanishes faster than softplus grows, also where that is infinite
-  const T tail = w.rest == T(0) ? T(0) : gamma * w.rest * w.softplus;
-  return w.power * (tail + w.p);
+  const T tail = w.rest * std::min(w.softplus, T(1e38));
+  return w.power * (gamma * tail + w.p);
 }
 
 // Over n logits of classes that are not the target's.

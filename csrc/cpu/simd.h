@@ -4,7 +4,7 @@
 // the processor has: one library runs everywhere and still uses AVX2 or AVX-512.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
     !defined(__clang__)
-#define NASFCOS_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#define NASFCOS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define NASFCOS_CLONES
 #endif
