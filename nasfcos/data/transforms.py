@@ -50,7 +50,7 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
     """[3, H, W] uint8 of an RGB picture."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 @dataclass(frozen=True)
