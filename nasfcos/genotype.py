@@ -121,11 +121,14 @@ class Genotype:
         names = [f"C{i + 2}" for i in range(NUM_INPUTS)]
         lines = []
         for cell in self.cells:
-            a, b = (f"{FPN_OPS[op]}({names[node]})" for op, node in zip(cell.ops, cell.inputs))
+            a, b = (
+                f"{FPN_OPS[op]}({names[node]})"
+                for op, node in zip(cell.ops, cell.inputs, strict=True)
+            )
             names.append(f"N{len(names)}")
             lines.append(f"{names[-1]} = {AGGREGATIONS[cell.aggregation]}({a}, {b})")
         extra = "".join(f" + {names[node]}" for node in self.extra_nodes)
-        for level, node in zip((3, 4, 5), self.pyramid_nodes):
+        for level, node in zip((3, 4, 5), self.pyramid_nodes, strict=True):
             lines.append(f"P{level} = {names[node]}{extra}")
         if self.head_split is not None:
             for i, op in enumerate(self.head_ops):

@@ -145,7 +145,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
     return tree
 
 
-def _merge(node: CfgNode, tree: dict, source: str, sources: dict[str, str], prefix: str = "") -> None:
+def _merge(
+    node: CfgNode, tree: dict, source: str, sources: dict[str, str], prefix: str = ""
+) -> None:
     """Set the values of `tree` in `node`, checking names and types."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -171,7 +173,7 @@ def _merge_overrides(cfg: CfgNode, overrides: Sequence[Any], sources: dict[str, 
             f"{COMMAND_LINE}: overrides come as KEY VALUE pairs, but there are {len(overrides)} "
             f"words: {' '.join(map(str, overrides))}"
         )
-    for key, value in zip(overrides[::2], overrides[1::2]):
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         tree: Any = value
         for part in reversed(str(key).split(".")):
             tree = {part: tree}
@@ -205,7 +207,7 @@ def _unknown_key(name: str, source: str) -> str:
 
 
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
-    """`value` as the type of `default`; text is read as a Python literal where text is not meant."""
+    """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
             value = ast.literal_eval(value.strip())

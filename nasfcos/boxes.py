@@ -1,0 +1,43 @@
+"""Box arithmetic. Boxes are xyxy in pixels.
+
+The released models count both corners as inside a box: its width is ``x1 - x0 + 1`` ("legacy
+width"). That convention lives here and nowhere else in Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def legacy_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Legacy widths and heights, each [...], of boxes [..., 4]."""
+    return boxes[..., 2] - boxes[..., 0] + 1, boxes[..., 3] - boxes[..., 1] + 1
+
+
+def legacy_areas(boxes: Tensor) -> Tensor:
+    """Legacy areas [...] of boxes [..., 4], in square pixels."""
+    width, height = legacy_sizes(boxes)
+    return width * height
+
+
+def legacy_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Legacy intersection over union [N, M] of boxes [N, 4] and [M, 4]."""
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    sides = (bottom_right - top_left + 1).clamp(min=0)
+    intersection = sides[..., 0] * sides[..., 1]
+    return intersection / (legacy_areas(a)[:, None] + legacy_areas(b)[None] - intersection)
+
+
+def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes [..., 4] with their corners moved into the pixels 0..width-1, 0..height-1."""
+    x = boxes[..., 0::2].clamp(0, width - 1)
+    y = boxes[..., 1::2].clamp(0, height - 1)
+    return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
+
+
+def legacy_to_xywh(boxes: Tensor) -> Tensor:
+    """COCO's (x, y, width, height) [..., 4] of legacy boxes [..., 4]."""
+    width, height = legacy_sizes(boxes)
+    return torch.stack((boxes[..., 0], boxes[..., 1], width, height), dim=-1)

@@ -1,0 +1,105 @@
+"""Weight files by URL or by name, downloaded once and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+CATALOG = {
+    "ImageNetPretrained/MSRA/R-50": "ImageNetPretrained/MSRA/R-50.pkl",
+    "ImageNetPretrained/MSRA/R-101": "ImageNetPretrained/MSRA/R-101.pkl",
+    "ImageNetPretrained/FAIR/20171220/X-101-32x8d": (
+        "ImageNetPretrained/20171220/X-101-32x8d.pkl"
+    ),
+}
+CATALOG_ROOT = "https://dl.fbaipublicfiles.com/detectron/"
+
+
+class DownloadError(ValueError):
+    """A source that cannot be had; the message says which and what to do instead."""
+
+
+def resolve_source(source: str) -> Path:
+    """The local file of a source: a path as it is; ``http(s)://``, ``catalog://`` and
+    ``torchvision://`` downloaded into the cache unless they are there.
+
+    A URL may end in ``#sha256=<hex>`` (at least the first eight digits). Without it the checksum in
+    a torch-style file name (``resnet50-0676ba61.pth``) counts, and without that the checksum of the
+    first download, so that a file damaged later is noticed.
+
+    Raises:
+        DownloadError: unknown name, failed download, wrong checksum.
+    """
+    if source.startswith("catalog://"):
+        name = source.removeprefix("catalog://")
+        if name not in CATALOG:
+            raise DownloadError(f"{source}: the catalog has only {', '.join(CATALOG)}")
+        source = CATALOG_ROOT + CATALOG[name]
+    elif source.startswith("torchvision://"):
+        source = _torchvision_url(source.removeprefix("torchvision://"))
+    if urlparse(source).scheme in ("http", "https"):
+        return _download(source)
+    return Path(source.removeprefix("file://")).expanduser()
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: beside torch.hub's own (``TORCH_HOME`` moves both)."""
+    return Path(torch.hub.get_dir()) / "nasfcos"
+
+
+def _torchvision_url(name: str) -> str:
+    from torchvision.models import get_model_weights, list_models
+
+    try:
+        return get_model_weights(name).IMAGENET1K_V1.url
+    except (ValueError, AttributeError):
+        usable = ", ".join(list_models(include=["resnet*", "mobilenet_v2"]))
+        raise DownloadError(
+            f"torchvision://{name}: torchvision has no ImageNet weights of that name; "
+            f"backbones for this project: {usable}"
+        ) from None
+
+
+def _download(url: str) -> Path:
+    url, _, fragment = url.partition("#")
+    expected = fragment.removeprefix("sha256=") or None
+    path = cache_dir() / Path(urlparse(url).path).name
+    if expected is None:
+        match = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
+        expected = match[1] if match else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = path.with_name(path.name + ".sha256")
+    with FileLock(f"{path}.lock"):  # several processes of one job ask at once
+        if path.is_file():
+            expected = expected or (record.read_text().strip() if record.is_file() else None)
+            if expected is None or sha256(path).startswith(expected):
+                return path
+            logger.warning("%s is damaged (wrong checksum); downloading it again", path)
+        logger.info("downloading %s to %s", url, path)
+        try:
+            # Writes to a temporary file, checks the hash, then moves it into place.
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+        except (OSError, RuntimeError) as error:
+            raise DownloadError(
+                f"{url} could not be downloaded: {error}. Fetch it by other means and give its "
+                f"path, or put it at {path}"
+            ) from None
+        record.write_text(sha256(path) + "\n")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

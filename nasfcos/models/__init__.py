@@ -1,0 +1,16 @@
+"""Detectors and their parts, built from registries."""
+
+from .build import build_detector
+from .detector import Detector, Preprocess
+from .registry import BACKBONES, HEADS, NECKS
+from .weights import load_weights
+
+__all__ = [
+    "BACKBONES",
+    "HEADS",
+    "NECKS",
+    "Detector",
+    "Preprocess",
+    "build_detector",
+    "load_weights",
+]

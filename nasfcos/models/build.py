@@ -1,0 +1,34 @@
+"""A detector from the config tree."""
+
+from __future__ import annotations
+
+from torch import nn
+from yacs.config import CfgNode
+
+from . import backbones, heads, necks  # noqa: F401  (they register themselves)
+from .detector import Detector, Preprocess
+from .heads.dense import PostProcess
+from .registry import BACKBONES, HEADS, NECKS
+
+
+def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
+    """The detector that a config describes, freshly initialised, on the CPU, in training mode.
+
+    Args:
+        cfg: the config tree.
+        num_classes: object classes, background not counted.
+
+    Raises:
+        ConfigError: the name of a part that is not registered.
+    """
+    backbone = BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
+    neck = NECKS[cfg.MODEL.NECK.NAME](cfg, backbone.out_channels)
+    post_process = PostProcess(
+        score_threshold=cfg.TEST.SCORE_THRESHOLD,
+        pre_nms_top_n=cfg.TEST.PRE_NMS_TOP_N,
+        nms_iou=cfg.TEST.NMS_IOU,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    head = HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, post_process)
+    model = Detector(Preprocess(cfg.DATALOADER.SIZE_DIVISIBILITY), backbone, neck, head)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.MODEL.SYNC_BN else model

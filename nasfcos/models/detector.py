@@ -1,0 +1,141 @@
+"""The detector: preprocess, backbone, neck, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .heads.dense import DenseHead, Detections, Targets
+
+CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
+"""Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
+0..255; those models divide by nothing."""
+
+
+class Preprocess(nn.Module):
+    """Images to one normalised batch: channels reversed to BGR, mean taken off, divided by the
+    deviation, then padded with zeros on the right and bottom to the largest size of the batch,
+    rounded up to a multiple of `size_divisibility`.
+
+    The mean and deviation (RGB, in 0..255) are buffers, since they belong to the weights:
+    `nasfcos.models.weights` sets them for backbones trained on other images.
+    """
+
+    def __init__(self, size_divisibility: int = 32) -> None:
+        super().__init__()
+        self.size_divisibility = size_divisibility
+        self.register_buffer("mean", torch.tensor(CAFFE2_MEAN))
+        self.register_buffer("std", torch.ones(3))
+
+    def forward(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Images [3, H, W], RGB, float in 0..1 or uint8 in 0..255, of any sizes.
+
+        Returns:
+            the batch [N, 3, H', W'] float32 on this module's device, and each image's (H, W).
+
+        Raises:
+            ValueError: an image of another shape or type.
+        """
+        for index, image in enumerate(images):
+            _check_image(image, index)
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        height, width = (
+            math.ceil(max(side) / self.size_divisibility) * self.size_divisibility
+            for side in zip(*sizes, strict=True)
+        )
+        batch = self.mean.new_zeros(len(images), 3, height, width)
+        mean, std = (x.flip(0)[:, None, None] for x in (self.mean, self.std))
+        for image, padded in zip(images, batch, strict=True):
+            image = image.to(self.mean.device, non_blocking=True)
+            pixels = image.float() if image.dtype == torch.uint8 else image.float() * 255
+            _, h, w = image.shape
+            padded[:, :h, :w] = (pixels.flip(0) - mean) / std
+        return batch, sizes
+
+
+class Detector(nn.Module):
+    """A one-stage detector.
+
+    In training, ``model(images, targets)`` gives the loss terms; in evaluation, ``model(images)``
+    gives each image's detections in its own pixels. Images are tensors [3, H, W], RGB, float in
+    0..1 (or uint8); a target has ``boxes`` [N, 4] float xyxy and ``labels`` [N] int64 from 1.
+    """
+
+    def __init__(
+        self, preprocess: Preprocess, backbone: nn.Module, neck: nn.Module, head: DenseHead
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Targets | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Losses (training mode) or detections (evaluation mode).
+
+        Raises:
+            ValueError: no images, an image or a target of the wrong shape or type, in training a
+                missing target, a box without area or a label out of range.
+        """
+        if len(images) == 0:
+            raise ValueError("the list of images is empty")
+        if self.training:
+            targets = self._checked_targets(images, targets)
+        batch, sizes = self.preprocess(images)
+        outputs = self.head(self.neck(self.backbone(batch)))
+        if self.training:
+            return self.head.losses(outputs, targets)
+        return self.head.detect(outputs, sizes)
+
+    def _checked_targets(
+        self, images: Sequence[Tensor], targets: Targets | None
+    ) -> list[dict[str, Tensor]]:
+        """The targets on the model's device; values are checked where that costs no waiting."""
+        if targets is None or len(targets) != len(images):
+            given = "none" if targets is None else len(targets)
+            raise ValueError(
+                f"in training mode every image needs a target; {len(images)} images, {given} given"
+            )
+        device = self.preprocess.mean.device
+        checked = []
+        for index, target in enumerate(targets):
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+                raise ValueError(
+                    f"target {index}: boxes must be [N, 4] and labels [N], not "
+                    f"{list(boxes.shape)} and {list(labels.shape)}"
+                )
+            if boxes.device.type == "cpu" and len(boxes):
+                self._check_values(boxes, labels, index)
+            checked.append(
+                {
+                    "boxes": boxes.to(device, torch.float32, non_blocking=True),
+                    "labels": labels.to(device, torch.int64, non_blocking=True),
+                }
+            )
+        return checked
+
+    def _check_values(self, boxes: Tensor, labels: Tensor, index: int) -> None:
+        good = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
+        if not good.all():
+            bad = boxes[~good][0].tolist()
+            raise ValueError(f"target {index}: box {bad} is not finite with x0 <= x1 and y0 <= y1")
+        if labels.min() < 1 or labels.max() > self.head.num_classes:
+            raise ValueError(
+                f"target {index}: labels lie in {labels.min()}..{labels.max()}, but the model's "
+                f"classes are 1..{self.head.num_classes}"
+            )
+
+
+def _check_image(image: Tensor, index: int) -> None:
+    is_image = isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
+    if not is_image or 0 in image.shape:
+        what = f"shape {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image {index} must be a tensor [3, H, W], not {what}")
+    if not (image.is_floating_point() or image.dtype == torch.uint8):
+        raise ValueError(f"image {index} must be float in 0..1 or uint8, not {image.dtype}")

@@ -1,0 +1,248 @@
+"""The RetinaNet head (Lin et al., 2017) as the release trains and tests it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from ...boxes import legacy_iou, legacy_sizes
+from ...ops import sigmoid_focal_loss
+from ..registry import HEADS
+from .dense import (
+    STRIDES,
+    DenseHead,
+    Detections,
+    PostProcess,
+    Targets,
+    flatten_levels,
+    flatten_map,
+    prediction_layer,
+    prior_bias,
+)
+from .towers import Tower, build_towers
+
+CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+LARGEST_LOG_SCALE = math.log(1000 / 16)
+IGNORED = -1
+
+
+class RetinaNetHead(DenseHead):
+    """Per anchor: class logits and the offset of a box.
+
+    Args:
+        channels: of the pyramid levels.
+        num_classes: object classes, background not counted.
+        cls_tower, box_tower: the layers before the predictions.
+        anchor_size: side of P3's anchors in pixels (doubles by level).
+        scales_per_octave, aspect_ratios: the anchors of each place, ratio-major; a ratio is
+            height / width.
+        fg_iou, bg_iou: see `match_anchors`.
+        smooth_l1_beta: where the box loss turns from square to linear.
+        box_loss_divisor: the box loss is summed over this many times the positives.
+        prior_prob: foreground probability that the fresh classifier predicts.
+        focal_gamma, focal_alpha: of the classification loss.
+        post_process: how predictions become detections.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        cls_tower: Tower,
+        box_tower: Tower,
+        anchor_size: float = 32,
+        scales_per_octave: int = 3,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        fg_iou: float = 0.5,
+        bg_iou: float = 0.4,
+        smooth_l1_beta: float = 0.11,
+        box_loss_divisor: float = 4.0,
+        prior_prob: float = 0.01,
+        focal_gamma: float = 2.0,
+        focal_alpha: float = 0.25,
+        post_process: PostProcess | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes, focal_gamma, focal_alpha, post_process or PostProcess(nms_iou=0.4)
+        )
+        self.fg_iou = fg_iou
+        self.bg_iou = bg_iou
+        self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss_divisor = box_loss_divisor
+        self.cls_tower = cls_tower
+        self.box_tower = box_tower
+        # Kept in the state dict, as in the released one: weights only mean something with the
+        # anchors that they were trained for.
+        for level, stride in enumerate(STRIDES):
+            sizes = [
+                anchor_size * 2 ** (level + octave / scales_per_octave)
+                for octave in range(scales_per_octave)
+            ]
+            self.register_buffer(f"anchors{level}", cell_anchors(stride, sizes, aspect_ratios))
+        num_anchors = scales_per_octave * len(aspect_ratios)
+        self.cls_logits = prediction_layer(
+            channels, num_anchors * num_classes, prior_bias(prior_prob)
+        )
+        self.box_pred = prediction_layer(channels, num_anchors * 4)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """P3..P7 [N, C, H, W] to logits [N, anchors * classes, H, W] and box codes
+        [N, anchors * 4, H, W], by level."""
+        logits = [self.cls_logits(x) for x in self.cls_tower(pyramid)]
+        codes = [self.box_pred(x) for x in self.box_tower(pyramid)]
+        return logits, codes
+
+    def anchors(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Legacy boxes [height * width * anchors, 4] of each level, in the order (y, x, anchor)."""
+        return [
+            shift_anchors(self.get_buffer(f"anchors{level}"), *shape, STRIDES[level])
+            for level, shape in enumerate(shapes)
+        ]
+
+    def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
+        """``loss_cls`` (focal, over positives + images) and ``loss_box`` (smooth L1)."""
+        logits, codes = outputs
+        anchors = torch.cat(self.anchors([tuple(x.shape[-2:]) for x in logits]))
+        labels, wanted = [], []
+        for target in targets:
+            match = match_anchors(anchors, target["boxes"], self.fg_iou, self.bg_iou)
+            foreground = match >= 0
+            labels.append(anchor_labels(match, target["labels"]))
+            wanted.append(encode(target["boxes"][match[foreground]], anchors[foreground]))
+        labels, wanted = torch.cat(labels), torch.cat(wanted)
+        positive = (labels > 0).nonzero().squeeze(1)
+        loss_cls = sigmoid_focal_loss(
+            flatten_levels(logits, self.num_classes).flatten(0, 1),
+            labels,
+            gamma=self.focal_gamma,
+            alpha=self.focal_alpha,
+        ) / (len(positive) + len(targets))
+        predicted = flatten_levels(codes, 4).flatten(0, 1)[positive].float()
+        loss_box = nn.functional.smooth_l1_loss(
+            predicted, wanted, beta=self.smooth_l1_beta, reduction="sum"
+        ) / max(1, len(positive) * self.box_loss_divisor)
+        return {"loss_cls": loss_cls, "loss_box": loss_box}
+
+    def detect(
+        self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
+        logits, codes = outputs
+        anchors = self.anchors([tuple(x.shape[-2:]) for x in logits])
+        candidates: list[list[tuple[Tensor, ...]]] = [[] for _ in sizes]
+        for level_logits, level_codes, level_anchors in zip(logits, codes, anchors, strict=True):
+            probabilities = flatten_map(level_logits, self.num_classes).float().sigmoid()
+            flat_codes = flatten_map(level_codes, 4).float()
+            for image in range(len(sizes)):
+                scores, where, labels = self.post_process.select(probabilities[image], None)
+                boxes = decode(flat_codes[image, where], level_anchors[where])
+                candidates[image].append((boxes, scores, labels))
+        return [
+            self.post_process.finish(*map(torch.cat, zip(*levels, strict=True)), size)
+            for levels, size in zip(candidates, sizes, strict=True)
+        ]
+
+
+def cell_anchors(stride: int, sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """The anchors [ratios * sizes, 4] of the place at the origin, as legacy boxes, ratio-major.
+
+    For each ratio (height / width) a window of the stride's area is rounded to whole pixels, and
+    then scaled to each size (pixels).
+    """
+    centre = (stride - 1) / 2
+    anchors = []
+    for ratio in aspect_ratios:
+        width = np.round(np.sqrt(stride**2 / ratio))
+        height = np.round(width * ratio)
+        for size in sizes:
+            half = (np.array([width, height]) * (size / stride) - 1) / 2
+            anchors.append([*(centre - half), *(centre + half)])
+    return torch.tensor(np.array(anchors), dtype=torch.float32)
+
+
+def shift_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Anchors [A, 4] repeated at each place of a map: [height * width * A, 4], order (y, x, a)."""
+    y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride
+    x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
+    return (shifts + cell).reshape(-1, 4)
+
+
+BACKGROUND, BETWEEN = -1, -2
+
+
+def match_anchors(anchors: Tensor, boxes: Tensor, fg_iou: float, bg_iou: float) -> Tensor:
+    """The box [A] that each anchor [A, 4] answers for: an index into boxes [M, 4], or
+    `BACKGROUND` (best IoU below `bg_iou`), or `BETWEEN` (below `fg_iou`).
+
+    Every anchor that attains a box's best IoU is matched all the same, to its own best box.
+    """
+    if len(boxes) == 0:
+        return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+    iou = legacy_iou(boxes, anchors)
+    best_iou, best_box = iou.max(dim=0)
+    match = torch.where(best_iou < fg_iou, BETWEEN, best_box)
+    match = torch.where(best_iou < bg_iou, BACKGROUND, match)
+    closest = ((iou == iou.amax(dim=1, keepdim=True)) & (iou > 0)).any(dim=0)
+    return torch.where(closest, best_box, match)
+
+
+def anchor_labels(match: Tensor, box_labels: Tensor) -> Tensor:
+    """Labels [A] for the focal loss (0 background, -1 ignored) of `match_anchors`' result [A]."""
+    labels = torch.where(match == BETWEEN, IGNORED, 0)
+    foreground = match >= 0
+    labels[foreground] = box_labels[match[foreground]]
+    return labels
+
+
+def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and sizes, each [N, 2] (x, y), of legacy boxes [N, 4]."""
+    sizes = torch.stack(legacy_sizes(boxes), dim=1)
+    return boxes[:, :2] + 0.5 * sizes, sizes
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Box codes [N, 4]: weighted relative shift of the centre and log ratio of the sizes."""
+    centre, size = _centres(boxes)
+    anchor_centre, anchor_size = _centres(anchors)
+    code = torch.cat(((centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)), 1)
+    return code * code.new_tensor(CODE_WEIGHTS)
+
+
+def decode(codes: Tensor, anchors: Tensor) -> Tensor:
+    """Legacy boxes [N, 4] from codes [N, 4]; sizes grow at most 62.5-fold."""
+    codes = codes / codes.new_tensor(CODE_WEIGHTS)
+    anchor_centre, anchor_size = _centres(anchors)
+    centre = codes[:, :2] * anchor_size + anchor_centre
+    half = 0.5 * codes[:, 2:].clamp(max=LARGEST_LOG_SCALE).exp() * anchor_size
+    return torch.cat((centre - half, centre + half - 1), dim=1)
+
+
+@HEADS.register("retinanet")
+def build_retinanet_head(
+    cfg: CfgNode, num_classes: int, post_process: PostProcess
+) -> RetinaNetHead:
+    head, retinanet = cfg.MODEL.HEAD, cfg.MODEL.RETINANET
+    cls_tower, box_tower = build_towers(cfg, plain_norm=None)
+    return RetinaNetHead(
+        cfg.MODEL.NECK.CHANNELS,
+        num_classes,
+        cls_tower,
+        box_tower,
+        anchor_size=retinanet.ANCHOR_SIZE,
+        scales_per_octave=retinanet.SCALES_PER_OCTAVE,
+        aspect_ratios=retinanet.ASPECT_RATIOS,
+        fg_iou=retinanet.FG_IOU,
+        bg_iou=retinanet.BG_IOU,
+        smooth_l1_beta=retinanet.SMOOTH_L1_BETA,
+        box_loss_divisor=retinanet.BOX_LOSS_DIVISOR,
+        prior_prob=head.PRIOR_PROB,
+        focal_gamma=head.FOCAL_GAMMA,
+        focal_alpha=head.FOCAL_ALPHA,
+        post_process=post_process,
+    )

@@ -1,0 +1,156 @@
+"""The layers that backbones, necks and heads are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import modulated_deform_conv2d
+
+Norm = Callable[[int], nn.Module]
+"""Makes the normalisation layer for a number of channels."""
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or as many as divide a narrower layer evenly."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with constant statistics and affine terms, all buffers, and no epsilon.
+
+    The released ResNets divide by ``sqrt(running_var)`` alone.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * self.running_var.rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution ("same" padding), optional norm, ReLU."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, norm: Norm | None, bias: bool
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
+        self.norm = norm(out_channels) if norm is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise conv, 1x1 conv (neither with bias), norm, ReLU; the map's size stays."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, norm: Norm) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            channels,
+            channels,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=channels,
+            bias=False,
+        )
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm = norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.pointwise(self.depthwise(x))), inplace=True)
+
+
+class ModulatedDeformConv(nn.Module):
+    """Deformable convolution v2, 3x3, whose offsets and mask come from a conv on the same input.
+
+    That conv puts out 27 channels per offset group: first the offsets of all groups (y, x for each
+    tap), then the masks of all groups before their sigmoid. It starts at zero: no offset, and a
+    mask of one half.
+    """
+
+    KERNEL = 3
+    OFFSET_GROUPS = 2
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        kernel = self.KERNEL
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.conv_offset_mask = nn.Conv2d(
+            in_channels, self.OFFSET_GROUPS * 3 * kernel * kernel, kernel, padding=kernel // 2
+        )
+        bound = (in_channels * kernel * kernel) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.conv_offset_mask.weight)
+        nn.init.zeros_(self.conv_offset_mask.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = self.OFFSET_GROUPS * self.KERNEL**2
+        offset, mask = self.conv_offset_mask(x).split((2 * taps, taps), dim=1)
+        return modulated_deform_conv2d(
+            x,
+            offset,
+            mask.sigmoid(),
+            self.weight,
+            self.bias,
+            padding=self.KERNEL // 2,
+            offset_groups=self.OFFSET_GROUPS,
+        )
+
+
+class DeformConv(nn.Module):
+    """Modulated deformable 3x3 conv (with bias), norm, ReLU."""
+
+    def __init__(self, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv = ModulatedDeformConv(channels, channels)
+        self.norm = norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+OPERATIONS: dict[str, Callable[[int, Norm], nn.Module]] = {
+    "conv1x1": lambda c, norm: ConvNormAct(c, c, 1, norm, bias=False),
+    "conv3x3": lambda c, norm: ConvNormAct(c, c, 3, norm, bias=False),
+    "sep_conv_3x3": lambda c, norm: SeparableConv(c, 3, 1, norm),
+    "sep_conv_3x3_dil3": lambda c, norm: SeparableConv(c, 3, 3, norm),
+    "sep_conv_5x5_dil6": lambda c, norm: SeparableConv(c, 5, 6, norm),
+    "skip_connect": lambda c, norm: nn.Identity(),
+    "def_conv_3x3": DeformConv,
+}
+"""The searched operations by name (see `nasfcos.genotype`), each keeping a map's size and width."""
+
+
+class Scale(nn.Module):
+    """A learned scalar factor, starting at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def resize_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [N, C, H, W] resized bilinearly to `size` (height, width)."""
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,115 @@
+"""The searched feature pyramid (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from ...genotype import AGGREGATIONS, FPN_OPS, NUM_INPUTS, Cell, Genotype
+from ..layers import OPERATIONS, ConvNormAct, Norm, resize_to
+from ..registry import NECKS
+from .top import TopLevels
+
+
+class WeightedSum(nn.Module):
+    """``a * x + b * y`` with a factor per channel, both starting at one."""
+
+    def __init__(self, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(channels, 1, 1))
+        self.b = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a * x + self.b * y
+
+
+class Concat(nn.Module):
+    """Concatenation, norm, ReLU, 1x1 conv with a group per output channel (no bias)."""
+
+    def __init__(self, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm(2 * channels)
+        self.conv = nn.Conv2d(2 * channels, channels, 1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(F.relu(self.norm(torch.cat((x, y), dim=1)), inplace=True))
+
+
+AGGREGATION_LAYERS = {"psum": WeightedSum, "cat": Concat}
+
+
+def _enlarge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The two maps, the smaller one (by height, then width) resized to the other's size."""
+    size = max(x.shape[-2:], y.shape[-2:])
+    return resize_to(x, size), resize_to(y, size)
+
+
+class FPNCell(nn.Module):
+    """A unary operation on each of two maps, then their aggregation."""
+
+    def __init__(self, cell: Cell, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.op0, self.op1 = (OPERATIONS[FPN_OPS[op]](channels, norm) for op in cell.ops)
+        self.aggregate = AGGREGATION_LAYERS[AGGREGATIONS[cell.aggregation]](channels, norm)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.aggregate(*_enlarge(self.op0(x), self.op1(y)))
+
+
+class NASFPN(nn.Module):
+    """The pyramid of a genotype's cells.
+
+    Args:
+        in_channels: of C2..C5.
+        channels: of every node and level.
+        genotype: its cells; the head part is ignored.
+        norm: makes each norm layer.
+
+    A backbone map that no cell takes keeps its adapter, as the released checkpoints do, but the
+    adapter is neither computed nor trained.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        genotype: Genotype,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.genotype = genotype
+        self.adapt = nn.ModuleList(
+            ConvNormAct(c, channels, 1, norm, bias=False) for c in in_channels
+        )
+        self.cells = nn.ModuleList(FPNCell(cell, channels, norm) for cell in genotype.cells)
+        for node, adapt in enumerate(self.adapt):
+            if node not in genotype.consumed:
+                adapt.requires_grad_(False)
+        self.top = TopLevels(channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """C2..C5 to P3..P7; P3..P5 have the sizes of C3..C5."""
+        genotype = self.genotype
+        nodes: list[Tensor | None] = [
+            adapt(x) if node in genotype.consumed else None
+            for node, (adapt, x) in enumerate(zip(self.adapt, features, strict=True))
+        ]
+        for cell, module in zip(genotype.cells, self.cells, strict=True):
+            nodes.append(module(*(nodes[node] for node in cell.inputs)))
+        extra = [nodes[node] for node in genotype.extra_nodes]
+        levels = []
+        for node, feature in zip(genotype.pyramid_nodes, features[NUM_INPUTS - 3 :], strict=True):
+            level = nodes[node]
+            for other in extra:
+                level = level + resize_to(other, level.shape[-2:])
+            levels.append(resize_to(level, feature.shape[-2:]))
+        return levels + self.top(levels[-1])
+
+
+@NECKS.register("nas_fpn")
+def build_nas_fpn(cfg: CfgNode, in_channels: Sequence[int]) -> NASFPN:
+    return NASFPN(in_channels, cfg.MODEL.NECK.CHANNELS, Genotype.parse(cfg.MODEL.GENOTYPE))

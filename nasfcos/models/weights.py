@@ -1,0 +1,410 @@
+"""Weights from files: released models, own checkpoints, ImageNet backbones.
+
+Whatever its form, a source becomes a plain dict of tensors under this project's names; then one
+function puts it into the model and accounts for every tensor. Nothing in a file is executed: torch
+files are read with ``weights_only``, Caffe2 pickles by an unpickler that knows nothing but numpy
+arrays and plain containers.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import io
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..download import resolve_source
+from .detector import CAFFE2_MEAN
+from .layers import FrozenBatchNorm2d
+
+logger = logging.getLogger(__name__)
+
+# torchvision's ImageNet normalisation (RGB in 0..1) and the epsilon of its batch norms.
+TORCHVISION_MEAN = (0.485, 0.456, 0.406)
+TORCHVISION_STD = (0.229, 0.224, 0.225)
+TORCHVISION_BN_EPS = 1e-5
+
+Tensors = dict[str, Tensor]
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or do not fit the model; the message lists what and why."""
+
+
+@dataclass
+class Weights:
+    """What a source holds.
+
+    Attributes:
+        tensors: by this project's names.
+        kind: "detector" (own or released), or "backbone" (ImageNet).
+        description: the source's form, for the log.
+        classes: names of the object classes, where the file records them.
+    """
+
+    tensors: Tensors
+    kind: str
+    description: str
+    classes: list[str] | None = None
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` did with each tensor (names are this project's)."""
+
+    kind: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    classes: list[str] | None = None
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen)
+
+    def problems(self) -> str:
+        """The tensors that did not load, a line each."""
+        return "\n".join(
+            f"  {what}: {name}"
+            for what, names in (
+                ("missing from the source", self.missing),
+                ("unknown to the model", self.unexpected),
+                ("another shape", self.misshapen),
+            )
+            for name in names
+        )
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], strict: bool = True
+) -> LoadReport:
+    """Put weights into a detector.
+
+    Args:
+        model: a `Detector`.
+        source: a path, a URL (downloaded once), ``catalog://`` or ``torchvision://`` names of
+            ImageNet backbones, or a state dict; in the layout of this project or of the release,
+            with or without a ``module.`` prefix, alone or under ``model``. ImageNet backbones set
+            the backbone and the input normalisation only.
+        strict: refuse a source unless every tensor has its counterpart of the same shape. False:
+            load what fits (fine-tuning to other classes) and log the rest.
+
+    Raises:
+        WeightsError: unreadable, or in strict mode not matching; every such tensor is listed, and
+            the model is left as it was.
+    """
+    name = "the given state dict" if isinstance(source, Mapping) else str(source)
+    weights = read_weights(source)
+    tensors = weights.tensors
+    own = dict(model.state_dict(keep_vars=True))
+    wanted = own
+    if weights.kind == "backbone":
+        tensors = _fit_batch_norms(model, tensors)
+        wanted = {k: v for k, v in own.items() if k.startswith(("backbone.", "preprocess."))}
+
+    report = LoadReport(weights.kind, classes=weights.classes)
+    for key in wanted:
+        if key not in tensors:
+            report.missing.append(key)
+        elif tensors[key].shape != own[key].shape:
+            shapes = f"{list(tensors[key].shape)} there, {list(own[key].shape)} in the model"
+            report.misshapen.append(f"{key} ({shapes})")
+        else:
+            report.loaded.append(key)
+    report.unexpected = [key for key in tensors if key not in wanted]
+
+    if not report.complete and (strict or not report.loaded):
+        raise WeightsError(
+            f"{name} ({weights.description}) does not fit the model:\n{report.problems()}\n"
+            "Use a config that describes the weights' model, or load with strict=False "
+            "(fine-tuning) to take only what fits."
+        )
+    with torch.no_grad():
+        for key in report.loaded:
+            own[key].copy_(tensors[key])
+    logger.info("%s (%s): %d tensors loaded", name, weights.description, len(report.loaded))
+    if not report.complete:
+        logger.warning("%s does not fit the model everywhere:\n%s", name, report.problems())
+    return report
+
+
+def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
+    """The tensors of a source under this project's names (see `load_weights`).
+
+    Raises:
+        WeightsError: missing or unreadable file, or content that is no known kind of weights.
+    """
+    name = "the given state dict" if isinstance(source, Mapping) else str(source)
+    content = source if isinstance(source, Mapping) else _read_file(resolve_source(str(source)))
+    classes = content.get("classes") if isinstance(content, Mapping) else None
+    for wrapper in ("model", "state_dict", "blobs"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    tensors = _plain_tensors(content, name)
+    if any(key.startswith(("encoder.", "decoder.")) for key in tensors):
+        return Weights(_from_released(tensors), "detector", "released model")
+    if any(key.startswith(("backbone.", "neck.", "head.")) for key in tensors):
+        names = [str(c) for c in classes] if isinstance(classes, (list, tuple)) else None
+        return Weights(tensors, "detector", "own checkpoint", names)
+    if "conv1_w" in tensors:
+        return Weights(_from_caffe2(tensors), "backbone", "Caffe2 ImageNet backbone")
+    if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
+        return Weights(_from_torchvision_resnet(tensors), "backbone", "torchvision ResNet")
+    if "features.0.0.weight" in tensors:
+        converted = _from_torchvision_mobilenet(tensors)
+        return Weights(converted, "backbone", "torchvision MobileNetV2")
+    raise WeightsError(
+        f"{name} holds none of the known kinds of weights (own, released, Caffe2 or torchvision "
+        f"ImageNet backbone); its tensors begin: {', '.join(list(tensors)[:5]) or 'there are none'}"
+    )
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise WeightsError(f"the weight file {path} does not exist (MODEL.WEIGHT)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as torch_error:  # torch.load raises many kinds
+        try:
+            return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        except Exception as pickle_error:
+            raise WeightsError(
+                f"{path} cannot be read as weights. As a torch file: "
+                f"{_first_line(torch_error)}. As a pickle of numpy arrays: "
+                f"{_first_line(pickle_error)}"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays and plain containers, and refuses every other object."""
+
+    MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+    NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module in self.MULTIARRAY and name == "_reconstruct":
+            return _empty_array
+        if module in self.MULTIARRAY and name == "scalar":
+            return _scalar
+        if module in self.NUMERIC and name == "_frombuffer":
+            return _from_buffer
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+
+
+def _empty_array(subtype: type, shape: tuple, dtype: Any) -> np.ndarray:
+    if subtype is not np.ndarray:
+        raise pickle.UnpicklingError(f"an array of type {subtype!r}")
+    return np.ndarray.__new__(np.ndarray, shape, dtype)
+
+
+def _scalar(dtype: np.dtype, data: Any) -> Any:
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, dtype=dtype)[0]
+
+
+def _from_buffer(buffer: Any, dtype: Any, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
+    return codecs.encode(text, "latin1")
+
+
+def _plain_tensors(content: Any, name: str) -> Tensors:
+    """The content's arrays as tensors, without a ``module.`` prefix."""
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{name} holds {type(content).__name__}, not a dict of tensors")
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, Tensor):
+            tensors[str(key).removeprefix("module.")] = value.detach()
+    return tensors
+
+
+# ---------------------------------------------------------------------------------- conversion
+
+CAFFE2_INPUT = {"preprocess.mean": torch.tensor(CAFFE2_MEAN), "preprocess.std": torch.ones(3)}
+TORCHVISION_INPUT = {
+    "preprocess.mean": 255 * torch.tensor(TORCHVISION_MEAN),
+    "preprocess.std": 255 * torch.tensor(TORCHVISION_STD),
+}
+
+# Released names -> this project's, for what does not depend on the tensors' shapes.
+_RELEASED_NAMES = [
+    (r"^encoder\.body\.", "backbone."),
+    (r"^decoder\.fpn\.adapt([1-4])\.0\.", lambda m: f"neck.adapt.{int(m[1]) - 1}.conv."),
+    (r"^decoder\.fpn\.adapt([1-4])\.1\.", lambda m: f"neck.adapt.{int(m[1]) - 1}.norm."),
+    (r"^decoder\.fpn\._ops\.(\d+)\.([01])\.dcn\.0\.", r"neck.cells.\1.op\2.conv."),
+    (r"^decoder\.fpn\._ops\.(\d+)\.([01])\.dcn\.1\.", r"neck.cells.\1.op\2.norm."),
+    (r"^decoder\.fpn\._ops\.(\d+)\.2\.conv1x1\.0\.", r"neck.cells.\1.aggregate.norm."),
+    (r"^decoder\.fpn\._ops\.(\d+)\.2\.conv1x1\.2\.", r"neck.cells.\1.aggregate.conv."),
+    (r"^decoder\.fpn\.top_blocks\.", "neck.top."),
+    (r"^decoder\.rpn\.head\._cls_head_global_ops\.", "head.cls_tower.layers."),
+    (r"^decoder\.rpn\.head\._reg_head_global_ops\.", "head.box_tower.layers."),
+    (r"^(head\.\w+_tower\.layers\.\d+)\.(?:dcn\.)?0\.", r"\1.conv."),
+    (r"^(head\.\w+_tower\.layers\.\d+)\.(?:dcn\.)?1\.", r"\1.norm."),
+    (r"^decoder\.rpn\.head\.bbox_pred\.", "head.box_pred."),
+    (r"^decoder\.rpn\.head\.(cls_logits|centerness|scales)\.", r"head.\1."),
+    (r"^decoder\.rpn\.anchor_generator\.cell_anchors\.(\d)$", r"head.anchors\1"),
+]
+_RELEASED_PLAIN_TOWER = re.compile(r"^decoder\.rpn\.head\.(cls|bbox)_tower\.(\d+)\.(\w+)$")
+
+
+def released_names(shapes: Mapping[str, int]) -> dict[str, str]:
+    """This project's name for each released tensor.
+
+    Args:
+        shapes: each released name with its tensor's number of dimensions: a plain tower counts its
+            convs, norms and activations in one sequence, and the convs are those of four.
+    """
+    convs: dict[str, list[int]] = {"cls": [], "bbox": []}
+    for name, dim in shapes.items():
+        match = _RELEASED_PLAIN_TOWER.match(name)
+        if match and dim == 4:
+            convs[match[1]].append(int(match[2]))
+    return {name: _released_name(name, convs) for name in shapes}
+
+
+def _released_name(name: str, convs: dict[str, list[int]]) -> str:
+    match = _RELEASED_PLAIN_TOWER.match(name)
+    if match:
+        index = int(match[2])
+        layer = sum(conv <= index for conv in convs[match[1]]) - 1
+        part = "conv" if index in convs[match[1]] else "norm"
+        tower = "cls_tower" if match[1] == "cls" else "box_tower"
+        return f"head.{tower}.layers.{layer}.{part}.{match[3]}"
+    for pattern, replacement in _RELEASED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _from_released(tensors: Tensors) -> Tensors:
+    names = released_names({name: tensor.dim() for name, tensor in tensors.items()})
+    return {names[name]: tensor for name, tensor in tensors.items()} | CAFFE2_INPUT
+
+
+def _from_caffe2(tensors: Tensors) -> Tensors:
+    """Caffe2's ResNets: BGR, the frozen norms folded to a scale and a shift."""
+    converted = dict(CAFFE2_INPUT)
+    for name, tensor in tensors.items():
+        target = _caffe2_name(name)
+        if target is None:
+            continue
+        converted[target] = tensor
+        if re.search(r"(bn\d|downsample\.1)\.weight$", target):
+            norm = target.removesuffix("weight")
+            converted[norm + "running_mean"] = torch.zeros_like(tensor)
+            converted[norm + "running_var"] = torch.ones_like(tensor)
+    return converted
+
+
+def _caffe2_name(name: str) -> str | None:
+    """``res3_0_branch2a_bn_s`` is ``backbone.layer2.0.bn1.weight``; None: not of the backbone."""
+    if name == "conv1_w":
+        return "backbone.stem.conv1.weight"
+    kind = {"w": "weight", "s": "weight", "b": "bias"}
+    match = re.match(r"res_conv1_bn_([sb])$", name)
+    if match:
+        return f"backbone.stem.bn1.{kind[match[1]]}"
+    match = re.match(r"res([2-5])_(\d+)_branch(1|2[abc])(_bn)?_([wsb])$", name)
+    if not match or (match[4] is None) != (match[5] == "w"):
+        return None
+    stage, block, branch, norm, last = match.groups()
+    if branch == "1":
+        layer = f"downsample.{1 if norm else 0}"
+    else:
+        layer = f"{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}"
+    return f"backbone.layer{int(stage) - 1}.{block}.{layer}.{kind[last]}"
+
+
+def _from_torchvision_resnet(tensors: Tensors) -> Tensors:
+    converted = dict(TORCHVISION_INPUT)
+    for name, tensor in tensors.items():
+        if name.startswith("fc."):
+            continue
+        if name.startswith(("conv1.", "bn1.")):
+            name = f"stem.{name}"
+        converted[f"backbone.{name}"] = tensor
+    return _reverse_input(converted, "backbone.stem.conv1.weight")
+
+
+def _from_torchvision_mobilenet(tensors: Tensors) -> Tensors:
+    """torchvision nests each conv, norm and activation; ours is one flat sequence a block."""
+    converted = dict(TORCHVISION_INPUT)
+    for name, tensor in tensors.items():
+        match = re.match(r"features\.(\d+)\.conv\.(\d+)\.(?:(\d+)\.)?(\w+)$", name)
+        if match:
+            block, outer, inner, last = match.groups()
+            units = 1 if int(block) == 1 else 2  # nested triples before the last conv and norm
+            if inner is not None:
+                index = 3 * int(outer) + int(inner)
+            else:
+                index = 3 * units + int(outer) - units
+            name = f"features.{block}.conv.{index}.{last}"
+        elif not name.startswith("features.0."):
+            continue  # the classifier and the last 1x1 conv
+        converted[f"backbone.{name}"] = tensor
+    return _reverse_input(converted, "backbone.features.0.0.weight")
+
+
+def _reverse_input(tensors: Tensors, name: str) -> Tensors:
+    """The first conv for BGR input, which this project's models take, from one for RGB."""
+    return tensors | {name: tensors[name].flip(1)}
+
+
+def _fit_batch_norms(model: nn.Module, tensors: Tensors) -> Tensors:
+    """Backbone norms as the model's own kind has them.
+
+    Frozen ones have no epsilon, so torchvision's goes into their variance, and no counter;
+    trainable ones need a counter.
+    """
+    fitted = dict(tensors)
+    torchvision = not torch.equal(tensors["preprocess.std"], torch.ones(3))
+    for path, module in model.named_modules():
+        counter = f"{path}.num_batches_tracked"
+        if isinstance(module, FrozenBatchNorm2d):
+            fitted.pop(counter, None)
+            variance = f"{path}.running_var"
+            if torchvision and variance in fitted:
+                fitted[variance] = fitted[variance] + TORCHVISION_BN_EPS
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and path.startswith("backbone."):
+            fitted.setdefault(counter, torch.tensor(0))
+    stem = getattr(model, "backbone", None)
+    if torchvision and getattr(stem, "stride_in_1x1", False):
+        logger.warning(
+            "torchvision's ResNets stride in the 3x3 conv: set MODEL.RESNET.STRIDE_IN_1X1 False "
+            "for their weights"
+        )
+    return fitted
