@@ -1,0 +1,229 @@
+"""Checkpoints: written whole or not at all, read without executing anything, found again.
+
+A checkpoint is a torch file of plain containers and tensors:
+
+====================  =============================================================================
+``model``             the model's state dict
+``optimizer``         of the optimizer's state dict; likewise ``scheduler`` and ``scaler``
+``iteration``         finished iterations
+``sampler``           position in the data: ``{"iteration", "images"}``
+``random``            states of the random generators, one entry for each process
+``config``            the config tree of the run as YAML text
+``classes``           names of classes 1..N
+====================  =============================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from yacs.config import CfgNode
+
+from ..evaluation.files import replacing
+
+logger = logging.getLogger(__name__)
+
+FINAL = "model_final.pth"
+NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+# What a run leaves in its output folder beside checkpoints.
+RUN_FILES = ("config.yaml", "metrics.jsonl", "training.png", "tensorboard", "inference")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or written; the message names the file."""
+
+
+def checkpoint_path(output_dir: str | os.PathLike[str], iteration: int) -> Path:
+    """Where the checkpoint of a finished iteration belongs."""
+    return Path(output_dir) / f"model_{iteration:07d}.pth"
+
+
+def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `state` to `path` so that the file is, at any moment, the old, the new, or absent.
+
+    Raises:
+        CheckpointError: the file could not be written; nothing of it is left behind.
+    """
+    path = Path(path)
+    try:
+        for stale in path.parent.glob(".model_*.pth"):  # of a process killed while writing
+            stale.unlink()
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: the file is broken, or no checkpoint of a training run.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        first_line = str(error).split("\n", 1)[0]
+        raise CheckpointError(f"{path} is not a readable checkpoint: {first_line}") from error
+    missing = {"model", "optimizer", "scheduler", "iteration"} - (
+        state.keys() if isinstance(state, dict) else set()
+    )
+    if missing:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a training run: it has no {', '.join(sorted(missing))}"
+        )
+    return state
+
+
+def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of `output_dir` with the most iterations, and its content.
+
+    Files that cannot be read are named in the log and passed over. None: there is nothing to read.
+    """
+    folder = Path(output_dir)
+    final = None
+    if (folder / FINAL).exists():
+        final = _try_load(folder / FINAL)
+    for iteration, path in reversed(_numbered(folder)):
+        if final is not None and final["iteration"] >= iteration:
+            break
+        if (state := _try_load(path)) is not None:
+            return path, state
+    return None if final is None else (folder / FINAL, final)
+
+
+def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> None:
+    """Delete all numbered checkpoints but the newest `keep`."""
+    for _, path in _numbered(Path(output_dir))[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def set_earlier_run_aside(output_dir: str | os.PathLike[str]) -> Path | None:
+    """Move the files of a run that has checkpoints here into a subfolder, if there is one.
+
+    A new run in the same folder must not mix its checkpoints with those of an earlier one, or
+    --resume would go on from the wrong run.
+    """
+    folder = Path(output_dir)
+    checkpoints = [path for _, path in _numbered(folder)]
+    checkpoints += [folder / FINAL] * (folder / FINAL).exists()
+    if not checkpoints:
+        return None
+    number = 1
+    while (aside := folder / f"earlier_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in checkpoints + [folder / name for name in RUN_FILES]:
+        if path.exists():
+            shutil.move(path, aside / path.name)
+    return aside
+
+
+def restore_solver(
+    optimizer: Optimizer, scheduler: LambdaLR, state: dict[str, Any], iteration: int
+) -> None:
+    """Go on after `iteration`, with the moments of `state` and the settings of the current config.
+
+    Learning rate, momentum and weight decay follow the config that both were built from, so that
+    a changed config takes effect (and the same config gives the same numbers).
+    """
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    base_rates = scheduler.base_lrs
+    scheduler.load_state_dict({**state["scheduler"], "base_lrs": base_rates})
+    for group, base, factor in zip(
+        optimizer.param_groups, base_rates, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(iteration)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's random generators, as plain containers and tensors."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo of `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def differing_keys(cfg: CfgNode, saved_text: str) -> list[str]:
+    """Keys whose values in `cfg` and in the config text of a checkpoint differ, one line each."""
+    now, then = dict(_leaves(yaml.safe_load(cfg.dump()))), dict(_leaves(yaml.safe_load(saved_text)))
+    absent = object()
+    return [
+        f"{key}: {_shown(then, key)} -> {_shown(now, key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key, absent) != then.get(key, absent)
+    ]
+
+
+def _shown(tree: dict[str, Any], key: str) -> str:
+    return repr(tree[key]) if key in tree else "(absent)"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The numbered checkpoints of a folder, oldest first."""
+    found = []
+    for path in folder.glob("model_*.pth"):
+        if match := NUMBERED.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _try_load(path: Path) -> dict[str, Any] | None:
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        logger.warning("passed over: %s", error)
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename last through a power cut, where the system can open folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

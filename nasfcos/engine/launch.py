@@ -1,0 +1,99 @@
+"""From a command line to a job: arguments, config, processes, log, and how it ends.
+
+Exit codes: 0 done; 2 the config or a file is not usable; 1 training diverged, or an error of this
+program; 130 and 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from ..config import ConfigError, load_config
+from ..data import DataError
+from ..download import DownloadError
+from ..evaluation import EvaluationError
+from ..models.weights import WeightsError
+from . import distributed
+from .checkpoint import CheckpointError
+from .logging import log_environment, log_to_console, log_to_file
+from .monitor import NonFiniteLossError
+from .signals import Interrupted
+
+logger = logging.getLogger(__name__)
+
+# What is wrong with the user's files or settings; the message says all that a traceback could.
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    WeightsError,
+    DownloadError,
+    EvaluationError,
+    CheckpointError,
+    OSError,
+)
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of what the tools have in common: the config file and overrides."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML config")
+    # Older launchers pass the number of the process; the environment has it as well.
+    parser.add_argument(
+        "--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to override")
+    return parser
+
+
+def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]) -> int:
+    """Run `job` with the config and this process's device; gives the exit code."""
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    log_to_console()
+    try:
+        cfg = load_config(args.config_file, args.overrides)
+        with distributed.session(cfg.MODEL.DEVICE) as device:
+            log_to_file(cfg.OUTPUT_DIR)
+            logger.info("command: %s", " ".join(sys.argv))
+            log_environment(device)
+            logger.info("config:\n%s", cfg.dump())
+            job(cfg, device)
+    except USER_ERRORS as error:
+        logger.error("%s", _message(error))
+        return 2
+    except NonFiniteLossError as error:
+        logger.error("%s", error)
+        return 1
+    except Interrupted as stop:
+        logger.error("%s", stop)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "the GPU's memory does not suffice; more SOLVER.ACCUMULATE, a smaller "
+            "SOLVER.IMS_PER_BATCH or SOLVER.AMP bf16 need less. %s", error,
+        )  # fmt: skip
+        return 1
+    except Exception:
+        logger.exception("stopped by an error of the program")
+        return 1
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """The error's own words, without the traceback that a loader's worker puts before them."""
+    text = str(error)
+    marker = f"{type(error).__name__}: "
+    if text.startswith("Caught ") and marker in text:
+        text = text.rsplit(marker, 1)[1].strip()
+    return text

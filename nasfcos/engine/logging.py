@@ -1,0 +1,89 @@
+"""Where the log goes: the console, ``log.txt``; and what it says about the machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from . import distributed
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = logging.getLogger("nasfcos")
+# `extra` of the lines that repeat what the progress bar of a terminal shows.
+PERIODIC = {"periodic": True}
+
+
+class _Console(logging.Handler):
+    """Errors to stderr, the rest to stdout, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+def log_to_console() -> None:
+    """Show the package's log: all of process 0's, errors of every process."""
+    console = _Console()
+    if distributed.rank() == 0:
+        console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    else:
+        console.setFormatter(
+            logging.Formatter(f"process {distributed.rank()}: %(levelname)s %(message)s")
+        )
+        console.setLevel(logging.ERROR)
+    if on_terminal():
+        console.addFilter(lambda record: not getattr(record, "periodic", False))
+    PACKAGE.setLevel(logging.INFO)
+    PACKAGE.propagate = False
+    PACKAGE.addHandler(console)
+
+
+def log_to_file(output_dir: str | os.PathLike[str]) -> None:
+    """Append the package's log to ``log.txt``, that of process N > 0 to ``log_rankN.txt``."""
+    rank = distributed.rank()
+    path = Path(output_dir) / ("log.txt" if rank == 0 else f"log_rank{rank}.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    PACKAGE.addHandler(file)
+
+
+def on_terminal() -> bool:
+    """Whether a person watches this process: a progress bar is of use."""
+    return distributed.rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def log_environment(device: torch.device) -> None:
+    """Say what the run runs on."""
+    lines = [
+        f"nasfcos {_version('nasfcos')}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"CUDA {torch.version.cuda or 'not built in'}",
+        f"{distributed.world_size()} process(es); this one on {_describe(device)}, "
+        f"{torch.get_num_threads()} threads on {distributed.available_cores()} CPU cores",
+    ]
+    logger.info("environment:\n%s", "\n".join(f"  {line}" for line in lines))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    properties = torch.cuda.get_device_properties(device)
+    return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"

@@ -1,0 +1,144 @@
+"""Figures of a run: the JSON-lines file, TensorBoard, and the meter that gathers them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.files import replacing
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends lines to ``metrics.jsonl`` and scalars to ``tensorboard/`` of the output folder.
+
+    Training lines hold ``iteration``, ``loss`` and its terms, ``lr``, ``time`` and ``data_time``
+    (seconds per iteration), ``images_per_s`` and ``memory_mb``; evaluation lines ``iteration`` and
+    ``eval/<data set>/<figure>``. A figure that is not finite is written as null.
+
+    Args:
+        output_dir: the run's folder.
+        start: finished iterations; lines of an earlier run beyond them are dropped.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], start: int = 0) -> None:
+        self.path = Path(output_dir) / "metrics.jsonl"
+        truncate_metrics(self.path, start)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(Path(output_dir) / "tensorboard", start)
+
+    def write(self, iteration: int, figures: dict[str, float]) -> None:
+        """Write one line; `figures` are named as in the class's description."""
+        finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in figures.items():
+                tag = name if "/" in name else f"train/{name}"
+                self._tensorboard.add_scalar(tag, value, iteration)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines beyond `iteration`, and any that a killed process left incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: dropped an incomplete line", path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class Meter:
+    """Gathers losses and times between two lines of the log, without waiting for the device."""
+
+    def __init__(self, images_per_iteration: int, device: torch.device) -> None:
+        self._images = images_per_iteration
+        self._device = device
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        self._count = 0
+        self._data_time = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], data_time: float) -> None:
+        """Count an iteration: its loss terms, and seconds waited for its data."""
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0) + value
+        self._count += 1
+        self._data_time += data_time
+
+    def pause(self, seconds: float) -> None:
+        """Take out time spent on something that is not training."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """Means over the iterations since the last reading; waits for the device."""
+        losses = {name: float(value) / self._count for name, value in self._losses.items()}
+        seconds = (time.perf_counter() - self._since) / self._count
+        figures = {
+            "loss": math.fsum(losses.values()),
+            **losses,
+            "time": seconds,
+            "data_time": self._data_time / self._count,
+            "images_per_s": self._images / seconds,
+            "memory_mb": memory_mb(self._device),
+        }
+        self._begin()
+        return figures
+
+
+def memory_mb(device: torch.device) -> float:
+    """Most memory used so far, in MiB: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def format_duration(seconds: float) -> str:
+    """``1 d 02:03:04`` or ``02:03:04``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("TensorBoard is not installed: the curves are in metrics.jsonl only")
+        return None
+    return SummaryWriter(folder, purge_step=start + 1 if start else None)

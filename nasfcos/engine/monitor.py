@@ -1,0 +1,112 @@
+"""Looking at each step's losses as soon as that costs no waiting."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import distributed
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged; the message names the iteration, the images and the last checkpoint."""
+
+
+@dataclass
+class _Step:
+    iteration: int
+    names: list[str]  # of the loss terms
+    own: Tensor  # this process's terms
+    agreed: Tensor  # their means over all processes, and whether one was asked to stop; on the CPU
+    ready: torch.cuda.Event | None  # when `agreed` has arrived
+    files: list[str]
+
+
+class StepMonitor:
+    """Finds losses that are not finite, and requests to stop, on all processes alike.
+
+    On the CPU a step is looked at in the `submit` that hands it in, hence before the optimizer
+    uses its gradients. On a GPU that would make the host wait for the device in every step: there
+    a step is looked at when the next one is handed in, or by `finish`, which has to come before
+    anything computed since is trusted (saved, evaluated).
+
+    Attributes:
+        last_good: the newest checkpoint, to be named in errors.
+    """
+
+    def __init__(self, last_good: Path | None = None) -> None:
+        self.last_good = last_good
+        self._pending: deque[_Step] = deque()
+
+    def submit(
+        self, iteration: int, losses: dict[str, Tensor], files: list[str], stop: bool
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Hand in a step.
+
+        Args:
+            iteration: its number.
+            losses: this process's loss terms, without graph.
+            files: names of this process's images.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            The terms' means over all processes, on the device; and whether any process was asked
+            to stop, in the last step looked at.
+
+        Raises:
+            NonFiniteLossError: in the step looked at, on every process.
+        """
+        own = torch.stack(list(losses.values()))
+        agreed = distributed.mean(torch.cat((own, torch.full_like(own[:1], float(stop)))))
+        means = dict(zip(losses, agreed.unbind(), strict=False))
+        ready = None
+        if agreed.is_cuda:
+            agreed = torch.empty_like(agreed, device="cpu", pin_memory=True).copy_(
+                agreed, non_blocking=True
+            )
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append(_Step(iteration, list(losses), own, agreed, ready, files))
+        return means, self._look(leave=0 if ready is None else 1)
+
+    def finish(self) -> bool:
+        """Look at all steps handed in; as `submit`."""
+        return self._look(leave=0)
+
+    def _look(self, leave: int) -> bool:
+        stop = False
+        while len(self._pending) > leave:
+            step = self._pending.popleft()
+            if step.ready is not None:
+                step.ready.synchronize()
+            *terms, flag = step.agreed.tolist()
+            if not all(map(math.isfinite, terms)):
+                self._fail(step, terms)
+            stop |= flag > 0
+        return stop
+
+    def _fail(self, step: _Step, terms: list[float]) -> None:
+        culprit = not bool(torch.isfinite(step.own).all())
+        shares = distributed.all_gather((culprit, step.files))
+        files = [name for bad, names in shares if bad for name in names]
+        values = ", ".join(f"{n} {v:.4g}" for n, v in zip(step.names, terms, strict=True))
+        raise NonFiniteLossError(
+            f"iteration {step.iteration}: the loss is not finite ({values}). Images of the batch: "
+            f"{', '.join(files)}. {self.remedy()}"
+        )
+
+    def remedy(self) -> str:
+        """What to do after a divergence."""
+        if self.last_good is None:
+            where = "There is no checkpoint yet"
+        else:
+            where = f"The last good checkpoint is {self.last_good}"
+        return (
+            f"{where}. Check these images' annotations; a lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRAD_NORM keeps a training from diverging."
+        )

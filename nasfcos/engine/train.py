@@ -1,0 +1,413 @@
+"""Training: from a config to ``model_final.pth``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from ..data import build_train_loader, class_names, num_classes
+from ..evaluation.files import replacing
+from ..models import build_detector, load_weights
+from ..visualize import plot_training
+from . import distributed
+from .checkpoint import (
+    FINAL,
+    CheckpointError,
+    checkpoint_path,
+    differing_keys,
+    newest_checkpoint,
+    random_state,
+    remove_old_checkpoints,
+    restore_solver,
+    save_checkpoint,
+    set_earlier_run_aside,
+    set_random_state,
+)
+from .logging import PERIODIC, on_terminal
+from .metrics import Meter, MetricsWriter, format_duration
+from .monitor import NonFiniteLossError, StepMonitor
+from .signals import Interrupted, StopRequest
+from .solver import build_lr_scheduler, build_optimizer
+from .test import test
+
+logger = logging.getLogger(__name__)
+
+AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(cfg: CfgNode, device: torch.device) -> nn.Module:
+    """The config's detector, freshly initialised, on `device`; classes follow from the data."""
+    return build_detector(cfg, num_classes(cfg)).to(device)
+
+
+@dataclass
+class Run:
+    """What changes while training; all of it is in a checkpoint."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    iteration: int = 0
+
+    def state(self, cfg: CfgNode, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of a checkpoint (see checkpoint.py)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "iteration": self.iteration,
+            "sampler": {
+                "iteration": self.iteration,
+                "images": self.iteration * cfg.SOLVER.IMS_PER_BATCH,
+            },
+            "random": random_states,
+            "config": cfg.dump(),
+            "classes": list(class_names(cfg)),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was saved.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            restore_solver(self.optimizer, self.scheduler, state, state["iteration"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint to resume from belongs to another model: {error}"
+            ) from error
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if distributed.rank() < len(state["random"]):
+            set_random_state(state["random"][distributed.rank()])
+        self.iteration = state["iteration"]
+
+
+def train(
+    cfg: CfgNode, device: torch.device, resume: bool = False, skip_test: bool = False
+) -> dict[str, dict]:
+    """Train as the config says, then test; every process of the job calls this.
+
+    Leaves in OUTPUT_DIR: config.yaml, checkpoints and model_final.pth, metrics.jsonl, TensorBoard
+    files, training.png and the results of the tests.
+
+    Args:
+        cfg: the config tree.
+        device: this process's (see `distributed.session`).
+        resume: go on from the newest checkpoint in OUTPUT_DIR, if there is one.
+        skip_test: do not test the finished model.
+
+    Returns:
+        The final metrics by data set, on process 0 (empty with `skip_test`).
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what was asked for cannot be done.
+        NonFiniteLossError: training diverged.
+        Interrupted: by SIGTERM or SIGINT, after a checkpoint was written.
+    """
+    _check(cfg, device)
+    main = distributed.rank() == 0
+    output = Path(cfg.OUTPUT_DIR)
+    path, state = (_find_checkpoint(output) if resume else None) or (None, None)
+    cfg = _with_seed(cfg, state)
+    if main:
+        if not resume and (aside := set_earlier_run_aside(output)):
+            logger.warning("%s holds an earlier run; its files were moved to %s", output, aside)
+        with replacing(output / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
+
+    _seed_everything(cfg.SEED)
+    model = build_model(cfg, device)
+    if cfg.MODEL.WEIGHT and state is None:
+        with distributed.first_on_machine():
+            load_weights(model, cfg.MODEL.WEIGHT, strict=False)
+    optimizer = build_optimizer(cfg, model)
+    run = Run(
+        model,
+        optimizer,
+        build_lr_scheduler(cfg, optimizer),
+        torch.amp.GradScaler(device.type, enabled=cfg.SOLVER.AMP == "fp16"),
+    )
+    _seed_everything(cfg.SEED + distributed.rank())
+    if state is not None:
+        _report_resume(cfg, path, state)
+        run.restore(state)
+        del state
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        writer = stack.enter_context(MetricsWriter(output, run.iteration)) if main else None
+        try:
+            _iterate(cfg, run, device, stop, writer, path)
+        except RuntimeError as error:
+            # The signal may have ended the loader's workers or another process as well.
+            if not stop.signum or isinstance(error, NonFiniteLossError):
+                raise
+            raise Interrupted(
+                stop.signum, f"stopped in the middle of iteration {run.iteration + 1} ({error}); "
+                "--resume goes on from the last checkpoint",
+            ) from error  # fmt: skip
+        with stop.heeded_at_once():
+            results = {} if skip_test else _evaluate(cfg, run, device, writer)
+    if main:
+        try:
+            plot_training(output / "metrics.jsonl", output / "training.png")
+        except ValueError as error:
+            logger.warning("no curves: %s", error)
+    return results
+
+
+def forward_backward(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Any]],
+    scaler: torch.amp.GradScaler,
+    parts: int = 1,
+    amp: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradients of a process's share of a step, computed in `parts` of equal size.
+
+    Each part normalises its losses by itself, as each process does; the step takes the mean over
+    parts and processes. So P processes in K parts give the gradients of one process in P * K.
+
+    Returns:
+        The loss terms, mean over the parts, without graph.
+    """
+    size = len(images) // parts
+    means: dict[str, Tensor] = {}
+    for part in range(parts):
+        these = slice(part * size, (part + 1) * size)
+        waits = isinstance(model, DistributedDataParallel) and part < parts - 1
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(images[0].device.type, dtype=amp, enabled=amp is not None):
+                losses = model(images[these], targets[these])
+            scaler.scale(sum(losses.values()) / parts).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0) + value.detach().float() / parts
+    return means
+
+
+def update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip_norm: float = 0.0) -> None:
+    """Take a step along the gradients, clipped to a norm of `clip_norm` unless that is 0."""
+    if clip_norm > 0:
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _iterate(
+    cfg: CfgNode,
+    run: Run,
+    device: torch.device,
+    stop: StopRequest,
+    writer: MetricsWriter | None,
+    resumed_from: Path | None,
+) -> None:
+    """The loop over iterations, up to and with the final checkpoint."""
+    solver, start = cfg.SOLVER, run.iteration
+    monitor = StepMonitor(resumed_from)
+    final = Path(cfg.OUTPUT_DIR) / FINAL
+    if start >= solver.MAX_ITER:
+        logger.info("training is finished already: iteration %d of %d", start, solver.MAX_ITER)
+        if resumed_from != final:
+            _save(cfg, run, final, monitor)
+        return
+    loader = build_train_loader(
+        cfg,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        start_iteration=start,
+    )
+    model = run.model.train()
+    if distributed.world_size() > 1:
+        # Buffers stay each process's own until they are saved or evaluated (`broadcast_buffers`).
+        model = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    meter = Meter(solver.IMS_PER_BATCH, device)
+    logger.info("training from iteration %d to %d", start, solver.MAX_ITER)
+    with tqdm(total=solver.MAX_ITER, initial=start, unit="it", disable=not on_terminal()) as bar:
+        began = waiting_since = time.perf_counter()
+        for images, targets in islice(loader, solver.MAX_ITER - start):
+            data_time = time.perf_counter() - waiting_since
+            losses = forward_backward(
+                model,
+                [_to_device(image, device) for image in images],
+                targets,
+                run.scaler,
+                solver.ACCUMULATE,
+                AMP_TYPES[solver.AMP],
+            )
+            files = [target["file_name"] for target in targets]
+            losses, stopping = monitor.submit(
+                run.iteration + 1, losses, files, stop=bool(stop.signum)
+            )
+            rate = run.scheduler.get_last_lr()[0]
+            update(run.optimizer, run.scaler, solver.CLIP_GRAD_NORM)
+            run.scheduler.step()
+            run.iteration += 1
+            meter.add(losses, data_time)
+            bar.update()
+
+            done = run.iteration == solver.MAX_ITER
+            if _due(run.iteration, solver.LOG_PERIOD) or done or run.iteration == start + 1:
+                figures = {**meter.read(), "lr": rate}
+                per_iteration = (time.perf_counter() - began) / (run.iteration - start)
+                _log(cfg, run.iteration, figures, per_iteration)
+                bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
+                if writer is not None:
+                    writer.write(run.iteration, figures)
+            evaluate_now = _due(run.iteration, cfg.TEST.EVAL_PERIOD) and not done
+            if stopping or done or evaluate_now or _due(run.iteration, solver.CHECKPOINT_PERIOD):
+                paused = time.perf_counter()
+                stopping |= monitor.finish()
+                path = final if done else checkpoint_path(cfg.OUTPUT_DIR, run.iteration)
+                _save(cfg, run, path, monitor)
+                if stopping and not done:
+                    raise Interrupted(
+                        stop.signum or signal.SIGTERM,
+                        f"stopped after iteration {run.iteration}; --resume goes on from {path}",
+                    )
+                if evaluate_now:
+                    with stop.heeded_at_once():
+                        _evaluate(cfg, run, device, writer)
+                meter.pause(time.perf_counter() - paused)
+            waiting_since = time.perf_counter()
+
+
+def _due(iteration: int, period: int) -> bool:
+    return period > 0 and iteration % period == 0
+
+
+def _to_device(image: Tensor, device: torch.device) -> Tensor:
+    """The image on `device`; from pinned memory, so that the host need not wait for the copy."""
+    return image.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else image
+
+
+def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration: float) -> None:
+    terms = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("loss"))
+    logger.info(
+        "iteration %d/%d  %s  lr %.3g  %.3f s (data %.3f)  %.1f images/s  %.0f MiB  %s to go",
+        iteration, cfg.SOLVER.MAX_ITER, terms, figures["lr"], figures["time"],
+        figures["data_time"], figures["images_per_s"], figures["memory_mb"],
+        format_duration(per_iteration * (cfg.SOLVER.MAX_ITER - iteration)),
+        extra=PERIODIC,
+    )  # fmt: skip
+
+
+def _save(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
+    """Write a checkpoint from process 0; the others contribute their random states.
+
+    Raises:
+        NonFiniteLossError: a weight is not finite, so the file would be of no use.
+    """
+    distributed.broadcast_buffers(run.model)
+    floats = [t for t in run.model.state_dict().values() if t.is_floating_point()]
+    if not torch.stack([torch.isfinite(t).all() for t in floats]).all():
+        raise NonFiniteLossError(
+            f"iteration {run.iteration} left weights that are not finite; they are not saved. "
+            f"{monitor.remedy()}"
+        )
+    random_states = distributed.all_gather(random_state())
+    if distributed.rank() == 0:
+        save_checkpoint(run.state(cfg, random_states), path)
+        remove_old_checkpoints(cfg.OUTPUT_DIR, cfg.SOLVER.KEEP_CHECKPOINTS)
+        logger.info("saved %s", path)
+    monitor.last_good = path
+
+
+def _evaluate(
+    cfg: CfgNode, run: Run, device: torch.device, writer: MetricsWriter | None
+) -> dict[str, dict]:
+    """Test the model as it is, and note the overall figures."""
+    distributed.broadcast_buffers(run.model)
+    results = test(cfg, run.model, device)
+    figures = {
+        f"eval/{name}/{figure}": value
+        for name, metrics in results.items()
+        for figure, value in metrics.items()
+        if isinstance(value, float)
+    }
+    if writer is not None and figures:
+        writer.write(run.iteration, figures)
+    return results
+
+
+def _check(cfg: CfgNode, device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+    if cfg.SOLVER.AMP == "fp16":
+        raise ConfigError("SOLVER.AMP fp16 needs a GPU; use bf16 or off")
+    if cfg.MODEL.SYNC_BN and distributed.world_size() > 1:
+        raise ConfigError("MODEL.SYNC_BN needs GPUs (one per process); set it to False on CPUs")
+
+
+def _find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
+    """What process 0 finds to resume from, on every process (they need not share its disk)."""
+    found = newest_checkpoint(output) if distributed.rank() == 0 else None
+    found = distributed.broadcast(found)
+    if found is None:
+        logger.info("nothing to resume from in %s: starting from scratch", output)
+    return found
+
+
+def _with_seed(cfg: CfgNode, state: dict[str, Any] | None) -> CfgNode:
+    """The config with an actual seed: where it has none, that of the resumed run or a new one."""
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    if state is not None:
+        cfg.SEED = yaml.safe_load(state["config"])["SEED"]
+    else:
+        cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
+    cfg.freeze()
+    logger.info("SEED is -1: the seed of this run is %d", cfg.SEED)
+    return cfg
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _report_resume(cfg: CfgNode, path: Path, state: dict[str, Any]) -> None:
+    logger.info("resuming from %s, after iteration %d", path, state["iteration"])
+    if changes := differing_keys(cfg, state["config"]):
+        logger.warning(
+            "the config differs from that of the checkpoint (then -> now); this run uses:\n%s",
+            "\n".join(f"  {change}" for change in changes),
+        )
+    if len(state["random"]) != distributed.world_size():
+        logger.warning(
+            "the checkpoint is of a run of %d process(es), this one has %d",
+            len(state["random"]), distributed.world_size(),
+        )  # fmt: skip
