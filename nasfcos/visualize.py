@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .data.images import to_rgb
 from .evaluation.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def draw_detections(
         A new uint8 array [H, W, 3]. Of boxes that overlap the best scored lies on top. Lines and
         text grow with the image; tags stay inside of it and off each other where there is room.
     """
-    canvas = _to_pil(image)
+    canvas = to_picture(image)
     draw = ImageDraw.Draw(canvas)
     # A small part of the picture, but text that can still be read.
     font_size = max(9, round(math.sqrt(canvas.width * canvas.height) / 42))
@@ -102,7 +103,7 @@ def image_grid(
         raise ValueError("image_grid needs at least one image")
     pictures = []
     for index, image in enumerate(images):
-        picture = _to_pil(image)
+        picture = to_picture(image)
         scale = cell_size / max(picture.size)
         size = [max(1, round(side * scale)) for side in picture.size]
         ratios = torch.tensor([new / old for new, old in zip(size, picture.size, strict=True)])
@@ -152,19 +153,23 @@ def _best_first(detections: Mapping[str, Tensor], score_threshold: float):
     )
 
 
-def _to_pil(image: AnyImage) -> Image.Image:
-    """An RGB copy that may be drawn on."""
+def to_picture(image: AnyImage) -> Image.Image:
+    """A copy of an image as an 8-bit RGB picture, its pixels where they were.
+
+    Raises:
+        ValueError: an array or tensor of another type or shape than `draw_detections` takes.
+    """
     if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+        return to_rgb(image).copy()
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         if image.is_floating_point():
             image = (image * 255).round().clamp(0, 255).to(torch.uint8)
-        image = image.permute(1, 2, 0).numpy()
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        image = image.movedim(0, -1).numpy()
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(
-            "An image must be a uint8 RGB array [H, W, 3] or a tensor [3, H, W], not "
-            f"{image.dtype} {list(image.shape)}"
+            "an image must be an RGB array [H, W, 3] of uint8 or a tensor [3, H, W] of uint8 or of "
+            f"floats in 0..1, not {image.dtype} with height, width and channels {image.shape}"
         )
     return Image.fromarray(np.ascontiguousarray(image))
 

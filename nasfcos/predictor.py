@@ -1,0 +1,341 @@
+"""Detection on any image: a file, a picture in memory, a folder of them, a video."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from .config import ConfigError
+from .data import DataError, class_names, num_classes, resized_shape
+from .data.images import load_image
+from .data.records import UnreadableImage
+from .data.transforms import resize, to_uint8_tensor
+from .engine.distributed import resolve_device
+from .engine.logging import on_terminal
+from .engine.test import to_original_size
+from .evaluation.files import replacing, write_json
+from .models.build import build_detector
+from .models.weights import WeightsError, load_weights, read_weights
+from .visualize import AnyImage, draw_detections, to_picture
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+# Pictures of these are written in their own format, all others as JPEG.
+OUTPUT_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+Detections = dict[str, Tensor]
+
+
+class Predictor:
+    """A trained detector that takes images as they are.
+
+    Example:
+        >>> predictor = Predictor(load_config("configs/search/R_50_NAS_head.yaml"), "model.pth")
+        >>> found = predictor("street.jpg")
+        >>> [predictor.class_names[label - 1] for label in found["labels"]]
+
+    Attributes:
+        model: the detector, in evaluation mode.
+        class_names: the name of label n at n - 1: as the weights record them, else those of the
+            training data of the config, else "1", "2", ...
+    """
+
+    def __init__(
+        self, cfg: CfgNode, weights: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    ):
+        """
+        Args:
+            cfg: the config tree. It need not find its data: where MODEL.NUM_CLASSES is 0, the
+                weights may say how many classes there are.
+            weights: what `load_weights` takes; None: MODEL.WEIGHT.
+
+        Raises:
+            ConfigError: no weights of a detector are named.
+            WeightsError: the weights cannot be read or are those of another model.
+        """
+        source = weights if weights is not None else cfg.MODEL.WEIGHT
+        _refuse_backbone(source)
+        recorded = read_weights(source)
+        if recorded.kind != "detector":
+            raise WeightsError(f"{source} is {recorded.description}: {_NEEDS_DETECTOR}")
+        classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
+        self.class_names = _choose_names(cfg, recorded.classes, classes)
+        self.device = resolve_device(cfg.MODEL.DEVICE)
+        self.model = build_detector(cfg, classes)
+        load_weights(self.model, source)
+        self.model.to(self.device).eval()
+        self.min_size = cfg.INPUT.MIN_SIZE_TEST
+        self.max_size = cfg.INPUT.MAX_SIZE_TEST
+
+    def __call__(
+        self, image: str | os.PathLike[str] | AnyImage | Sequence[str | os.PathLike[str] | AnyImage]
+    ) -> Detections | list[Detections]:
+        """Detect objects.
+
+        Args:
+            image: a file's path, a PIL image, an RGB array [H, W, 3] of uint8, an RGB tensor
+                [3, H, W] of uint8 or of floats in 0..1; or a list of those, taken one after the
+                other. A file is turned upright as its EXIF orientation says.
+
+        Returns:
+            `boxes` [N, 4] (xyxy in the image's own pixels, both corners inside, within
+            [0, w - 1] x [0, h - 1]), `scores` [N], falling, and `labels` [N] from 1, on the CPU.
+            For a list, a list of those.
+
+        Raises:
+            UnreadableImage: a file that is missing or does not decode.
+            ValueError: an array or tensor that is no image.
+        """
+        if isinstance(image, (list, tuple)):
+            return [self(one) for one in image]
+        picture = _open(image) if isinstance(image, (str, os.PathLike)) else to_picture(image)
+        return self._detect(picture)
+
+    @torch.no_grad()
+    def _detect(self, picture: Image.Image) -> Detections:
+        original = (picture.height, picture.width)
+        size = resized_shape(*original, self.min_size, self.max_size)
+        pixels = to_uint8_tensor(resize(picture, size)).to(self.device)
+        found = {name: value.cpu() for name, value in self.model([pixels])[0].items()}
+        order = found["scores"].argsort(descending=True, stable=True)
+        return {
+            "boxes": to_original_size(found["boxes"], size, original)[order],
+            "scores": found["scores"][order],
+            "labels": found["labels"][order],
+        }
+
+
+_NEEDS_DETECTOR = (
+    "prediction needs the weights of a trained detector. Name a checkpoint or a released model by "
+    "MODEL.WEIGHT (such as MODEL.WEIGHT output/model_final.pth) or as the weights of Predictor."
+)
+
+
+def _refuse_backbone(source: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Without downloading it first."""
+    if isinstance(source, Mapping):
+        return
+    if not str(source):
+        raise ConfigError(f"MODEL.WEIGHT is empty: {_NEEDS_DETECTOR}")
+    if str(source).startswith(("catalog://", "torchvision://")):
+        raise ConfigError(f"MODEL.WEIGHT {source} is an ImageNet backbone: {_NEEDS_DETECTOR}")
+
+
+def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[str]:
+    if recorded and len(recorded) == count:
+        return recorded
+    try:
+        names = class_names(cfg)
+    except (ConfigError, DataError) as error:
+        logger.warning("the names of the classes are not known, numbers stand for them: %s", error)
+    else:
+        if len(names) == count:
+            return names
+    return [str(label) for label in range(1, count + 1)]
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    if not Path(path).is_file():
+        raise UnreadableImage(f"the image {os.fspath(path)} does not exist")
+    try:
+        return load_image(path)
+    except Exception as error:
+        raise UnreadableImage(f"{os.fspath(path)} cannot be read as an image: {error}") from error
+
+
+# ----------------------------------------------------------------------------- files to files
+
+
+@dataclass
+class Summary:
+    """What `predict_files` did."""
+
+    images: int = 0
+    videos: int = 0
+    skipped: int = 0
+
+
+def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
+    """The images and videos that a path names.
+
+    Args:
+        pattern: a file, a folder (the images and videos right inside it), or a glob pattern
+            (`**` for any depth).
+
+    Returns:
+        The folder that all of them lie under, and the files in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        readable = {
+            suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+        }
+        suffixes = VIDEO_SUFFIXES | readable
+        files = [file for file in path.iterdir() if file.suffix.lower() in suffixes]
+    else:
+        files = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = sorted(file for file in files if file.is_file())
+    if not files:
+        reason = "holds no images or videos" if path.is_dir() else "does not exist"
+        raise DataError(f"{pattern} {reason}: name an image, a folder, a glob pattern or a video")
+    root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+    return root, files
+
+
+def predict_files(
+    predictor: Predictor, pattern: str, output_dir: str | Path, score_threshold: float = 0.3
+) -> Summary:
+    """Detect in files and write what is found.
+
+    For each image a picture with its boxes, and one `detections.json`: a list with, per image,
+    `file` (below the common folder), `width`, `height` and `detections`, each with `box` (xyxy in
+    pixels, both corners inside), `score`, `label` and `class`. For each video an MP4 with boxes,
+    and JSON lines of the same kind, one per frame, with `frame` and `time` in seconds. Every file
+    appears whole or not at all. Images and videos that cannot be read are logged and skipped.
+
+    Args:
+        predictor: the detector.
+        pattern: see `find_inputs`.
+        output_dir: folder to write to; made if it is not there.
+        score_threshold: detections below it are neither drawn nor written.
+
+    Raises:
+        DataError: there is no input, or an output would replace an input.
+    """
+    root, files = find_inputs(pattern)
+    outputs = [Path(output_dir) / _output_name(file.relative_to(root)) for file in files]
+    inputs = {file.resolve() for file in files}
+    for output in outputs:
+        if output.resolve() in inputs:
+            raise DataError(f"{output} would replace an input: choose another output folder")
+
+    summary = Summary()
+    entries = []
+    progress = tqdm(files, unit="file", disable=len(files) == 1 or not on_terminal())
+    for file, output in zip(progress, outputs, strict=True):
+        try:
+            if file.suffix.lower() in VIDEO_SUFFIXES:
+                _predict_video(predictor, file, output, score_threshold)
+                summary.videos += 1
+            else:
+                entry = _predict_image(predictor, file, output, score_threshold)
+                entries.append({"file": file.relative_to(root).as_posix(), **entry})
+                summary.images += 1
+        except UnreadableImage as error:
+            summary.skipped += 1
+            logger.warning("skipped: %s", error)
+    if entries:
+        write_json(Path(output_dir) / "detections.json", entries, indent=1)
+    return summary
+
+
+def _output_name(name: Path) -> Path:
+    suffix = name.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return name if suffix == ".mp4" else name.with_name(name.name + ".mp4")
+    return name if suffix in OUTPUT_SUFFIXES else name.with_name(name.name + ".jpg")
+
+
+def _predict_image(
+    predictor: Predictor, file: Path, output: Path, score_threshold: float
+) -> dict[str, Any]:
+    picture = _open(file)
+    found = predictor(picture)
+    drawn = draw_detections(picture, found, predictor.class_names, score_threshold)
+    with replacing(output) as temporary:
+        Image.fromarray(drawn).save(temporary, quality=92)
+    return {
+        "width": picture.width,
+        "height": picture.height,
+        "detections": _describe(found, predictor.class_names, score_threshold),
+    }
+
+
+def _describe(
+    found: Detections, names: Sequence[str], score_threshold: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "box": [round(side, 2) for side in box],
+            "score": round(score, 5),
+            "label": label,
+            "class": names[label - 1],
+        }
+        for box, score, label in zip(
+            found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
+        )
+        if score >= score_threshold
+    ]
+
+
+def _predict_video(predictor: Predictor, file: Path, output: Path, score_threshold: float) -> None:
+    import cv2
+
+    capture = cv2.VideoCapture(str(file))
+    try:
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        rate = rate if rate > 0 else 25.0
+        count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        frames = tqdm(
+            _frames(capture, file), total=count or None, desc=file.name, unit="frame", leave=False,
+            disable=not on_terminal(),
+        )  # fmt: skip
+        with (
+            replacing(output) as temporary,
+            replacing(output.with_suffix(".jsonl")) as temporary_lines,
+            open(temporary_lines, "w", encoding="utf-8") as lines,
+        ):
+            writer = None
+            try:
+                for index, frame in enumerate(frames):
+                    height, width = frame.shape[:2]
+                    if writer is None:
+                        codec = cv2.VideoWriter_fourcc(*"mp4v")
+                        writer = cv2.VideoWriter(str(temporary), codec, rate, (width, height))
+                        if not writer.isOpened():
+                            raise OSError(f"this OpenCV cannot write the video {output}")
+                    found = predictor(frame)
+                    drawn = draw_detections(frame, found, predictor.class_names, score_threshold)
+                    writer.write(np.ascontiguousarray(drawn[..., ::-1]))
+                    entry = {
+                        "frame": index,
+                        "time": round(index / rate, 4),
+                        "width": width,
+                        "height": height,
+                        "detections": _describe(found, predictor.class_names, score_threshold),
+                    }
+                    lines.write(json.dumps(entry) + "\n")
+            finally:
+                if writer is not None:
+                    writer.release()
+    finally:
+        capture.release()
+
+
+def _frames(capture, file: Path) -> Iterator[np.ndarray]:
+    """RGB arrays [H, W, 3]; at least one."""
+    good, frame = capture.read()
+    if not good:
+        raise UnreadableImage(f"{file} cannot be read as a video")
+    while good:
+        yield np.ascontiguousarray(frame[..., ::-1])
+        good, frame = capture.read()

@@ -1,0 +1,257 @@
+"""Prediction with a small real model of random weights."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nasfcos.config import ConfigError, load_config
+from nasfcos.data import DataError
+from nasfcos.data.records import UnreadableImage
+from nasfcos.models.build import build_detector
+from nasfcos.models.weights import WeightsError
+from nasfcos.predictor import Predictor, find_inputs, predict_files
+
+CLASSES = ["cat", "dog", "ox"]
+
+
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.NECK.NAME", "fpn", "MODEL.NECK.CHANNELS", 64),
+    *("MODEL.RESNET.BLOCKS", [1, 1, 1, 1], "MODEL.RESNET.STEM_CHANNELS", 8),
+    *("MODEL.HEAD.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128),
+    # A fresh model is sure of nothing; these let some of it through.
+    *("TEST.SCORE_THRESHOLD", 0.0, "TEST.DETECTIONS_PER_IMAGE", 10),
+]
+
+
+def small_config(*overrides):
+    return load_config(None, [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return small_config()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cfg, tmp_path_factory):
+    torch.manual_seed(0)
+    model = build_detector(cfg, len(CLASSES))
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save({"model": model.state_dict(), "classes": CLASSES}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(cfg, checkpoint):
+    return Predictor(cfg, checkpoint)
+
+
+@pytest.fixture
+def picture():
+    rng = np.random.default_rng(0)
+    blobs = Image.fromarray(rng.integers(0, 256, (6, 10, 3), dtype=np.uint8))
+    return blobs.resize((250, 150), Image.Resampling.BICUBIC)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() == {"boxes", "scores", "labels"}
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+
+
+def test_boxes_come_back_in_the_pixels_of_the_image(predictor, picture):
+    found = predictor(picture)
+    assert len(found["boxes"]) >= 10
+    # 150 x 250 becomes 64 x 106: the long side is cut to a whole number, so the ratios differ.
+    small = np.array(picture.resize((106, 64), Image.Resampling.BILINEAR))
+    with torch.no_grad():
+        raw = predictor.model([torch.from_numpy(small).permute(2, 0, 1)])[0]
+    order = raw["scores"].argsort(descending=True, stable=True)
+    expected = raw["boxes"][order] * torch.tensor([250 / 106, 150 / 64, 250 / 106, 150 / 64])
+    expected = expected.minimum(torch.tensor([249.0, 149, 249, 149])).clamp(min=0)
+    torch.testing.assert_close(found["boxes"], expected)
+    torch.testing.assert_close(found["scores"], raw["scores"][order])
+    assert (found["boxes"][:, 2] > 110).any()  # beyond the resized image
+    assert found["scores"].diff().max() <= 0
+    assert set(found["labels"].tolist()) <= {1, 2, 3}
+
+
+def test_every_way_to_give_an_image_gives_the_same(predictor, picture, tmp_path):
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    array = np.array(picture)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = predictor(picture)
+    for image in (path, str(path), array, tensor, tensor.float() / 255, picture.convert("RGBA")):
+        assert_same(predictor(image), expected)
+    both = predictor([path, array])
+    assert isinstance(both, list) and len(both) == 2
+    assert_same(both[1], expected)
+    assert predictor([]) == []
+
+
+def test_files_are_turned_upright(predictor, picture, tmp_path):
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert_same(predictor(tmp_path / "turned.png"), predictor(picture))
+
+
+def test_grey_and_cmyk_files_are_read(predictor, picture, tmp_path):
+    picture.convert("L").save(tmp_path / "grey.png")
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for name in ("grey.png", "cmyk.jpg"):
+        assert predictor(tmp_path / name)["boxes"].shape[1] == 4
+
+
+def test_what_is_no_image_is_refused(predictor, tmp_path):
+    with pytest.raises(UnreadableImage, match="nowhere.jpg does not exist"):
+        predictor(tmp_path / "nowhere.jpg")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    with pytest.raises(UnreadableImage, match="text.jpg cannot be read"):
+        predictor(tmp_path / "text.jpg")
+    for bad in (
+        np.zeros((20, 30), np.uint8),
+        np.zeros((20, 30, 3), np.float64),
+        np.zeros((0, 30, 3), np.uint8),
+        torch.zeros(1, 20, 30),
+        torch.zeros(20, 30, 3),
+    ):
+        with pytest.raises(ValueError, match="an image must be"):
+            predictor(bad)
+
+
+def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoint):
+    assert Predictor(cfg, checkpoint).class_names == CLASSES
+    nameless = {"model": torch.load(checkpoint, weights_only=True)["model"]}
+
+    own = {"FORMAT": "coco", "IMAGES": "i", "ANNOTATIONS": "a.json", "CLASSES": ["a", "b", "c"]}
+    known = small_config("DATASETS.TRAIN", ["own"], "DATASETS.CUSTOM", {"own": own})
+    assert Predictor(known, nameless).class_names == ["a", "b", "c"]
+
+    unknown = small_config("MODEL.NUM_CLASSES", 3)  # and coco, the default data, has 80
+    assert Predictor(unknown, nameless).class_names == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "source", ["", "catalog://ImageNetPretrained/MSRA/R-50", "torchvision://resnet50"]
+)
+def test_a_config_that_names_no_detector_is_refused(source):
+    with pytest.raises(ConfigError, match="trained detector.*MODEL.WEIGHT"):
+        Predictor(small_config("MODEL.WEIGHT", source))
+
+
+def test_a_file_of_a_backbone_is_refused(cfg, tmp_path):
+    weights = {"conv1.weight": torch.zeros(8, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}
+    torch.save(weights, tmp_path / "resnet.pth")
+    with pytest.raises(WeightsError, match="resnet.pth.*trained detector"):
+        Predictor(cfg, tmp_path / "resnet.pth")
+
+
+def test_weights_of_another_model_are_refused(checkpoint):
+    with pytest.raises(WeightsError, match="does not fit"):
+        Predictor(small_config("MODEL.NECK.CHANNELS", 128), checkpoint)
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    path = tmp_path / "in"
+    (path / "deep").mkdir(parents=True)
+    picture.save(path / "a.jpg")
+    picture.crop((0, 0, 100, 140)).save(path / "b.bmp")
+    picture.save(path / "deep" / "c.png")
+    (path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    (path / "notes.txt").write_text("not an image")
+    return path
+
+
+def files_in(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+
+def test_a_folder_becomes_pictures_and_json(predictor, folder, tmp_path, caplog):
+    out = tmp_path / "out"
+    found = predictor(folder / "b.bmp")
+    threshold = float(found["scores"][4:6].mean())
+    summary = predict_files(predictor, str(folder), out, threshold)
+    assert (summary.images, summary.videos, summary.skipped) == (2, 0, 1)
+    assert "broken.png" in caplog.text
+    assert files_in(out) == ["a.jpg", "b.bmp.jpg", "detections.json"]
+
+    first, second = json.loads((out / "detections.json").read_text())
+    assert (first["file"], first["width"], first["height"]) == ("a.jpg", 250, 150)
+    assert (second["file"], second["width"], second["height"]) == ("b.bmp", 100, 140)
+    assert len(second["detections"]) == (found["scores"] >= threshold).sum() == 5
+    for entry, box, label in zip(
+        second["detections"], found["boxes"].tolist(), found["labels"].tolist(), strict=False
+    ):
+        assert entry["box"] == pytest.approx(box, abs=0.01)
+        assert entry["score"] >= threshold - 1e-5
+        assert (entry["label"], entry["class"]) == (label, CLASSES[label - 1])
+
+    drawn = np.array(Image.open(out / "b.bmp.jpg")).astype(int)
+    assert drawn.shape == (140, 100, 3)
+    assert np.abs(drawn - np.array(Image.open(folder / "b.bmp")).astype(int)).max() > 100
+
+
+def test_inputs_by_file_folder_and_pattern(folder):
+    assert find_inputs(str(folder / "a.jpg")) == (folder, [folder / "a.jpg"])
+    root, files = find_inputs(str(folder))
+    assert root == folder and [f.name for f in files] == ["a.jpg", "b.bmp", "broken.png"]
+    root, files = find_inputs(str(folder / "**" / "*.[jp][pn]g"))
+    assert root == folder
+    assert [f.relative_to(folder).as_posix() for f in files] == [
+        "a.jpg",
+        "broken.png",
+        "deep/c.png",
+    ]
+    for nothing in (folder / "*.tiff", folder / "missing.jpg", folder / "missing"):
+        with pytest.raises(DataError, match="does not exist"):
+            find_inputs(str(nothing))
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        find_inputs(str(folder / "empty"))
+
+
+def test_inputs_are_never_overwritten(predictor, folder):
+    before = {name: (folder / name).read_bytes() for name in files_in(folder)}
+    with pytest.raises(DataError, match="would replace an input"):
+        predict_files(predictor, str(folder), folder)
+    assert {name: (folder / name).read_bytes() for name in files_in(folder)} == before
+
+
+def test_a_video_becomes_a_video_and_json_lines(predictor, picture, tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 64))
+    for shift in range(4):
+        frame = np.array(picture.crop((shift, 0, shift + 96, 64)))
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+
+    out = tmp_path / "out"
+    summary = predict_files(predictor, str(tmp_path / "*.*"), out, score_threshold=0.0)
+    assert (summary.images, summary.videos, summary.skipped) == (0, 1, 1)
+    assert files_in(out) == ["clip.avi.jsonl", "clip.avi.mp4"]
+    lines = [json.loads(line) for line in (out / "clip.avi.jsonl").read_text().splitlines()]
+    assert [(line["frame"], line["time"]) for line in lines] == [
+        (0, 0),
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+    ]
+    assert all(line["detections"] and line["width"] == 96 for line in lines)
+    capture = cv2.VideoCapture(str(out / "clip.avi.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    frames = 0
+    while capture.read()[0]:
+        frames += 1
+    assert frames == 4
