@@ -23,10 +23,11 @@ from .data import DataError, class_names, num_classes, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
+from .engine.checkpoint import newest_checkpoint
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import to_original_size
-from .evaluation.files import replacing, write_json
+from .evaluation.files import replacing
 from .models.build import build_detector
 from .models.weights import WeightsError, load_weights, read_weights
 from .visualize import AnyImage, draw_detections, to_picture
@@ -61,17 +62,17 @@ class Predictor:
         Args:
             cfg: the config tree. It need not find its data: where MODEL.NUM_CLASSES is 0, the
                 weights may say how many classes there are.
-            weights: what `load_weights` takes; None: MODEL.WEIGHT.
+            weights: what `load_weights` takes; None: MODEL.WEIGHT, or where that is empty or
+                names an ImageNet backbone the newest checkpoint in OUTPUT_DIR.
 
         Raises:
-            ConfigError: no weights of a detector are named.
+            ConfigError: there are no weights of a detector.
             WeightsError: the weights cannot be read or are those of another model.
         """
-        source = weights if weights is not None else cfg.MODEL.WEIGHT
-        _refuse_backbone(source)
+        source = weights if weights is not None else _find_weights(cfg)
         recorded = read_weights(source)
         if recorded.kind != "detector":
-            raise WeightsError(f"{source} is {recorded.description}: {_NEEDS_DETECTOR}")
+            raise WeightsError(f"{source} is a {recorded.description}: {_NEEDS_DETECTOR}")
         classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
         self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
@@ -125,14 +126,18 @@ _NEEDS_DETECTOR = (
 )
 
 
-def _refuse_backbone(source: str | os.PathLike[str] | Mapping[str, Any]) -> None:
-    """Without downloading it first."""
-    if isinstance(source, Mapping):
-        return
-    if not str(source):
-        raise ConfigError(f"MODEL.WEIGHT is empty: {_NEEDS_DETECTOR}")
-    if str(source).startswith(("catalog://", "torchvision://")):
-        raise ConfigError(f"MODEL.WEIGHT {source} is an ImageNet backbone: {_NEEDS_DETECTOR}")
+def _find_weights(cfg: CfgNode) -> str | Path:
+    source = cfg.MODEL.WEIGHT
+    if source and not source.startswith(("catalog://", "torchvision://")):
+        return source
+    newest = newest_checkpoint(cfg.OUTPUT_DIR)
+    if newest is None:
+        state = f"{source} is an ImageNet backbone" if source else "is empty"
+        raise ConfigError(
+            f"MODEL.WEIGHT {state} and {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint: "
+            f"{_NEEDS_DETECTOR}"
+        )
+    return newest[0]
 
 
 def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[str]:
@@ -244,7 +249,9 @@ def predict_files(
             summary.skipped += 1
             logger.warning("skipped: %s", error)
     if entries:
-        write_json(Path(output_dir) / "detections.json", entries, indent=1)
+        with replacing(Path(output_dir) / "detections.json") as temporary:
+            lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return summary
 
 

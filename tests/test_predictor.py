@@ -141,9 +141,14 @@ def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoi
 @pytest.mark.parametrize(
     "source", ["", "catalog://ImageNetPretrained/MSRA/R-50", "torchvision://resnet50"]
 )
-def test_a_config_that_names_no_detector_is_refused(source):
-    with pytest.raises(ConfigError, match="trained detector.*MODEL.WEIGHT"):
-        Predictor(small_config("MODEL.WEIGHT", source))
+def test_without_a_detector_the_newest_checkpoint_counts(source, checkpoint, tmp_path):
+    config = small_config("MODEL.WEIGHT", source, "OUTPUT_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="no checkpoint.*trained detector.*MODEL.WEIGHT"):
+        Predictor(config)
+    state = torch.load(checkpoint, weights_only=True)
+    state |= {"optimizer": {}, "scheduler": {}, "iteration": 10}
+    torch.save(state, tmp_path / "model_0000010.pth")
+    assert Predictor(config).class_names == CLASSES
 
 
 def test_a_file_of_a_backbone_is_refused(cfg, tmp_path):

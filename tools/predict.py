@@ -1,52 +1,54 @@
 """Detect objects in an image, a folder, a glob pattern or a video; write pictures and JSON.
 
-    python tools/predict.py --config-file configs/search/R_50_NAS_head.yaml \
-        --input street.jpg --output found MODEL.WEIGHT model_final.pth
+python tools/predict.py --config-file FILE --input street.jpg --output found
+python tools/predict.py --config-file FILE --input "*.jpg" --output found MODEL.WEIGHT model.pth
 """
 
-import argparse
 import logging
 import sys
 
-from nasfcos.config import ConfigError, load_config
-from nasfcos.data import DataError
-from nasfcos.download import DownloadError
+from nasfcos.config import load_config
+from nasfcos.engine.checkpoint import newest_checkpoint
+from nasfcos.engine.launch import USER_ERRORS, argument_parser
 from nasfcos.engine.logging import log_to_console
-from nasfcos.models.weights import WeightsError
 from nasfcos.predictor import Predictor, predict_files
 
 logger = logging.getLogger("nasfcos.predict")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argument_parser(
+        "Detect objects and write pictures with boxes and JSON. The weights are MODEL.WEIGHT of "
+        "the command line, else the newest checkpoint in OUTPUT_DIR, else MODEL.WEIGHT of the "
+        "config file."
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
         "--input", required=True, help="image, video, folder, or glob pattern in quotes"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument(
-        "--score", type=float, default=0.3, help="leave out detections below it (default 0.3)"
+        "--score", type=float, default=0.3, help="leave out detections below it (default: 0.3)"
     )
-    parser.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides"
-    )
-    arguments = parser.parse_args()
+    args = parser.parse_args()
 
     log_to_console()
     try:
-        predictor = Predictor(load_config(arguments.config_file, arguments.overrides))
-        summary = predict_files(predictor, arguments.input, arguments.output, arguments.score)
-    except (ConfigError, DataError, DownloadError, WeightsError, OSError) as error:
+        cfg = load_config(args.config_file, args.overrides)
+        given = "MODEL.WEIGHT" in args.overrides[::2]
+        newest = None if given else newest_checkpoint(cfg.OUTPUT_DIR)
+        predictor = Predictor(cfg, newest and newest[0])
+        summary = predict_files(predictor, args.input, args.output, args.score)
+    except USER_ERRORS as error:
         logger.error("%s", error)
-        return 1
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
     logger.info(
-        "%d images and %d videos written to %s; %d skipped because they cannot be read",
-        summary.images, summary.videos, arguments.output, summary.skipped,
+        "%d images and %d videos written to %s, %d skipped because they cannot be read",
+        summary.images, summary.videos, args.output, summary.skipped,
     )  # fmt: skip
-    return 0 if summary.images or summary.videos else 1
+    return 0 if summary.images or summary.videos else 2
 
 
 if __name__ == "__main__":
