@@ -79,9 +79,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is broken, or no checkpoint of a training run.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"{path} is damaged: wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except (
+        OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         first_line = str(error).split("\n", 1)[0]
         raise CheckpointError(f"{path} is not a readable checkpoint: {first_line}") from error
     missing = {"model", "optimizer", "scheduler", "iteration"} - (
@@ -148,12 +153,11 @@ def restore_solver(
     """
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
-    base_rates = scheduler.base_lrs
-    scheduler.load_state_dict({**state["scheduler"], "base_lrs": base_rates})
-    for group, base, factor in zip(
-        optimizer.param_groups, base_rates, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(iteration)
+    base = scheduler.base_lrs
+    rates = [rate * at(iteration) for rate, at in zip(base, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**state["scheduler"], "base_lrs": base, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def random_state() -> dict[str, Any]:

@@ -160,7 +160,8 @@ def broadcast(item: Any) -> Any:
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the buffers of process 0 (the running statistics of batch norms).
 
-    While training each process gathers its own; this makes what is evaluated what is saved.
+    In a training step each process moves its own away from them; this makes what is evaluated, on
+    any process, what is saved.
     """
     if world_size() > 1:
         for buffer in model.buffers():

@@ -64,7 +64,7 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
             log_to_file(cfg.OUTPUT_DIR)
             logger.info("command: %s", " ".join(sys.argv))
             log_environment(device)
-            logger.info("config:\n%s", cfg.dump())
+            logger.debug("config:\n%s", cfg.dump())
             job(cfg, device)
     except USER_ERRORS as error:
         logger.error("%s", _message(error))

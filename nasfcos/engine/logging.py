@@ -36,6 +36,7 @@ def log_to_console() -> None:
     console = _Console()
     if distributed.rank() == 0:
         console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        console.setLevel(logging.INFO)
     else:
         console.setFormatter(
             logging.Formatter(f"process {distributed.rank()}: %(levelname)s %(message)s")
@@ -43,7 +44,7 @@ def log_to_console() -> None:
         console.setLevel(logging.ERROR)
     if on_terminal():
         console.addFilter(lambda record: not getattr(record, "periodic", False))
-    PACKAGE.setLevel(logging.INFO)
+    PACKAGE.setLevel(logging.DEBUG)  # for the files
     PACKAGE.propagate = False
     PACKAGE.addHandler(console)
 

@@ -70,4 +70,7 @@ class StopRequest:
             self._raise()
 
     def _raise(self) -> None:
-        raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}")
+        name = signal.Signals(self.signum).name
+        raise Interrupted(
+            self.signum, f"stopped by {name}; --resume goes on from the last checkpoint"
+        )

@@ -47,10 +47,16 @@ def test(cfg: CfgNode, model: nn.Module, device: torch.device) -> dict[str, dict
             cfg, dataset, rank=distributed.rank(), world_size=distributed.world_size()
         )
         logger.info("%s: testing on %d images", name, len(dataset))
+        start = time.perf_counter()
         shares = distributed.gather(detect(model, loader, device, title=name))
         if shares is not None:
+            detections, seconds = merge(shares), time.perf_counter() - start
+            logger.info(
+                "%s: %d images in %s, %.1f images/s",
+                name, len(detections), format_duration(seconds), len(detections) / seconds,
+            )  # fmt: skip
             folder = Path(cfg.OUTPUT_DIR) / "inference" / name
-            results[name] = evaluate(dataset, merge(shares), folder)
+            results[name] = evaluate(dataset, detections, folder)
             logger.info("%s: results in %s\n%s", name, folder, format_metrics(results[name]))
         distributed.barrier()
     model.train(training)
@@ -119,12 +125,6 @@ def detect(model: nn.Module, loader, device: torch.device, title: str = "") -> D
                 title, batch, len(loader), done * distributed.world_size() / (now - start),
                 format_duration(rest), extra=PERIODIC,
             )  # fmt: skip
-    seconds = time.perf_counter() - start
-    if done:
-        logger.info(
-            "%s: %d images in %s, %.1f images/s", title, done, format_duration(seconds),
-            done / seconds,
-        )  # fmt: skip
     return found
 
 

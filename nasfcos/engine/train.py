@@ -247,10 +247,7 @@ def _iterate(
     )
     model = run.model.train()
     if distributed.world_size() > 1:
-        # Buffers stay each process's own until they are saved or evaluated (`broadcast_buffers`).
-        model = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     meter = Meter(solver.IMS_PER_BATCH, device)
     logger.info("training from iteration %d to %d", start, solver.MAX_ITER)
     with tqdm(total=solver.MAX_ITER, initial=start, unit="it", disable=not on_terminal()) as bar:

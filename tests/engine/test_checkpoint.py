@@ -1,0 +1,135 @@
+import logging
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from nasfcos.config import load_config
+from nasfcos.engine import checkpoint as ck
+
+
+def state(iteration):
+    return {
+        "model": {"w": torch.full((100,), float(iteration))},
+        "optimizer": {},
+        "scheduler": {},
+        "iteration": iteration,
+    }
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = ck.checkpoint_path(tmp_path, 5)
+    ck.save_checkpoint(state(5), path)
+
+    def write_half(value, file):
+        file.write(b"half of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(ck.CheckpointError, match="model_0000005.pth.*No space left"):
+        ck.save_checkpoint(state(6), path)
+    assert names(tmp_path) == ["model_0000005.pth"]
+    assert ck.load_checkpoint(path)["iteration"] == 5
+
+
+def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
+    (tmp_path / ".model_0000009.123.pth").write_bytes(b"half")
+    assert ck.newest_checkpoint(tmp_path) is None
+    ck.save_checkpoint(state(3), ck.checkpoint_path(tmp_path, 3))
+    assert names(tmp_path) == ["model_0000003.pth"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_a_broken_newest_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
+    for iteration in (3, 6):
+        ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
+    newest = tmp_path / "model_0000006.pth"
+    if damage == "cut":
+        newest.write_bytes(newest.read_bytes()[:-50])
+    elif damage == "other":
+        torch.save({"model": {}}, newest)
+    else:
+        newest.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
+    with caplog.at_level(logging.WARNING, logger="nasfcos"):
+        path, found = ck.newest_checkpoint(tmp_path)
+    assert path.name == "model_0000003.pth" and found["iteration"] == 3
+    assert "model_0000006.pth" in caplog.text
+
+
+def test_a_damaged_byte_is_noticed(tmp_path):
+    path = ck.checkpoint_path(tmp_path, 1)
+    ck.save_checkpoint(state(1), path)
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.full((100,), 1.0).numpy().tobytes())
+    content[at + 41] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ck.CheckpointError, match="model_0000001.pth is damaged"):
+        ck.load_checkpoint(path)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    with (tmp_path / "model_0000007.pth").open("wb") as file:
+        pickle.dump({**state(7), "model": Attack()}, file, protocol=2)
+    torch.save({**state(8), "model": Attack()}, tmp_path / "model_0000008.pth")
+    assert ck.newest_checkpoint(tmp_path) is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_final_checkpoint_counts_by_its_iterations(tmp_path):
+    ck.save_checkpoint(state(8), tmp_path / ck.FINAL)
+    ck.save_checkpoint(state(6), ck.checkpoint_path(tmp_path, 6))
+    assert ck.newest_checkpoint(tmp_path)[0].name == ck.FINAL
+    # A run that went on from the final one with more iterations.
+    ck.save_checkpoint(state(10), ck.checkpoint_path(tmp_path, 10))
+    assert ck.newest_checkpoint(tmp_path)[0].name == "model_0000010.pth"
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for iteration in (9, 10, 100, 12345678):
+        ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
+    ck.save_checkpoint(state(5), tmp_path / ck.FINAL)
+    ck.remove_old_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == ["model_0000100.pth", "model_12345678.pth", ck.FINAL]
+
+
+def test_an_earlier_run_is_set_aside_whole(tmp_path):
+    assert ck.set_earlier_run_aside(tmp_path) is None
+    for _ in range(2):
+        ck.save_checkpoint(state(3), ck.checkpoint_path(tmp_path, 3))
+        (tmp_path / "metrics.jsonl").write_text("{}")
+        (tmp_path / "log.txt").write_text("stays")
+        ck.set_earlier_run_aside(tmp_path)
+    assert names(tmp_path) == ["earlier_1", "earlier_2", "log.txt"]
+    assert names(tmp_path / "earlier_2") == ["metrics.jsonl", "model_0000003.pth"]
+
+
+def test_random_states_survive_a_file(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    random.gauss(0, 1)  # leaves a second number in the generator
+    torch.save(ck.random_state(), tmp_path / "state")
+    expected = draw(), random.gauss(0, 1)
+    draw()
+    ck.set_random_state(torch.load(tmp_path / "state", weights_only=True))
+    assert (draw(), random.gauss(0, 1)) == expected
+
+
+def test_differing_keys():
+    cfg = load_config(None, ["SOLVER.BASE_LR", 0.02, "SOLVER.STEPS", "(5, 6)"])
+    then = load_config(None, ["SOLVER.STEPS", "(5, 6)", "DATASETS.CUSTOM.mine.FORMAT", "coco"])
+    assert ck.differing_keys(cfg, cfg.dump()) == []
+    changes = ck.differing_keys(cfg, then.dump())
+    assert "SOLVER.BASE_LR: 0.01 -> 0.02" in changes
+    assert any(line.startswith("DATASETS.CUSTOM") and "absent" in line for line in changes)
+    assert not any("STEPS" in line for line in changes)

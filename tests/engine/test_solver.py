@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nasfcos.config import load_config
+from nasfcos.engine import build_lr_scheduler, build_optimizer
+from nasfcos.engine.checkpoint import restore_solver
+
+# Learning rates of the released training (weights; biases have twice these) by iteration.
+RELEASED = {
+    1: 0.0033466666666666666,
+    2: 0.0033599999999999997,
+    100: 0.004666666666666667,
+    250: 0.006666666666666666,
+    499: 0.009986666666666668,
+    500: 0.01,
+    501: 0.01,
+    59999: 0.01,
+    60000: 0.001,
+    60001: 0.001,
+    80000: 0.0001,
+    89999: 0.0001,
+    90000: 0.0001,
+}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        self.extra_bias_scale = nn.Parameter(torch.ones(()))
+
+
+def solver(*overrides):
+    cfg = load_config(None, overrides)
+    model = Small()
+    optimizer = build_optimizer(cfg, model)
+    return cfg, model, optimizer, build_lr_scheduler(cfg, optimizer)
+
+
+def rates(scheduler, iterations):
+    """The weights' learning rate at iterations 1, 2, ..., as the optimizer sees it."""
+    found = {}
+    for t in range(1, iterations + 1):
+        found[t] = scheduler.optimizer.param_groups[0]["lr"]
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_released_rates_at_every_turn():
+    _, _, optimizer, scheduler = solver()
+    optimizer.step()  # or the scheduler warns
+    for t, rate in RELEASED.items():
+        scheduler.last_epoch = t - 2
+        scheduler.step()
+        weights, biases = optimizer.param_groups
+        assert weights["lr"] == pytest.approx(rate, rel=1e-12)
+        assert biases["lr"] == pytest.approx(2 * rate, rel=1e-12)
+
+
+def test_first_iterations_have_their_rates_without_a_step_before():
+    _, _, _, scheduler = solver()
+    found = rates(scheduler, 2)
+    assert found == {t: pytest.approx(RELEASED[t], rel=1e-12) for t in (1, 2)}
+
+
+def test_constant_warmup():
+    overrides = ("SOLVER.WARMUP_METHOD", "constant", "SOLVER.WARMUP_ITERS", 3)
+    found = rates(solver(*overrides)[3], 3)
+    assert list(found.values()) == pytest.approx([0.01 / 3, 0.01 / 3, 0.01])
+
+
+def test_cosine_falls_to_zero_at_the_end():
+    overrides = ("SOLVER.SCHEDULE", "cosine", "SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 0)
+    found = rates(solver(*overrides)[3], 11)
+    assert found[5] == pytest.approx(0.005)
+    assert found[2] == pytest.approx(0.01 * (1 + math.cos(0.2 * math.pi)) / 2)
+    assert found[10] == pytest.approx(0, abs=1e-18)
+    assert found[11] == pytest.approx(0, abs=1e-18)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_biases_have_their_own_group_and_frozen_parameters_none(name):
+    _, model, optimizer, _ = solver("SOLVER.OPTIMIZER", name)
+    weights, biases = optimizer.param_groups
+    assert {id(p) for p in weights["params"]} == {id(model.conv.weight), id(model.norm.weight)}
+    assert {id(p) for p in biases["params"]} == {
+        id(model.conv.bias), id(model.norm.bias), id(model.extra_bias_scale)
+    }  # fmt: skip
+    assert weights["weight_decay"] == 1e-4
+    assert biases["weight_decay"] == 0
+    assert biases["initial_lr"] == 2 * weights["initial_lr"] == 0.02
+
+
+def test_restored_solver_has_the_moments_of_then_and_the_rates_of_now():
+    _, model, optimizer, scheduler = solver()
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+        optimizer.step()
+        scheduler.step()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+
+    _, other, fresh, fresh_scheduler = solver("SOLVER.BASE_LR", 0.1)
+    restore_solver(fresh, fresh_scheduler, state, 3)
+    momentum = fresh.state[other.conv.weight]["momentum_buffer"]
+    assert torch.equal(momentum, optimizer.state[model.conv.weight]["momentum_buffer"])
+    assert rates(fresh_scheduler, 2) == {
+        1: pytest.approx(10 * RELEASED[1] * (1 + 2 * 4 / 500) / (1 + 2 * 1 / 500)),
+        2: pytest.approx(10 * RELEASED[1] * (1 + 2 * 5 / 500) / (1 + 2 * 1 / 500)),
+    }

@@ -1,0 +1,201 @@
+"""Whole jobs through the command line: killed, stopped, under several processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nasfcos.engine.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PLAIN = (sys.executable,)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+class Job:
+    """A tool's process; its output is read at the end."""
+
+    def __init__(self, tool, config_file, *arguments, launcher=PLAIN, cwd, env=()):
+        self.process = subprocess.Popen(
+            [*launcher, ROOT / "tools" / tool, "--config-file", config_file, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)},
+        )
+
+    def wait_for(self, path, seconds=60):
+        """Until `path` exists while the job runs."""
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            assert self.process.poll() is None, self.end()[1]
+            assert time.monotonic() < deadline, f"{path} does not come"
+            time.sleep(0.01)
+
+    def end(self, timeout=120):
+        """(exit code, output)."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def job(config_file, tmp_path):
+    """Start a tool on the tiny config; whatever still runs afterwards is ended."""
+    jobs = []
+
+    def start(tool, *arguments, output="out", **kwargs):
+        arguments = [*arguments, "OUTPUT_DIR", tmp_path / output]
+        jobs.append(Job(tool, config_file, *arguments, cwd=tmp_path, **kwargs))
+        return jobs[-1]
+
+    yield start
+    for started in jobs:
+        if started.process.poll() is None:
+            started.process.kill()
+            started.process.wait()
+
+
+def succeed(job):
+    code, output = job.end()
+    assert code == 0, output
+    return output
+
+
+def weights(folder, name="model_final.pth"):
+    return load_checkpoint(folder / name)["model"]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_ends_bit_identical(job, tmp_path):
+    overrides = ("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 5, "DATALOADER.NUM_WORKERS", 1)
+    cut = job("train_net.py", "--skip-test", *overrides, output="cut")
+    cut.wait_for(tmp_path / "cut" / "model_0000010.pth")
+    cut.process.kill()
+    cut.end()
+    assert not (tmp_path / "cut" / "model_final.pth").exists()
+    output = succeed(job("train_net.py", "--resume", "--skip-test", *overrides, output="cut"))
+    assert re.search(r"resuming from .*model_00000(10|15|20)\.pth", output)
+
+    succeed(job("train_net.py", "--skip-test", *overrides, output="whole"))
+    one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines]
+    assert iterations == sorted(set(iterations)) and set(range(2, 25, 2)) < set(iterations)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
+    launch = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
+    two = job(
+        "train_net.py", launcher=(sys.executable, *map(str, launch)), output="two",
+    )  # fmt: skip
+    output = succeed(two)
+    assert "2 process(es)" in output
+    assert output.count("saved ") == 3  # one process writes, and talks
+    assert (tmp_path / "two" / "log_rank1.txt").exists()
+    # Each process normalises its losses (and its batch norms) over its own share, as a part does.
+    succeed(job("train_net.py", "--skip-test", "SOLVER.ACCUMULATE", 2, output="one"))
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+    states = load_checkpoint(tmp_path / "two" / "model_final.pth")["random"]
+    assert len(states) == 2
+
+    # The same weights tested by one process: the same detections, none twice, none lost.
+    weight = tmp_path / "two" / "model_final.pth"
+    single = ("MODEL.WEIGHT", weight, "TEST.IMS_PER_BATCH", 1)
+    output = succeed(job("test_net.py", *single, output="single"))
+    results = [
+        json.loads((tmp_path / folder / "inference" / "val" / "bbox.json").read_text())
+        for folder in ("two", "single")
+    ]
+    keys = [[(r["image_id"], r["category_id"]) for r in found] for found in results]
+    assert keys[0] == keys[1] and len({image for image, _ in keys[0]}) == 7
+    for a, b in zip(*results, strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-2)
+    assert "AP50" in output and "red" in output
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_on_the_way_out(job, tmp_path):
+    running = job("train_net.py", "SOLVER.MAX_ITER", 100_000, launcher=TORCHRUN)
+    running.wait_for(tmp_path / "out" / "model_0000006.pth")
+    running.process.send_signal(signal.SIGTERM)
+    code, output = running.end()
+    assert code != 0
+    saved = re.search(r"stopped after iteration (\d+); --resume goes on from (\S+)", output)
+    assert saved, output
+    assert load_checkpoint(saved[2])["iteration"] == int(saved[1])
+
+
+@pytest.mark.slow
+def test_the_job_ends_when_one_process_is_gone(job, tmp_path):
+    running = job("train_net.py", "SOLVER.MAX_ITER", 100_000, launcher=TORCHRUN)
+    running.wait_for(tmp_path / "out" / "model_0000003.pth")
+    children = subprocess.run(
+        ["pgrep", "-P", str(running.process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    code, _ = running.end(timeout=60)
+    assert code != 0
+
+
+@pytest.mark.slow
+def test_divergence_ends_every_process_with_a_message(job, tmp_path):
+    code, output = job(
+        "train_net.py", "SOLVER.BASE_LR", 1e6, "SOLVER.MAX_ITER", 50, launcher=TORCHRUN
+    ).end()
+    assert code != 0
+    assert "process 1: ERROR" in output  # and process 0:
+    assert len(re.findall(r"ERROR .*not finite", output)) == 2, output
+    assert not (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_interrupted_from_the_keyboard(job, tmp_path):
+    running = job(
+        "train_net.py", "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 50_000
+    )  # fmt: skip
+    running.wait_for(tmp_path / "out" / "metrics.jsonl")
+    running.process.send_signal(signal.SIGINT)
+    code, output = running.end()
+    assert code == 130, output
+    assert "--resume goes on from" in output and "Traceback" not in output
+    assert list((tmp_path / "out").glob("model_*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "words"),
+    [
+        ("train_net.py", ("SOLVER.BASE_LRR", 1), "SOLVER.BASE_LR"),
+        ("train_net.py", ("MODEL.WEIGHT", "nowhere.pth"), "nowhere.pth"),
+        ("train_net.py", ("MODEL.DEVICE", "cuda:99"), "MODEL.DEVICE"),
+        ("test_net.py", (), "MODEL.WEIGHT"),
+    ],
+)
+def test_what_the_user_has_to_mend_is_said_shortly(job, tool, arguments, words):
+    code, output = job(tool, *arguments).end()
+    assert code == 2
+    assert words in output and "Traceback" not in output

@@ -1,0 +1,335 @@
+"""Training in this process: stopping and going on, divergence, parts of a batch."""
+
+import importlib
+import json
+import logging
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nasfcos import engine
+from nasfcos.config import ConfigError, load_config
+from nasfcos.data import build_train_loader
+from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
+from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
+from nasfcos.engine.signals import Interrupted
+from nasfcos.engine.train import Run, build_model, forward_backward, update
+
+# The package's attribute of this name is the function.
+train_module = importlib.import_module("nasfcos.engine.train")
+CPU = torch.device("cpu")
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(config_file, tmp_path):
+    """Config of the tiny job with overrides, writing to a folder of the test."""
+
+    def make(*overrides, output="out"):
+        return load_config(config_file, ["OUTPUT_DIR", str(tmp_path / output), *overrides])
+
+    return make
+
+
+def final_weights(cfg):
+    return load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_final.pth")["model"]
+
+
+def metrics(cfg):
+    text = (Path(cfg.OUTPUT_DIR) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def interrupt_in(monkeypatch, steps):
+    """Send this process SIGTERM in its `steps`-th optimizer step: the next one is the last."""
+    calls = iter(range(1, 10**6))
+
+    def update_and_signal(*args):
+        if next(calls) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(*args)
+
+    monkeypatch.setattr(train_module, "update", update_and_signal)
+
+
+def test_a_run_leaves_everything_that_was_promised(config):
+    cfg = config("TEST.EVAL_PERIOD", 4)
+    results = engine.train(cfg, CPU)
+    output = Path(cfg.OUTPUT_DIR)
+    assert 0 <= results["val"]["AP50"] <= 1
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        "config.yaml", "inference", "metrics.jsonl", "model_0000003.pth", "model_0000004.pth",
+        "model_0000006.pth", "model_final.pth", "tensorboard", "training.png",
+    }  # fmt: skip
+    assert load_config(output / "config.yaml") == cfg
+
+    lines = metrics(cfg)
+    training = [line for line in lines if "loss" in line]
+    assert [line["iteration"] for line in training] == [1, 2, 4, 6, 8]
+    for line in training:
+        terms = line["loss_cls"] + line["loss_box"] + line["loss_centerness"]
+        assert line["loss"] == pytest.approx(terms)
+        assert {"lr", "time", "data_time", "images_per_s", "memory_mb"} < line.keys()
+    assert training[0]["lr"] == pytest.approx(0.005 * (1 / 3 + 2 / 9))
+    assert training[-1]["lr"] == pytest.approx(0.0005)
+    tests = [line for line in lines if "eval/val/AP" in line]
+    assert [line["iteration"] for line in tests] == [4, 8]
+    assert tests[-1]["eval/val/AP50"] == results["val"]["AP50"]
+
+    boxes = json.loads((output / "inference" / "val" / "bbox.json").read_text())
+    assert {box["image_id"] for box in boxes} <= set(range(1, 8))
+    assert {box["category_id"] for box in boxes} <= {10, 20}
+    figures = json.loads((output / "inference" / "val" / "metrics.json").read_text())
+    assert figures["AP50"] == results["val"]["AP50"]
+
+    state = load_checkpoint(output / "model_final.pth")
+    assert state["iteration"] == 8 and state["classes"] == ["white", "red"]
+    assert state["sampler"] == {"iteration": 8, "images": 32}
+
+
+def test_the_loss_falls(config):
+    cfg = config("SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(35,)", "SOLVER.LOG_PERIOD", 10)
+    engine.train(cfg, CPU, skip_test=True)
+    losses = [line["loss"] for line in metrics(cfg)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_sigterm_saves_and_the_resumed_run_ends_bit_identical(config, monkeypatch):
+    whole = config(output="whole")
+    engine.train(whole, CPU, skip_test=True)
+    cut = config(output="cut")
+    interrupt_in(monkeypatch, 4)
+    with pytest.raises(Interrupted, match="after iteration 5.*model_0000005.pth") as stopped:
+        engine.train(cut, CPU)
+    assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    engine.train(cut, CPU, resume=True, skip_test=True)
+    assert_same_weights(final_weights(cut), final_weights(whole))
+    optimizers = [load_checkpoint(Path(c.OUTPUT_DIR) / "model_final.pth")["optimizer"]
+                  for c in (cut, whole)]  # fmt: skip
+    for index, moments in optimizers[0]["state"].items():
+        expected = optimizers[1]["state"][index]["momentum_buffer"]
+        assert torch.equal(moments["momentum_buffer"], expected)
+    # 6 is where the resumed run's log begins, and due besides.
+    assert [line["iteration"] for line in metrics(cut)] == [1, 2, 4, 6, 8]
+
+
+def test_resuming_passes_over_a_broken_checkpoint(config, monkeypatch, caplog):
+    whole = config(output="whole")
+    engine.train(whole, CPU, skip_test=True)
+    cut = config(output="cut")
+    interrupt_in(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        engine.train(cut, CPU)
+    broken = Path(cut.OUTPUT_DIR) / "model_0000006.pth"
+    broken.write_bytes(broken.read_bytes()[:100_000])
+    with caplog.at_level(logging.INFO, logger="nasfcos"):
+        engine.train(cut, CPU, resume=True, skip_test=True)
+    assert "passed over" in caplog.text and "model_0000006.pth" in caplog.text
+    assert "model_0000003.pth, after iteration 3" in caplog.text
+    assert_same_weights(final_weights(cut), final_weights(whole))
+
+
+def test_resuming_nothing_starts_and_resuming_the_finished_tests(config, caplog):
+    cfg = config()
+    with caplog.at_level(logging.INFO, logger="nasfcos"):
+        engine.train(cfg, CPU, resume=True, skip_test=True)
+        assert "nothing to resume from" in caplog.text
+        before = final_weights(cfg)
+        results = engine.train(cfg, CPU, resume=True)
+    assert "finished already" in caplog.text
+    assert_same_weights(final_weights(cfg), before)
+    assert set(results) == {"val"}
+
+
+def test_resuming_with_another_config_says_what_differs_and_uses_it(config, caplog):
+    engine.train(config("SOLVER.MAX_ITER", 4), CPU, skip_test=True)
+    longer = config("SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 0.001)
+    with caplog.at_level(logging.WARNING, logger="nasfcos"):
+        engine.train(longer, CPU, resume=True, skip_test=True)
+    assert "SOLVER.MAX_ITER: 4 -> 6" in caplog.text
+    assert "SOLVER.BASE_LR: 0.005 -> 0.001" in caplog.text
+    assert metrics(longer)[-1]["iteration"] == 6
+    assert metrics(longer)[-2]["lr"] == pytest.approx(0.001)
+
+
+def test_resuming_another_model_is_refused(config):
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    with pytest.raises(CheckpointError, match="another model"):
+        engine.train(config("MODEL.NECK.CHANNELS", 96), CPU, resume=True)
+
+
+def test_a_new_run_in_a_used_folder_does_not_mix_with_the_old(config):
+    cfg = config("SOLVER.MAX_ITER", 4)
+    engine.train(cfg, CPU, skip_test=True)
+    engine.train(config("SOLVER.MAX_ITER", 2), CPU, skip_test=True)
+    output = Path(cfg.OUTPUT_DIR)
+    assert load_checkpoint(output / "model_final.pth")["iteration"] == 2
+    assert load_checkpoint(output / "earlier_1" / "model_final.pth")["iteration"] == 4
+    assert not (output / "model_0000003.pth").exists()
+
+
+def test_fine_tuning_starts_at_zero_with_a_fresh_optimizer(config):
+    first = config(output="first")
+    engine.train(first, CPU, skip_test=True)
+    weight = str(Path(first.OUTPUT_DIR) / "model_final.pth")
+    second = config(
+        "MODEL.WEIGHT", weight, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.0, output="second"
+    )
+    engine.train(second, CPU, skip_test=True)
+    state = load_checkpoint(Path(second.OUTPUT_DIR) / "model_final.pth")
+    assert state["iteration"] == 1
+    assert [line["iteration"] for line in metrics(second)] == [1]
+    trained, tuned = final_weights(first), state["model"]
+    assert all(torch.equal(trained[k], tuned[k]) for k in trained if k.endswith("weight"))
+    # The moments are those of one step: the gradients alone.
+    model = build_model(second, CPU)
+    model.load_state_dict(trained)
+    images, targets = next(iter(build_train_loader(second)))
+    forward_backward(model.train(), images, targets, NO_SCALING)
+    named = [p for n, p in model.named_parameters() if p.requires_grad and "bias" not in n]
+    momentum = state["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.allclose(momentum, named[0].grad + 1e-4 * named[0], atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_and_minus_one_a_new_one(config):
+    runs = {}
+    for name, seed in {"a": 3, "b": 3, "c": -1, "d": -1}.items():
+        cfg = config("SEED", seed, "SOLVER.MAX_ITER", 2, output=name)
+        engine.train(cfg, CPU, skip_test=True)
+        runs[name] = final_weights(cfg)
+    assert_same_weights(runs["a"], runs["b"])
+    first = "backbone.stem.conv1.weight"
+    assert not torch.equal(runs["c"][first], runs["d"][first])
+    # The drawn seed is on record and stays the run's own.
+    drawn = yaml.safe_load((Path(cfg.OUTPUT_DIR) / "config.yaml").read_text())["SEED"]
+    longer = config("SEED", -1, "SOLVER.MAX_ITER", 4, output="d")
+    engine.train(longer, CPU, resume=True, skip_test=True)
+    assert yaml.safe_load((Path(cfg.OUTPUT_DIR) / "config.yaml").read_text())["SEED"] == drawn
+    whole = config("SEED", drawn, "SOLVER.MAX_ITER", 4, output="e")
+    engine.train(whole, CPU, skip_test=True)
+    assert_same_weights(final_weights(whole), final_weights(longer))
+
+
+def test_divergence_stops_before_anything_is_poisoned(config):
+    cfg = config("SOLVER.BASE_LR", 1e6, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(NonFiniteLossError) as error:
+        engine.train(cfg, CPU)
+    message = str(error.value)
+    assert "not finite" in message and "iteration" in message
+    kept = sorted(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+    for path in kept:
+        weights = load_checkpoint(path)["model"].values()
+        assert all(torch.isfinite(w).all() for w in weights)
+    assert (str(kept[-1]) if kept else "no checkpoint yet") in message
+    assert not (Path(cfg.OUTPUT_DIR) / "model_final.pth").exists()
+
+
+def test_a_non_finite_loss_names_iteration_images_and_checkpoint():
+    monitor = StepMonitor(Path("output/model_0000100.pth"))
+    files = ["a.jpg", "b.jpg"]
+    good = {"loss_cls": torch.tensor(1.0), "loss_box": torch.tensor(2.0)}
+    means, stop = monitor.submit(107, good, files, stop=False)
+    assert means == good and not stop
+    assert monitor.submit(108, good, files, stop=True)[1]
+    bad = good | {"loss_box": torch.tensor(math.inf)}
+    pattern = r"iteration 109.*loss_box inf.*a\.jpg, b\.jpg.*model_0000100\.pth"
+    with pytest.raises(NonFiniteLossError, match=pattern):
+        monitor.submit(109, bad, files, stop=False)
+
+
+def test_weights_that_are_not_finite_are_never_saved(config, tmp_path):
+    cfg = config()
+    model = build_model(cfg, CPU)
+    optimizer = engine.build_optimizer(cfg, model)
+    run = Run(model, optimizer, engine.build_lr_scheduler(cfg, optimizer), NO_SCALING, 4)
+    with torch.no_grad():
+        model.backbone.stem.conv1.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteLossError, match="iteration 4"):
+        train_module._save(cfg, run, tmp_path / "model_0000004.pth", StepMonitor())
+    assert not (tmp_path / "model_0000004.pth").exists()
+
+
+# ------------------------------------------------------------------------------ parts of a batch
+
+
+def gradients(model, images, targets, parts):
+    model.zero_grad()
+    losses = forward_backward(model, images, targets, NO_SCALING, parts)
+    return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def without_batch_norm(config):
+    cfg = config("MODEL.NECK.NAME", "fpn", "MODEL.GENOTYPE", "[]", "MODEL.RESNET.NORM", "frozen_bn")
+    torch.manual_seed(0)
+    return build_model(cfg, CPU).train(), *next(iter(build_train_loader(cfg)))
+
+
+def test_parts_give_the_mean_of_their_gradients(config):
+    model, images, targets = without_batch_norm(config)
+    losses, together = gradients(model, images, targets, parts=2)
+    halves = [gradients(model, images[i : i + 2], targets[i : i + 2], 1) for i in (0, 2)]
+    for name, value in losses.items():
+        assert value == pytest.approx(float((halves[0][0][name] + halves[1][0][name]) / 2))
+    for name, gradient in together.items():
+        expected = (halves[0][1][name] + halves[1][1][name]) / 2
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_with_equal_normalisers_give_the_gradient_of_the_whole(config):
+    model, images, targets = without_batch_norm(config)
+    images, targets = images[:2] * 2, targets[:2] * 2
+    _, whole = gradients(model, images, targets, parts=1)
+    _, parts = gradients(model, images, targets, parts=2)
+    scale = max(float(g.abs().max()) for g in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6 * scale)
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.tensor([30.0, 40.0])
+    update(optimizer, NO_SCALING, clip_norm=5.0)
+    assert weight.tolist() == pytest.approx([-3.0, -4.0], rel=1e-4)
+    weight.grad = torch.tensor([0.3, 0.4])
+    update(optimizer, NO_SCALING, clip_norm=5.0)
+    assert weight.tolist() == pytest.approx([-3.3, -4.4], rel=1e-4)
+    assert weight.grad is None
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(config):
+    cfg = config("SOLVER.AMP", "bf16", "SOLVER.MAX_ITER", 2, "SOLVER.ACCUMULATE", 2)
+    engine.train(cfg, CPU, skip_test=True)
+    assert {w.dtype for w in final_weights(cfg).values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("SOLVER.AMP", "fp16"), "SOLVER.AMP fp16 needs a GPU"),
+        (("SOLVER.ACCUMULATE", 3), "SOLVER.IMS_PER_BATCH"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(config, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        engine.train(config(*overrides), CPU)
