@@ -25,9 +25,7 @@
 #include <tuple>
 #include <vector>
 
-#include "simd.h"
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#include "../macros.h"
 
 namespace {
 
@@ -105,7 +103,7 @@ struct Sample {
   T mask;
 
   // Bilinear weights of the four corners.
-  ALWAYS_INLINE void blend(T* w) const {
+  NASFCOS_INLINE void blend(T* w) const {
     w[0] = (1 - y) * (1 - x);
     w[1] = (1 - y) * x;
     w[2] = y * (1 - x);
@@ -158,7 +156,7 @@ void locate_all(
 
 // out = sum of w[i] * corner[i], over n channels.
 template <typename T>
-ALWAYS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T* out) {
+NASFCOS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T* out) {
   const T *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
   const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
 #pragma omp simd
@@ -167,7 +165,7 @@ ALWAYS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T*
 
 // dots[i] = <grad, corner[i]>
 template <typename T>
-ALWAYS_INLINE void dot_loop(const T* const* corner, const T* grad, int64_t n, T* dots) {
+NASFCOS_INLINE void dot_loop(const T* const* corner, const T* grad, int64_t n, T* dots) {
   const T *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
@@ -185,7 +183,7 @@ ALWAYS_INLINE void dot_loop(const T* const* corner, const T* grad, int64_t n, T*
 
 // out += w * grad
 template <typename T>
-ALWAYS_INLINE void scatter_loop(const T* grad, T w, int64_t n, T* out) {
+NASFCOS_INLINE void scatter_loop(const T* grad, T w, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] += w * grad[i];
 }
@@ -210,7 +208,7 @@ void scatter(const double* grad, double w, int64_t n, double* out) {
 }
 
 template <typename T>
-ALWAYS_INLINE void corners_of(
+NASFCOS_INLINE void corners_of(
     const Geometry& g, const Sample<T>& s, const T* image, int64_t channel, const T** corner) {
   for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * g.channels + channel;
 }

@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "../macros.h"
 
 // A fused multiply-add rounds once instead of twice, which would decide boxes exactly at the
 // threshold differently on different processors.
@@ -36,7 +36,7 @@ struct Boxes {
 
 // Marks those of the n boxes from `first` on whose IoU with box i is above `limit`.
 template <typename T>
-inline __attribute__((always_inline)) void suppress_loop(
+NASFCOS_INLINE void suppress_loop(
     int64_t first, int64_t n, T x0, T y0, T x1, T y1, T area, T extra, T limit, const T* bx0,
     const T* by0, const T* bx1, const T* by1, const T* barea, int32_t* suppressed) {
   for (int64_t j = first; j < n; ++j) {
