@@ -15,7 +15,7 @@ def main() -> int:
         "Test a detector on DATASETS.TEST. Its weights are MODEL.WEIGHT of the command line, else "
         "the newest checkpoint in OUTPUT_DIR, else MODEL.WEIGHT of the config file."
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job(cfg, device):
         model = build_model(cfg, device)

@@ -16,7 +16,7 @@ def main() -> int:
         "--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--skip-test", action="store_true", help="do not test the finished model")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     return launch(
         args, lambda cfg, device: train(cfg, device, resume=args.resume, skip_test=args.skip_test)
     )

@@ -157,6 +157,12 @@ def broadcast(item: Any) -> Any:
     return items[0]
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether `error` only tells that the connection to another process broke."""
+    text = str(error)
+    return any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the buffers of process 0 (the running statistics of batch norms).
 

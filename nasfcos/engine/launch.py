@@ -42,14 +42,14 @@ USER_ERRORS = (
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of what the tools have in common: the config file and overrides."""
+    """A parser of what the tools have in common; use its `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML config")
     # Older launchers pass the number of the process; the environment has it as well.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+        "overrides", nargs="*", metavar="KEY VALUE", help="config keys to override, in pairs"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser
 
 
@@ -84,8 +84,11 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
             "SOLVER.IMS_PER_BATCH or SOLVER.AMP bf16 need less. %s", error,
         )  # fmt: skip
         return 1
-    except Exception:
-        logger.exception("stopped by an error of the program")
+    except Exception as error:
+        if distributed.is_lost_peer(error):
+            logger.error("another process of the job is gone; its own message says why")
+        else:
+            logger.exception("stopped by an error of the program")
         return 1
     return 0
 

@@ -189,9 +189,8 @@ def test_interrupted_from_the_keyboard(job, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "words"),
     [
-        ("train_net.py", ("SOLVER.BASE_LRR", 1), "SOLVER.BASE_LR"),
+        ("train_net.py", ("SEED", -1, "--resume", "SOLVER.BASE_LRR", 1), "SOLVER.BASE_LR"),
         ("train_net.py", ("MODEL.WEIGHT", "nowhere.pth"), "nowhere.pth"),
-        ("train_net.py", ("MODEL.DEVICE", "cuda:99"), "MODEL.DEVICE"),
         ("test_net.py", (), "MODEL.WEIGHT"),
     ],
 )
