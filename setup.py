@@ -5,14 +5,14 @@ is found, where the compilation fails, or where torch is not importable while bu
 isolation; use ``--no-build-isolation``).
 
 Environment:
-    NASFCOS_CUDA=1    compile the CUDA kernels (needs nvcc); the default where a GPU and nvcc are found
+    NASFCOS_CUDA=1    compile the CUDA kernels (needs nvcc); default where a GPU and nvcc are found
     NASFCOS_CUDA=0    do not
     NASFCOS_NO_EXT=1  compile nothing
     NASFCOS_STRICT=1  a failing compilation fails the installation
     TORCH_CUDA_ARCH_LIST, MAX_JOBS  as for any PyTorch extension
 
 To compile the CUDA sources without installing them, on any machine that has nvcc:
-    NASFCOS_CUDA=1 NASFCOS_STRICT=1 TORCH_CUDA_ARCH_LIST="9.0" \\
+    CUDA_HOME=/usr/local/cuda NASFCOS_CUDA=1 NASFCOS_STRICT=1 TORCH_CUDA_ARCH_LIST="9.0" \\
         python setup.py build_ext --build-temp build/cuda/temp --build-lib build/cuda/lib
 """
 
@@ -47,8 +47,8 @@ def extension_arguments() -> dict:
             raise
         say(
             f"torch cannot be imported while building ({error}), so the operators are not compiled "
-            "and plain PyTorch will serve, which is slower. To compile them, install torch first and "
-            "then run `pip install --no-build-isolation -e .`"
+            "and plain PyTorch will serve, which is slower. To compile them, install torch first "
+            "and then run `pip install --no-build-isolation -e .`"
         )
         return {}
 
@@ -65,9 +65,9 @@ def extension_arguments() -> dict:
                 if flag("NASFCOS_STRICT"):
                     raise
                 say(
-                    f"compiling the operators failed ({type(error).__name__}: {error}). The package "
-                    "is installed all the same, and plain PyTorch will serve, which is slower. The "
-                    "compiler's messages are above (pip shows them with -v)."
+                    f"compiling the operators failed ({type(error).__name__}: {error}). The "
+                    "package is installed all the same, and plain PyTorch will serve, which is "
+                    "slower. The compiler's messages are above (pip shows them with -v)."
                 )
 
         def copy_file(self, infile, outfile, *args, **kwargs):

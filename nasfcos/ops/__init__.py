@@ -19,10 +19,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, legacy: bool = Fals
     Args:
         boxes: [N, 4] floating point, xyxy, pixels.
         scores: [N] floating point.
-        iou_threshold: a box is suppressed when its IoU with a kept box of higher score is above this
-            (with ``legacy``: above or equal).
-        legacy: the released models' convention, in which both corners belong to the box and its width
-            is ``x1 - x0 + 1``. Otherwise torchvision's, ``x1 - x0``.
+        iou_threshold: a box is suppressed when its IoU with a kept box of higher score is above
+            this (with ``legacy``: above or equal).
+        legacy: the released models' convention, in which both corners belong to the box and its
+            width is ``x1 - x0 + 1``. Otherwise torchvision's, ``x1 - x0``.
 
     Returns:
         int64 indices of the kept boxes by descending score; equal scores keep their input order.
@@ -36,9 +36,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, legacy: bool = Fals
 def batched_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, legacy: bool = False
 ) -> Tensor:
-    """:func:`nms` within each class: boxes of different ``labels`` ([N] integer) never suppress each
-    other. Box coordinates are used as they are (not shifted apart by class), so the result is exactly
-    that of one :func:`nms` a class.
+    """:func:`nms` within each class: boxes of different ``labels`` ([N] integer) never suppress
+    each other. Box coordinates are used as they are (not shifted apart by class), so the result is
+    exactly that of one :func:`nms` a class.
     """
     return _nms(boxes, scores, labels, iou_threshold, legacy)
 
@@ -46,20 +46,14 @@ def batched_nms(
 def _nms(
     boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, legacy: bool
 ) -> Tensor:
-    torch._check_value(
-        boxes.dim() == 2 and boxes.shape[1] == 4,
-        lambda: f"nms: boxes must be [N, 4], got {list(boxes.shape)}",
-    )
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"nms: boxes must be [N, 4], got {list(boxes.shape)}")
     for name, tensor in (("scores", scores), ("labels", labels)):
-        if tensor is None:
-            continue
-        torch._check_value(
-            tensor.dim() == 1 and tensor.shape[0] == boxes.shape[0],
-            lambda name=name, tensor=tensor: (
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != boxes.shape[0]):
+            raise ValueError(
                 f"nms: {name} must be [N] with the N of boxes {list(boxes.shape)}, "
                 f"got {list(tensor.shape)}"
-            ),
-        )
+            )
     return torch.ops.nasfcos.nms(boxes, scores, labels, float(iou_threshold), legacy)
 
 
@@ -89,13 +83,11 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: shapes or reduction that do not fit; on the CPU, a target outside -1..C.
     """
-    torch._check_value(
-        logits.dim() == 2 and targets.dim() == 1 and logits.shape[0] == targets.shape[0],
-        lambda: (
+    if logits.dim() != 2 or targets.dim() != 1 or logits.shape[0] != targets.shape[0]:
+        raise ValueError(
             "sigmoid_focal_loss: logits must be [N, C] and targets [N], "
             f"got {list(logits.shape)} and {list(targets.shape)}"
-        ),
-    )
+        )
     if reduction not in ("sum", "none"):
         raise ValueError(
             f"sigmoid_focal_loss: reduction must be 'sum' or 'none', got {reduction!r}"
@@ -122,18 +114,21 @@ def modulated_deform_conv2d(
         input: [N, C, H, W].
         offset: [N, 2 * offset_groups * kh * kw, Ho, Wo] in input pixels: y, x for each tap, group
             after group (torchvision's order).
-        mask: [N, offset_groups * kh * kw, Ho, Wo], the factor of each tap's sample (after any sigmoid).
+        mask: [N, offset_groups * kh * kw, Ho, Wo], the factor of each tap's sample (after any
+            sigmoid).
         weight: [Cout, C, kh, kw].
         bias: [Cout] or None.
         stride, padding, dilation: as in ``conv2d``; one integer or (y, x).
-        offset_groups: how many consecutive groups of input channels have offsets and masks of their own.
+        offset_groups: how many consecutive groups of input channels have offsets and masks of
+            their own.
 
     Returns:
-        [N, Cout, Ho, Wo] in the dtype of ``input``. The arithmetic is float64 for a float64 input and
-        float32 otherwise, also under autocast: half precision is too coarse for pixel positions.
+        [N, Cout, Ho, Wo] in the dtype of ``input``. The arithmetic is float64 for a float64 input
+        and float32 otherwise, also under autocast: half precision is too coarse for pixel
+        positions.
 
-    A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask makes the
-    outputs that use it NaN; gradients there are NaN or zero.
+    A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask
+    makes the outputs that use it NaN; gradients there are NaN or zero.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -164,36 +159,32 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
 def _check_deform_shapes(
     input, offset, mask, weight, bias, stride, padding, dilation, offset_groups
 ) -> None:
-    def check(holds: bool, message: str) -> None:
-        torch._check_value(holds, lambda: f"modulated_deform_conv2d: {message}")
+    def wrong(message: str) -> ValueError:
+        return ValueError(f"modulated_deform_conv2d: {message}")
 
-    check(input.dim() == 4, f"input must be [N, C, H, W], got {list(input.shape)}")
-    check(weight.dim() == 4, f"weight must be [Cout, C, kh, kw], got {list(weight.shape)}")
+    if input.dim() != 4:
+        raise wrong(f"input must be [N, C, H, W], got {list(input.shape)}")
+    if weight.dim() != 4:
+        raise wrong(f"weight must be [Cout, C, kh, kw], got {list(weight.shape)}")
     n, channels, height, width = input.shape
     out_channels, weight_channels, kh, kw = weight.shape
-    check(
-        weight_channels == channels,
-        f"weight is for {weight_channels} input channels, input has {channels}",
-    )
-    check(
-        offset_groups >= 1 and channels % offset_groups == 0,
-        f"{channels} input channels do not divide into offset_groups={offset_groups}",
-    )
-    check(min(stride) >= 1 and min(dilation) >= 1, "stride and dilation must be positive")
-    check(min(padding) >= 0, "padding must not be negative")
+    if weight_channels != channels:
+        raise wrong(f"weight is for {weight_channels} input channels, input has {channels}")
+    if offset_groups < 1 or channels % offset_groups != 0:
+        raise wrong(f"{channels} input channels do not divide into {offset_groups} offset_groups")
+    if min(*stride, *dilation) < 1:
+        raise wrong(f"stride {stride} and dilation {dilation} must be positive")
+    if min(padding) < 0:
+        raise wrong(f"padding {padding} must not be negative")
     size = _library.deform_output_size(height, width, kh, kw, stride, padding, dilation)
-    check(
-        size[0] >= 1 and size[1] >= 1,
-        f"a {height}x{width} input is too small for the {kh}x{kw} kernel",
-    )
+    if size[0] < 1 or size[1] < 1:
+        raise wrong(f"a {height}x{width} input is too small for the {kh}x{kw} kernel")
     taps = offset_groups * kh * kw
     for name, tensor, want in (
         ("offset", offset, (n, 2 * taps, *size)),
         ("mask", mask, (n, taps, *size)),
     ):
-        check(tuple(tensor.shape) == want, f"{name} must be {list(want)}, got {list(tensor.shape)}")
-    if bias is not None:
-        check(
-            tuple(bias.shape) == (out_channels,),
-            f"bias must be [{out_channels}], got {list(bias.shape)}",
-        )
+        if tensor.shape != want:
+            raise wrong(f"{name} must be {list(want)}, got {list(tensor.shape)}")
+    if bias is not None and bias.shape != (out_channels,):
+        raise wrong(f"bias must be [{out_channels}], got {list(bias.shape)}")

@@ -18,7 +18,9 @@ from . import plain
 _log = logging.getLogger(__name__)
 
 _SCHEMAS = {
-    "nms": "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, bool legacy) -> Tensor",
+    "nms": (
+        "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, bool legacy) -> Tensor"
+    ),
     "sigmoid_focal_loss": (
         "(Tensor logits, Tensor targets, float gamma, float alpha, bool reduce) -> Tensor"
     ),

@@ -1,0 +1,274 @@
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from nasfcos.ops import modulated_deform_conv2d, plain
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# input [N, C, H, W], out channels, kernel, stride, padding, dilation, offset groups
+CASES = {
+    "the model's": ((1, 32, 19, 23), 32, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "batch, more than one chunk": ((2, 16, 25, 34), 8, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "odd channels": ((2, 6, 7, 9), 5, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    "one channel a group": ((1, 3, 5, 5), 2, (1, 1), (1, 1), (0, 0), (1, 1), 3),
+    "all unequal": ((1, 4, 11, 8), 3, (3, 2), (2, 1), (2, 0), (1, 3), 2),
+    "one pixel": ((1, 20, 1, 1), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "no image": ((0, 4, 5, 5), 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+}
+
+
+def random_case(name, dtype=torch.float64, spread=2.0, seed=0):
+    shape, out_channels, kernel, stride, padding, dilation, groups = CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    taps = groups * kernel[0] * kernel[1]
+    size = [
+        (shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    tensors = [
+        random(*shape),
+        random(shape[0], 2 * taps, *size) * spread,
+        random(shape[0], taps, *size).sigmoid(),
+        random(out_channels, shape[1], *kernel) / (shape[1] * kernel[0] * kernel[1]) ** 0.5,
+        random(out_channels),
+    ]
+    return tensors, dict(stride=stride, padding=padding, dilation=dilation, offset_groups=groups)
+
+
+def outcome(function, tensors, seed=0):
+    """Output and gradients of all tensors for one random gradient of the output."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def torchvisions(geometry):
+    geometry = {k: v for k, v in geometry.items() if k != "offset_groups"}
+
+    def function(x, offset, mask, weight, bias):
+        return torchvision.ops.deform_conv2d(x, offset, weight, bias, mask=mask, **geometry)
+
+    return function
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_torchvision(name, dtype, tolerance, device):
+    tensors, geometry = random_case(name, dtype)
+    want = outcome(torchvisions(geometry), tensors)
+    got = outcome(
+        lambda *t: modulated_deform_conv2d(*t, **geometry), [t.to(device) for t in tensors]
+    )
+    for name, a, b in zip(
+        ("output", "input", "offset", "mask", "weight", "bias"), got, want, strict=True
+    ):
+        assert a.dtype == dtype and a.is_contiguous()
+        scale = b.abs().max().item() if b.numel() else 1.0
+        torch.testing.assert_close(
+            a.cpu(), b, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_no_offset_and_full_mask_is_an_ordinary_convolution():
+    (x, offset, mask, weight, bias), geometry = random_case("the model's")
+    got = modulated_deform_conv2d(
+        x, torch.zeros_like(offset), torch.ones_like(mask), weight, bias, **geometry
+    )
+    torch.testing.assert_close(got, F.conv2d(x, weight, bias, padding=1))
+
+
+def test_whole_offsets_move_the_taps_of_their_group():
+    # One tap; group 0 reads 2 down and 1 right, group 1 one left: a shift of the channels.
+    x = torch.arange(2 * 5 * 6, dtype=torch.float32).reshape(1, 2, 5, 6)
+    offset = torch.tensor([2.0, 1, 0, -1])[None, :, None, None].expand(1, 4, 5, 6)
+    mask = torch.tensor([1.0, 0.5])[None, :, None, None].expand(1, 2, 5, 6)
+    got = modulated_deform_conv2d(x, offset, mask, torch.eye(2)[..., None, None], offset_groups=2)
+    want = torch.zeros_like(x)
+    want[0, 0, :3, :5] = x[0, 0, 2:, 1:]
+    want[0, 1, :, 1:] = 0.5 * x[0, 1, :, :-1]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["odd channels", "all unequal"])
+def test_gradcheck(name):
+    tensors, geometry = random_case(name)
+    tensors = [t[:1] if i < 3 else t for i, t in enumerate(tensors)]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(
+        lambda *t: modulated_deform_conv2d(*t, **geometry), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("version", ["dispatched", "plain"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9])
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_that_are_not_positions(value, version, device):
+    tensors, geometry = random_case("the model's", torch.float32)
+    tensors = [t.to(device) for t in tensors]
+    x, offset, mask, weight, bias = tensors
+    clean = outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors)
+    hit = torch.zeros(1, 1, *offset.shape[2:], dtype=torch.bool, device=device)
+    hit[0, 0, 4, 5] = hit[0, 0, 0, 0] = hit[0, 0, -1, -1] = True
+    offset[:, 7:11] = offset[:, 7:11].masked_fill(hit, value)
+
+    geometry = {k: list(v) if k != "offset_groups" else v for k, v in geometry.items()}
+    args = (geometry["stride"], geometry["padding"], geometry["dilation"], 2)
+    operators = plain if version == "plain" else torch.ops.nasfcos
+    output = operators.modulated_deform_conv2d(x, offset, mask, weight, bias, *args)
+    grads = operators.modulated_deform_conv2d_backward(
+        torch.ones_like(output), x, offset, mask, weight, *args
+    )
+
+    elsewhere = ~hit.expand_as(output)
+    torch.testing.assert_close(output[elsewhere], clean[0][elsewhere])
+    at_hit = output[~elsewhere]
+    if value != value:
+        assert at_hit.isnan().all()
+    else:
+        assert at_hit.isfinite().all()
+    grad_input, grad_offset, grad_mask, grad_weight = grads
+    lost = hit.expand_as(grad_offset[:, 7:11])
+    assert (grad_offset[:, 7:11][lost].nan_to_num() == 0).all()
+    assert grad_input.isfinite().all()
+    assert grad_mask[~hit.expand_as(grad_mask)].isfinite().all()
+    if value == value:
+        assert all(grad.isfinite().all() for grad in grads)
+        # a sample that reads nothing is a tap with mask zero
+        shut = mask.clone()
+        for tap in (3, 4, 5):
+            shut[:, tap : tap + 1].masked_fill_(hit, 0)
+        torch.testing.assert_close(
+            output,
+            operators.modulated_deform_conv2d(
+                x, offset.nan_to_num(0, 0, 0).clamp(-50, 50), shut, weight, bias, *args
+            ),
+        )
+
+
+def test_bad_pixels_reach_only_samples_that_touch_them():
+    """Samples outside the image must not read the values at its corners instead."""
+    (x, offset, mask, weight, bias), geometry = random_case("the model's", torch.float32)
+    x[:, :, 0, 0] = x[:, :, -1, -1] = torch.nan
+    offset[:, :, :, :10] = 1000.0
+    got = modulated_deform_conv2d(x, offset, mask, weight, bias, **geometry)
+    want = bias[None, :, None, None].expand_as(got[..., :10])
+    torch.testing.assert_close(got[..., :10], want)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+def test_memory_layout_of_the_arguments(layout):
+    tensors, geometry = random_case("batch, more than one chunk", torch.float32)
+    want = outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors)
+
+    def function(*leaves):
+        x, offset, mask, weight, bias = leaves
+        if layout == "channels_last":
+            x, offset, mask, weight = (
+                t.contiguous(memory_format=torch.channels_last) for t in (x, offset, mask, weight)
+            )
+        else:
+            x, offset, mask = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in leaves[:3])
+        return modulated_deform_conv2d(x, offset, mask, weight, bias, **geometry)
+
+    for a, b in zip(outcome(function, tensors), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_result_does_not_depend_on_threads():
+    tensors, geometry = random_case("batch, more than one chunk", torch.float64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append(outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_without_bias_and_with_frozen_arguments():
+    (x, offset, mask, weight, _), geometry = random_case("the model's")
+    offset.requires_grad_()
+    output = modulated_deform_conv2d(x, offset, mask, weight, **geometry)
+    output.sum().backward()
+    assert offset.grad is not None and offset.grad.abs().sum() > 0
+    want = torchvisions(geometry)(x, offset.detach(), mask, weight, None)
+    torch.testing.assert_close(output.detach(), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_and_autocast(dtype, device):
+    tensors, geometry = random_case("the model's", torch.float32)
+    half = [t.to(device, dtype) for t in tensors]
+    want = modulated_deform_conv2d(*(t.float() for t in half), **geometry)
+    got = modulated_deform_conv2d(*half, **geometry)
+    assert got.dtype == dtype
+    assert torch.equal(got, want.to(dtype))
+
+    # As in a model: the maps come from autocast layers, the parameters are float32.
+    weight, bias = (t.to(device).requires_grad_() for t in tensors[3:])
+    with torch.autocast(device, dtype):
+        got = modulated_deform_conv2d(*half[:3], weight, bias, **geometry)
+    assert got.dtype == dtype
+    want = modulated_deform_conv2d(*(t.float() for t in half[:3]), weight, bias, **geometry)
+    torch.testing.assert_close(got, want.to(dtype))
+    got.float().sum().backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+def test_shapes_that_do_not_fit():
+    (x, offset, mask, weight, bias), geometry = random_case("the model's")
+    with pytest.raises(ValueError, match=r"offset must be \[1, 36, 19, 23\], got \[1, 18, 19, 23"):
+        modulated_deform_conv2d(x, offset[:, :18], mask, weight, bias, **geometry)
+    with pytest.raises(ValueError, match=r"mask must be \[1, 18, 19, 23\]"):
+        modulated_deform_conv2d(x, offset, mask[..., :-1], weight, bias, **geometry)
+    with pytest.raises(ValueError, match="weight is for 31 input channels, input has 32"):
+        modulated_deform_conv2d(x, offset, mask, weight[:, 1:], bias, **geometry)
+    with pytest.raises(ValueError, match=r"bias must be \[32\]"):
+        modulated_deform_conv2d(x, offset, mask, weight, bias[1:], **geometry)
+    with pytest.raises(ValueError, match="32 input channels do not divide into 3"):
+        modulated_deform_conv2d(x, offset, mask, weight, bias, padding=1, offset_groups=3)
+    with pytest.raises(ValueError, match="2x2 input is too small for the 3x3 kernel"):
+        modulated_deform_conv2d(x[:, :, :2, :2], offset, mask, weight, bias, offset_groups=2)
+    # the operator itself, without its face, must not read out of bounds either
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.nasfcos.modulated_deform_conv2d(
+            x, offset[:, :18], mask, weight, bias, [1, 1], [1, 1], [1, 1], 2
+        )
+
+
+def test_registration():
+    tensors, _ = random_case("odd channels")
+    leaves = [t.requires_grad_() for t in tensors]
+    args = ([1, 1], [1, 1], [1, 1], 3)
+    torch.library.opcheck(torch.ops.nasfcos.modulated_deform_conv2d, (*leaves, *args))
+    plain_leaves = [t.detach() for t in leaves[:4]]
+    torch.library.opcheck(
+        torch.ops.nasfcos.modulated_deform_conv2d_backward,
+        (torch.randn(2, 5, 7, 9, dtype=torch.float64), *plain_leaves, *args),
+    )
+
+
+def test_compiles_into_one_graph_of_dynamic_shape():
+    compiled = torch.compile(
+        modulated_deform_conv2d, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for name in ("the model's", "batch, more than one chunk"):
+        tensors, geometry = random_case(name, torch.float32)
+        geometry["padding"] = 1
+        want = outcome(lambda *t, g=geometry: modulated_deform_conv2d(*t, **g), tensors)
+        got = outcome(lambda *t, g=geometry: compiled(*t, **g), tensors)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
