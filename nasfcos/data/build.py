@@ -86,12 +86,19 @@ class BatchLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets in self._loader:
-            for target in targets:
-                target["boxes"] = torch.from_numpy(target["boxes"])
-                target["labels"] = torch.from_numpy(target["labels"])
-            if images:
-                yield images, targets
+        batches = iter(self._loader)
+        try:
+            for images, targets in batches:
+                for target in targets:
+                    target["boxes"] = torch.from_numpy(target["boxes"])
+                    target["labels"] = torch.from_numpy(target["labels"])
+                if images:
+                    yield images, targets
+        finally:
+            # An exception's traceback keeps the iterator alive; collected as cyclic garbage, it
+            # waits seconds for each worker or for ever. So its workers are ended here and now.
+            if self._loader.num_workers:
+                batches._shutdown_workers()
 
     def __len__(self) -> int:
         """Batches to come, for a test loader; a training loader has no end (TypeError)."""

@@ -5,6 +5,7 @@ test}` under voc/ of the data root. Own sets are entries of DATASETS.CUSTOM.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from ..config.errors import nearest
 from .coco import read_coco_classes
 from .records import DataError
 from .voc import read_voc_classes
+
+logger = logging.getLogger(__name__)
 
 # Names in the order of the sorted category ids.
 COCO_CLASSES = tuple(
@@ -234,27 +237,28 @@ def num_classes(cfg: CfgNode) -> int:
 
 
 def with_training_classes(cfg: CfgNode, spec: DatasetSpec) -> DatasetSpec:
-    """`spec` with its classes settled, in the order of the training data's labels.
+    """`spec` with its classes settled: those of the training data, so that labels mean the same.
 
-    A data set that does not say its CLASSES and is not trained on takes those of the training
-    data, so that labels mean the same in both. Where the training data is not at hand, its own.
+    Where the training data is not at hand, the set's own.
 
     Raises:
-        ConfigError: it has classes that the training data has not.
+        ConfigError: its classes do not fit those of the training data.
     """
-    if spec.classes is not None:
-        return spec
     try:
         own = _classes_of(spec)
-    except DataError:
-        own = ()  # not annotated
-    if spec.name in cfg.DATASETS.TRAIN or not cfg.DATASETS.TRAIN:
-        trained = own
-    else:
+    except DataError:  # not annotated; or malformed, which its reader will say
+        own = ()
+    trained = own
+    if spec.name not in cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN:
         try:
             trained = tuple(class_names(cfg))
-        except (ConfigError, DataError):
-            trained = own
+        except DataError as error:
+            logger.info("classes of %s are its own, not the training data's: %s", spec.name, error)
+    if spec.classes is not None and spec.classes != trained:
+        raise ConfigError(
+            f"data set {spec.name} has the classes {list(spec.classes)}, but the training data "
+            f"{tuple(cfg.DATASETS.TRAIN)} has {list(trained)}; labels must mean the same in both"
+        )
     unknown = [name for name in own if name not in trained]
     if unknown:
         raise ConfigError(

@@ -235,7 +235,7 @@ _PAINTERS: dict[str, Callable] = {
 }
 CLASSES = tuple(_PAINTERS)
 # Area of each kind over the square of its size, about.
-_FILL = {"ball": 0.78, "crate": 0.64, "star": 0.3, "ring": 0.5, "leaf": 0.33, "bottle": 0.27}
+_FILL = {"ball": 0.78, "crate": 0.64, "star": 0.3, "ring": 0.56, "leaf": 0.23, "bottle": 0.26}
 
 
 # ----------------------------------------------------------------------------------------- grounds

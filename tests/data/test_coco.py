@@ -1,0 +1,108 @@
+"""COCO files as they are found in the wild."""
+
+import json
+import math
+
+import pytest
+
+from nasfcos.data.coco import read_coco
+from nasfcos.data.records import DataError
+
+
+def read(tmp_path, classes=None):
+    return read_coco(tmp_path / "ann.json", tmp_path / "images", classes)
+
+
+def test_boxes_labels_and_gaps_in_the_ids(write_coco, tmp_path):
+    write_coco([{"bbox": [10, 5, 20, 10]}, {"image_id": 2, "category_id": 7}])
+    found = read(tmp_path)
+    assert found.classes == ("dog", "cat") and found.category_ids == (3, 7)
+    assert found.records[0].boxes.tolist() == [[10, 5, 29, 14]]
+    assert found.records[0].boxes.dtype == "float32"
+    assert [record.labels.tolist() for record in found.records] == [[1], [2]]
+    assert found.has_annotations and not found.remarks
+
+
+def test_no_segmentation_area_or_iscrowd_is_fine_and_crowds_are_flagged(write_coco, tmp_path):
+    write_coco([{}, {"iscrowd": 1, "bbox": [0, 0, 50, 30], "segmentation": {"counts": []}}])
+    record = read(tmp_path).records[0]
+    assert record.ignored.tolist() == [False, True]
+
+
+def test_images_without_annotations_stay(write_coco, tmp_path):
+    write_coco([{}])
+    record = read(tmp_path).records[1]
+    assert record.image_id == 2
+    assert record.boxes.shape == (0, 4) and record.labels.shape == (0,)
+
+
+def test_bad_boxes_are_dropped_or_clipped_and_counted(write_coco, tmp_path):
+    write_coco(
+        [
+            {"bbox": [50, 30, 30, 30]},  # sticks out
+            {"bbox": [70, 10, 10, 10]},  # outside
+            {"bbox": [10, 10, 0, 10]},
+            {"bbox": [10, 10, 1, 10]},  # one pixel wide: dropped by the release too
+            {"bbox": [10, 10, -5, 10]},
+            {"bbox": [math.nan, 1, 5, 5]},
+            {"bbox": [1, 1, math.inf, 5]},
+            {"bbox": None},
+            {"bbox": []},
+            {"bbox": ["1", "2", "5", "6"]},  # numbers as text
+            {"image_id": 99},
+            {"category_id": 99},
+        ]
+    )
+    found = read(tmp_path)
+    assert found.records[0].boxes.tolist() == [[50, 30, 59, 39], [1, 2, 5, 7]]
+    assert found.remarks == {
+        "boxes not finite, without area or outside of their image dropped": 8,
+        "boxes clipped to their image": 1,
+        "boxes of unlisted images dropped": 1,
+        "boxes of unknown categories dropped": 1,
+    }
+
+
+def test_classes_choose_and_order_categories(write_coco, tmp_path):
+    write_coco([{"category_id": 3}, {"category_id": 7}])
+    assert read(tmp_path, ("cat", "dog")).records[0].labels.tolist() == [2, 1]
+    only = read(tmp_path, ("cat",))
+    assert only.records[0].labels.tolist() == [1] and only.category_ids == (7,)
+    with pytest.raises(DataError, match="'bird'.*'dog', 'cat'"):
+        read(tmp_path, ("bird", "cat"))
+
+
+def test_size_missing_in_the_file_is_read_from_the_image(write_coco, tmp_path):
+    write_coco([{"bbox": [50, 30, 30, 30]}])
+    content = json.loads((tmp_path / "ann.json").read_text())
+    for image in content["images"]:
+        del image["height"], image["width"]
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    record = read(tmp_path).records[0]
+    assert (record.height, record.width) == (40, 60)
+    assert record.boxes.tolist() == [[50, 30, 59, 39]]
+
+
+def test_without_annotations(write_coco, tmp_path):
+    write_coco([], annotations=None)
+    found = read(tmp_path)
+    assert not found.has_annotations and found.classes == ("dog", "cat")
+
+
+def test_malformed_files_name_file_and_line(write_coco, tmp_path):
+    path = tmp_path / "ann.json"
+    path.write_text('{"images": [\n  {"id": 1,}\n]}')
+    with pytest.raises(DataError, match=r"ann\.json, line 2, column \d+"):
+        read(tmp_path)
+    path.write_text('[{"image_id": 1, "score": 0.5}]')
+    with pytest.raises(DataError, match="results file"):
+        read(tmp_path)
+    path.write_bytes(b'{"images": "\xff"}')
+    with pytest.raises(DataError, match="UTF-8"):
+        read(tmp_path)
+    write_coco([], images=[{"id": 1}])
+    with pytest.raises(DataError, match="file_name"):
+        read(tmp_path)
+    path.write_text('{"images": [], "categories": [{"id": 1}]}')
+    with pytest.raises(DataError, match="category"):
+        read(tmp_path)

@@ -1,0 +1,104 @@
+"""PASCAL VOC annotations as they are found in the wild."""
+
+import pytest
+
+from nasfcos.data import DataError, build_dataset, class_names
+from nasfcos.data.voc import read_voc
+
+
+def test_pixels_from_one_and_difficult_objects(make_config, write_voc):
+    entry = write_voc(
+        {"b": [("cat", (11, 6, 30, 15), 0), ("ant", (1, 1, 60, 40), 1)], "a": []},
+    )
+    cfg = make_config("DATASETS.TRAIN", ("mine",), mine=entry)
+    assert class_names(cfg) == ["ant", "cat"]
+    data = build_dataset(cfg, "mine")
+    assert [record.file_name for record in data.records] == ["b.jpg", "a.jpg"]
+    assert [record.image_id for record in data.records] == [1, 2]
+    record = data.records[0]
+    assert record.boxes.tolist() == [[10, 5, 29, 14], [0, 0, 59, 39]]
+    assert record.labels.tolist() == [2, 1] and record.ignored.tolist() == [False, True]
+    target = data[0][1]  # the difficult one is not trained on
+    assert target["boxes"].tolist() == [[10, 5, 29, 14]] and target["labels"].tolist() == [2]
+
+
+def test_without_split_all_files_are_taken(make_config, write_voc):
+    entry = write_voc({"b": [("cat", (1, 1, 9, 9), 0)], "a": []})
+    del entry["SPLIT"]
+    data = build_dataset(make_config("DATASETS.TRAIN", ("mine",), mine=entry), "mine")
+    assert [record.file_name for record in data.records] == ["a.jpg", "b.jpg"]
+
+
+def test_odd_boxes_are_counted(write_voc, tmp_path):
+    boxes = [(0, 0, 80, 20), (30, 10, 20, 20), (70, 5, 80, 9), ("x", 1, 5, 5), ("2.5", 2, 9, 9)]
+    write_voc({"a": [("cat", box, 0) for box in boxes] + [("dog", (1, 1, 5, 5), 0)]})
+    found = read_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+    assert found.records[0].boxes.tolist() == [[0, 0, 59, 19], [1.5, 1, 8, 8]]
+    assert found.remarks == {
+        "boxes not finite, without area or outside of their image dropped": 3,
+        "boxes clipped to their image": 1,
+        "boxes of other classes dropped": 1,
+    }
+
+
+def test_missing_or_zero_size_is_read_from_the_image(write_voc, tmp_path):
+    for tag in ("", "<size><width>0</width><height>0</height></size>"):
+        write_voc({"a": [("cat", (1, 1, 90, 90), 0)]}, tag=tag)
+        found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("cat",))
+        assert (found.records[0].height, found.records[0].width) == (40, 60)
+        assert found.records[0].boxes.tolist() == [[0, 0, 59, 39]]
+
+
+def test_split_lists_of_one_class_have_a_second_column(write_voc, tmp_path):
+    write_voc({"a": [], "b": []})
+    (tmp_path / "split.txt").write_text("a -1\nb  1\n\n")
+    found = read_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+    assert [record.file_name for record in found.records] == ["a.jpg", "b.jpg"]
+
+
+def test_malformed_xml_names_file_and_line(make_config, write_voc, tmp_path):
+    entry = write_voc({"a": []})
+    (tmp_path / "xml" / "a.xml").write_text("<annotation>\n<object>\n</annotation>")
+    cfg = make_config("DATASETS.TRAIN", ("mine",), mine={**entry, "CLASSES": ["cat"]})
+    with pytest.raises(DataError, match=r"a\.xml, line 3, column \d+"):
+        build_dataset(cfg, "mine")
+
+
+def test_listed_images_without_annotation_file(write_voc, tmp_path):
+    write_voc({"a": [("cat", (1, 1, 9, 9), 0)], "b": []})
+    (tmp_path / "xml" / "b.xml").unlink()
+    args = (tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+    with pytest.raises(DataError, match=r"b\.xml.*DATASETS\.MAX_BAD_IMAGES"):
+        read_voc(*args, max_missing=0)
+    found = read_voc(*args, max_missing=1)
+    assert len(found.records) == 1 and "b.xml" in str(found.remarks)
+
+
+def test_unannotated_split_needs_no_xml(write_voc, tmp_path):
+    write_voc({"a": []})
+    found = read_voc(
+        tmp_path / "none", tmp_path / "images", tmp_path / "split.txt", ("cat",), False
+    )
+    assert not found.has_annotations
+    assert (found.records[0].height, found.records[0].width) == (40, 60)
+
+
+def test_empty_split_is_an_error(write_voc, tmp_path):
+    write_voc({"a": []})
+    (tmp_path / "split.txt").write_text("\n")
+    with pytest.raises(DataError, match="split.txt: lists no image"):
+        read_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+
+
+def test_real_blood_cells(make_config, real_data):
+    folder = {"FORMAT": "voc", "IMAGES": "bccd/JPEGImages", "ANNOTATIONS": "bccd/Annotations"}
+    cfg = make_config(
+        *("DATASETS.ROOT", str(real_data), "DATASETS.TRAIN", ("bccd_train",)),
+        bccd_train={**folder, "SPLIT": "bccd/ImageSets/Main/trainval.txt"},
+        bccd_test={**folder, "SPLIT": "bccd/ImageSets/Main/test.txt"},
+    )
+    train, test = build_dataset(cfg, "bccd_train"), build_dataset(cfg, "bccd_test")
+    assert train.classes == test.classes == ("Platelets", "RBC", "WBC")
+    assert len(train) + len(test) == 364
+    image, target = test[0]
+    assert image.size == (640, 480) and len(target["boxes"])
