@@ -43,7 +43,9 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t columns() const { return taps() * channels; }
   // Positions handled at a time: enough of them for an efficient product on every thread.
-  int64_t chunk() const { return std::min(positions(), std::max<int64_t>(512, 64 * at::get_num_threads())); }
+  int64_t chunk() const {
+    return std::min(positions(), std::max<int64_t>(256, 64 * at::get_num_threads()));
+  }
 };
 
 Geometry geometry_of(
@@ -213,9 +215,39 @@ NASFCOS_INLINE void corners_of(
   for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * g.channels + channel;
 }
 
-// One image as [pixels + 1, channels], the last row zero.
+// to[row, column] = from[row * row_stride + column * column_stride], `to` being contiguous. By tiles of
+// whole cache lines on either side, so that a transposition is not slower than it need be.
+template <typename T>
+void copy_matrix(
+    const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
+  constexpr int64_t tile = 64 / sizeof(T);
+  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, columns));
+  at::parallel_for(0, (rows + tile - 1) / tile, grain, [&](int64_t first, int64_t last) {
+    for (int64_t r0 = first * tile; r0 < std::min(rows, last * tile); r0 += tile) {
+      for (int64_t c0 = 0; c0 < columns; c0 += tile) {
+        for (int64_t r = r0; r < std::min(rows, r0 + tile); ++r) {
+          for (int64_t c = c0; c < std::min(columns, c0 + tile); ++c) {
+            to[r * columns + c] = from[r * row_stride + c * column_stride];
+          }
+        }
+      }
+    }
+  });
+}
+
+// One image [C, H, W] into buffer [pixels + 1, channels], whose last row is left alone.
+template <typename T>
 void to_channels_last(const Geometry& g, const Tensor& image, Tensor& buffer) {
-  buffer.narrow(0, 0, g.pixels()).copy_(image.reshape({g.channels, g.pixels()}).t());
+  const Tensor flat = image.reshape({g.channels, g.pixels()});  // a view of the usual layouts
+  copy_matrix(
+      flat.const_data_ptr<T>(), flat.stride(1), flat.stride(0), g.pixels(), g.channels,
+      buffer.mutable_data_ptr<T>());
+}
+
+Tensor image_buffer(const Geometry& g, const Tensor& input) {
+  Tensor buffer = at::empty({g.pixels() + 1, g.channels}, input.options());
+  buffer[g.pixels()].zero_();
+  return buffer;
 }
 
 // [Cout, C, kh, kw] as the matrix [Cout, taps * C] that goes with the columns.
@@ -242,14 +274,14 @@ Tensor modulated_deform_conv2d(
   const Tensor matrix = weight_matrix(g, weight);
   Tensor output =
       at::empty({g.images, g.out_channels, g.out_height, g.out_width}, input.options());
-  Tensor image = at::zeros({g.pixels() + 1, g.channels}, input.options());
+  Tensor image = image_buffer(g, input);
   Tensor columns = at::empty({g.chunk(), g.columns()}, input.options());
   const int64_t taps = g.groups * g.taps();
 
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d", [&] {
     using T = scalar_t;
     for (int64_t n = 0; n < g.images; ++n) {
-      to_channels_last(g, input[n], image);
+      to_channels_last<T>(g, input[n], image);
       const T* pixel = image.const_data_ptr<T>();
       const T* offset_n = offset.const_data_ptr<T>() + n * 2 * taps * g.positions();
       const T* mask_n = mask.const_data_ptr<T>() + n * taps * g.positions();
@@ -304,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
   Tensor grad_offset = at::empty(offset.sizes(), offset.options());
   Tensor grad_mask = at::empty(mask.sizes(), mask.options());
   Tensor grad_matrix = at::zeros({g.out_channels, g.columns()}, weight.options());
-  Tensor image = at::zeros({g.pixels() + 1, g.channels}, input.options());
+  Tensor image = image_buffer(g, input);
   Tensor grad_image = at::empty({g.pixels() + 1, g.channels}, input.options());
   Tensor columns = at::empty({g.chunk(), g.columns()}, input.options());
   Tensor grad_columns = at::empty({g.chunk(), g.columns()}, input.options());
@@ -314,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
     using T = scalar_t;
     std::vector<Sample<T>> samples(g.chunk() * taps);
     for (int64_t n = 0; n < g.images; ++n) {
-      to_channels_last(g, input[n], image);
+      to_channels_last<T>(g, input[n], image);
       grad_image.zero_();
       const T* pixel = image.const_data_ptr<T>();
       T* grad_pixel = grad_image.mutable_data_ptr<T>();
@@ -382,8 +414,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
           }
         });
       }
-      grad_input[n].view({g.channels, g.pixels()}).copy_(
-          grad_image.narrow(0, 0, g.pixels()).t());
+      copy_matrix(
+          grad_pixel, 1, g.channels, g.channels, g.pixels(),
+          grad_input.mutable_data_ptr<T>() + n * g.channels * g.pixels());
     }
   });
   Tensor grad_weight =
