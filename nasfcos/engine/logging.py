@@ -27,8 +27,10 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        with tqdm.external_write_mode(file=stream):
+            # In one piece, or the lines of several processes mix.
+            stream.write(self.format(record) + "\n")
+            stream.flush()
 
 
 def log_to_console() -> None:
