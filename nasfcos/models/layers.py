@@ -16,8 +16,8 @@ Norm = Callable[[int], nn.Module]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or as many as divide a narrower layer evenly."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm with 32 groups; fewer in layers so narrow that a group would be one channel."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 2)), channels)
 
 
 class FrozenBatchNorm2d(nn.Module):

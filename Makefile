@@ -1,0 +1,43 @@
+# make demo: install, generate data, train, evaluate, draw. make test: install and run the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The versions that the project is tested with; any torch from 2.6 on will do.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+BIN := $(VENV)/bin
+DEMO := configs/demo/nas_fcos.yaml
+
+.PHONY: install demo test test-all lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH) "setuptools>=77" ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-build-isolation -e ".[test]"
+	@touch $@
+
+demo: install
+	$(BIN)/python tools/make_demo_data.py --output datasets/demo
+	$(BIN)/python tools/train_net.py --config-file $(DEMO) --resume
+	$(BIN)/python tools/predict.py --config-file $(DEMO) \
+		--input datasets/demo/val --output output/demo/pictures
+	@echo "Detections: output/demo/pictures  Curves: output/demo/training.png"
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info nasfcos/*.so
