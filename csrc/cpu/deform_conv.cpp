@@ -1,9 +1,14 @@
 // Modulated deformable convolution, forward and backward. Its plain version is torchvision's.
 //
 // The input is turned to channels-last once, so that a sample (one tap of one output position) is a
-// blend of four contiguous runs of channels. Samples are taken for a few hundred output positions at
-// a time into `columns` [positions, taps * channels], small enough to stay in cache until a matrix
+// blend of four contiguous runs of channels. Samples are taken for a block of output positions at a
+// time into `columns` [positions, taps * channels], small enough to stay in cache until a matrix
 // product with the weight consumes them.
+//
+// Threads share nothing while they work, not even the matrix products, so they wait for each other
+// once or twice a call and not once a block: on a busy machine every such wait can cost milliseconds.
+// The forward pass divides the output positions. The backward pass divides the channels (samples of
+// different positions may add to one pixel of the input's gradient, those of different channels never).
 //
 // One more pixel of zeros follows the image. All corners outside the image point to it, so that
 // nothing below needs to ask; in the gradient of the input it collects what is thrown away.
@@ -11,6 +16,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -41,12 +47,19 @@ struct Geometry {
   int64_t pixels() const { return height * width; }
   int64_t positions() const { return out_height * out_width; }
   int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t columns() const { return taps() * channels; }
-  // Positions handled at a time: enough of them for an efficient product on every thread.
-  int64_t chunk() const {
-    return std::min(positions(), std::max<int64_t>(256, 64 * at::get_num_threads()));
-  }
 };
+
+// Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that the
+// matrix products become inefficient.
+int64_t block_of(int64_t columns, int64_t positions) {
+  const int64_t rows = (int64_t{1} << 18) / std::max<int64_t>(1, columns) / 16 * 16;
+  return std::min(positions, std::clamp<int64_t>(rows, 64, 512));
+}
+
+// Copying fewer elements than this takes less time than waiting for another thread may.
+constexpr int64_t kSmall = int64_t{1} << 18;
+
+int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 Geometry geometry_of(
     const Tensor& input, const Tensor& offset, const Tensor& mask, const Tensor& weight,
@@ -60,7 +73,7 @@ Geometry geometry_of(
           weight.scalar_type() == input.scalar_type(),
       op, "input, offset, mask and weight must have one dtype");
   TORCH_CHECK_VALUE(
-      offset_groups >= 1 && input.size(1) % offset_groups == 0, op,
+      offset_groups >= 1 && input.size(1) > 0 && input.size(1) % offset_groups == 0, op,
       "offset_groups must divide the input channels");
   TORCH_CHECK_VALUE(weight.size(1) == input.size(1), op, "weight and input differ in channels");
   TORCH_CHECK_VALUE(
@@ -135,23 +148,21 @@ Sample<T> locate(const Geometry& g, T y, T x, T mask) {
   return s;
 }
 
-// The samples of one output position, taps of group 0 first. `offset` and `mask` are an image's.
+// The samples of one group at one output position. `offset` and `mask` are those of an image's group.
 template <typename T>
-void locate_all(
+void locate_taps(
     const Geometry& g, const T* offset, const T* mask, int64_t position, Sample<T>* samples) {
   const int64_t plane = g.positions();
   const T y0 = static_cast<T>(position / g.out_width * g.stride_h - g.pad_h);
   const T x0 = static_cast<T>(position % g.out_width * g.stride_w - g.pad_w);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-      for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-        const int64_t tap = (group * g.kernel_h + ky) * g.kernel_w + kx;
-        const T dy = offset[2 * tap * plane + position];
-        const T dx = offset[(2 * tap + 1) * plane + position];
-        samples[tap] = locate(
-            g, y0 + static_cast<T>(ky * g.dilation_h) + dy,
-            x0 + static_cast<T>(kx * g.dilation_w) + dx, mask[tap * plane + position]);
-      }
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const int64_t tap = ky * g.kernel_w + kx;
+      const T dy = offset[2 * tap * plane + position];
+      const T dx = offset[(2 * tap + 1) * plane + position];
+      samples[tap] = locate(
+          g, y0 + static_cast<T>(ky * g.dilation_h) + dy,
+          x0 + static_cast<T>(kx * g.dilation_w) + dx, mask[tap * plane + position]);
     }
   }
 }
@@ -209,10 +220,11 @@ void scatter(const double* grad, double w, int64_t n, double* out) {
   scatter_loop(grad, w, n, out);
 }
 
+// `image` holds so many channels a pixel.
 template <typename T>
 NASFCOS_INLINE void corners_of(
-    const Geometry& g, const Sample<T>& s, const T* image, int64_t channel, const T** corner) {
-  for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * g.channels + channel;
+    const Sample<T>& s, const T* image, int64_t channels, const T** corner) {
+  for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * channels;
 }
 
 // to[row, column] = from[row * row_stride + column * column_stride], `to` being contiguous. By tiles of
@@ -221,209 +233,350 @@ template <typename T>
 void copy_matrix(
     const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
   constexpr int64_t tile = 64 / sizeof(T);
-  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, columns));
-  at::parallel_for(0, (rows + tile - 1) / tile, grain, [&](int64_t first, int64_t last) {
-    for (int64_t r0 = first * tile; r0 < std::min(rows, last * tile); r0 += tile) {
-      for (int64_t c0 = 0; c0 < columns; c0 += tile) {
-        for (int64_t r = r0; r < std::min(rows, r0 + tile); ++r) {
-          for (int64_t c = c0; c < std::min(columns, c0 + tile); ++c) {
-            to[r * columns + c] = from[r * row_stride + c * column_stride];
-          }
+  for (int64_t r0 = 0; r0 < rows; r0 += tile) {
+    for (int64_t c0 = 0; c0 < columns; c0 += tile) {
+      for (int64_t r = r0; r < std::min(rows, r0 + tile); ++r) {
+        for (int64_t c = c0; c < std::min(columns, c0 + tile); ++c) {
+          to[r * columns + c] = from[r * row_stride + c * column_stride];
         }
       }
     }
-  });
+  }
 }
 
-// One image [C, H, W] into buffer [pixels + 1, channels], whose last row is left alone.
-template <typename T>
-void to_channels_last(const Geometry& g, const Tensor& image, Tensor& buffer) {
-  const Tensor flat = image.reshape({g.channels, g.pixels()});  // a view of the usual layouts
-  copy_matrix(
-      flat.const_data_ptr<T>(), flat.stride(1), flat.stride(0), g.pixels(), g.channels,
-      buffer.mutable_data_ptr<T>());
+// [N, C, H, W] as [N, C, pixels]; a view for the usual memory formats.
+Tensor flatten_pixels(const Geometry& g, const Tensor& input) {
+  return input.reshape({g.images, g.channels, g.pixels()});
 }
 
-Tensor image_buffer(const Geometry& g, const Tensor& input) {
-  Tensor buffer = at::empty({g.pixels() + 1, g.channels}, input.options());
-  buffer[g.pixels()].zero_();
-  return buffer;
-}
-
-// [Cout, C, kh, kw] as the matrix [Cout, taps * C] that goes with the columns.
-Tensor weight_matrix(const Geometry& g, const Tensor& weight) {
-  return weight.permute({0, 2, 3, 1}).reshape({g.out_channels, g.columns()});
-}
-
-// The autocast of the caller is over: the dtype is decided, products in here must not change it.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+// A run of input channels, all of one offset group in the backward pass.
+struct Slice {
+  int64_t first, count;
 };
 
-Tensor modulated_deform_conv2d(
-    const Tensor& input, const Tensor& offset_, const Tensor& mask_, const Tensor& weight,
-    const std::optional<Tensor>& bias, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation, int64_t offset_groups) {
-  const NoAutocast no_autocast;
-  const Geometry g =
-      geometry_of(input, offset_, mask_, weight, stride, padding, dilation, offset_groups);
-  TORCH_CHECK_VALUE(
-      !bias || (bias->dim() == 1 && bias->size(0) == g.out_channels),
-      "modulated_deform_conv2d: bias must be [Cout]");
-  const Tensor offset = offset_.contiguous(), mask = mask_.contiguous();
-  const Tensor matrix = weight_matrix(g, weight);
-  Tensor output =
-      at::empty({g.images, g.out_channels, g.out_height, g.out_width}, input.options());
-  Tensor image = image_buffer(g, input);
-  Tensor columns = at::empty({g.chunk(), g.columns()}, input.options());
-  const int64_t taps = g.groups * g.taps();
+// The weight [Cout, C, kh, kw] of a slice as the matrix [Cout, taps * channels] that goes with its
+// columns.
+template <typename T>
+Tensor weight_matrix(const Geometry& g, const Tensor& weight, Slice slice) {
+  const int64_t taps = g.taps();
+  Tensor matrix = at::empty({g.out_channels, taps * slice.count}, weight.options());
+  const T* from = weight.const_data_ptr<T>();
+  T* to = matrix.mutable_data_ptr<T>();
+  for (int64_t o = 0; o < g.out_channels; ++o) {
+    copy_matrix(
+        from + (o * g.channels + slice.first) * taps, 1, taps, taps, slice.count,
+        to + o * taps * slice.count);
+  }
+  return matrix;
+}
 
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d", [&] {
-    using T = scalar_t;
-    for (int64_t n = 0; n < g.images; ++n) {
-      to_channels_last<T>(g, input[n], image);
-      const T* pixel = image.const_data_ptr<T>();
-      const T* offset_n = offset.const_data_ptr<T>() + n * 2 * taps * g.positions();
-      const T* mask_n = mask.const_data_ptr<T>() + n * taps * g.positions();
-      Tensor output_n = output[n].view({g.out_channels, g.positions()});
-      for (int64_t start = 0; start < g.positions(); start += g.chunk()) {
-        const int64_t count = std::min(g.chunk(), g.positions() - start);
-        T* column = columns.mutable_data_ptr<T>();
-        at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
-          std::vector<Sample<T>> samples(taps);
-          for (int64_t i = begin; i < end; ++i) {
-            locate_all(g, offset_n, mask_n, start + i, samples.data());
+// For code that calls tensor operators from the threads of a parallel region, which know nothing of
+// the caller's dispatch state: no autograd, and no autocast, whose dtype is decided by now.
+struct PlainDispatch {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+template <typename T>
+void forward(
+    const Geometry& g, const Tensor& input, const Tensor& offset, const Tensor& mask,
+    const Tensor& weight, const Tensor& bias, Tensor& output) {
+  const Tensor flat = flatten_pixels(g, input);
+  const Tensor matrix = weight_matrix<T>(g, weight, {0, g.channels});
+  const T* flat_data = flat.const_data_ptr<T>();
+  const T* offset_data = offset.const_data_ptr<T>();
+  const T* mask_data = mask.const_data_ptr<T>();
+  const int64_t taps = g.taps(), plane = g.positions(), columns = taps * g.channels;
+
+  // As many images at once as keep all threads busy on small maps without much memory on large ones.
+  const int64_t image_size = (g.pixels() + 1) * g.channels;
+  const int64_t together =
+      std::clamp<int64_t>((int64_t{1} << 22) / image_size, 1, std::max<int64_t>(1, g.images));
+  Tensor buffer = at::empty({together, g.pixels() + 1, g.channels}, input.options());
+  T* images = buffer.mutable_data_ptr<T>();
+
+  for (int64_t n0 = 0; n0 < g.images; n0 += together) {
+    const int64_t count = std::min(together, g.images - n0);
+    const int64_t strips = (g.pixels() + 63) / 64;
+    const int64_t grain = kSmall / (64 * g.channels) + 1;
+    at::parallel_for(0, count * strips, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / strips, first = i % strips * 64;
+        T* image = images + n * image_size;
+        copy_matrix(
+            flat_data + (n0 + n) * flat.stride(0) + first * flat.stride(2), flat.stride(2),
+            flat.stride(1), std::min<int64_t>(64, g.pixels() - first), g.channels,
+            image + first * g.channels);
+        if (first == 0) {
+          std::fill(image + g.pixels() * g.channels, image + image_size, T(0));
+        }
+      }
+    });
+
+    const int64_t even = (count * plane + available_threads() - 1) / available_threads();
+    const int64_t block = std::min(block_of(columns, plane), std::max<int64_t>(16, even));
+    const int64_t blocks = (plane + block - 1) / block;
+    at::parallel_for(0, count * blocks, 1, [&](int64_t begin, int64_t end) {
+      const PlainDispatch dispatch;
+      Tensor column_block = at::empty({block, columns}, input.options());
+      T* column = column_block.mutable_data_ptr<T>();
+      std::vector<Sample<T>> samples(taps);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / blocks, start = task % blocks * block;
+        const int64_t positions = std::min(block, plane - start);
+        const T* image = images + n * image_size;
+        for (int64_t i = 0; i < positions; ++i) {
+          for (int64_t group = 0; group < g.groups; ++group) {
+            const int64_t plane0 = ((n0 + n) * g.groups + group) * taps * plane;
+            const int64_t channel = group * g.group_channels;
+            locate_taps(
+                g, offset_data + 2 * plane0, mask_data + plane0, start + i, samples.data());
             for (int64_t t = 0; t < taps; ++t) {
-              const int64_t channel = t / g.taps() * g.group_channels;
               const T* corner[4];
               T w[4];
-              corners_of(g, samples[t], pixel, channel, corner);
+              corners_of(samples[t], image + channel, g.channels, corner);
               samples[t].blend(w);
               for (T& value : w) value *= samples[t].mask;
               sample(
                   corner, w, g.group_channels,
-                  column + i * g.columns() + t % g.taps() * g.channels + channel);
+                  column + i * columns + t * g.channels + channel);
             }
           }
-        });
-        Tensor out = output_n.narrow(1, start, count);
-        const Tensor used = columns.narrow(0, 0, count).t();
-        if (bias) {
-          at::addmm_out(out, bias->view({-1, 1}), matrix, used);
+        }
+        Tensor out =
+            output[n0 + n].view({g.out_channels, plane}).narrow(1, start, positions);
+        const Tensor used = column_block.narrow(0, 0, positions).t();
+        if (bias.defined()) {
+          at::addmm_out(out, bias.view({-1, 1}), matrix, used);
         } else {
           at::mm_out(out, matrix, used);
         }
       }
-    }
+    });
+  }
+}
+
+Tensor modulated_deform_conv2d(
+    const Tensor& input, const Tensor& offset, const Tensor& mask, const Tensor& weight,
+    const std::optional<Tensor>& bias, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation, int64_t offset_groups) {
+  const PlainDispatch dispatch;
+  const Geometry g =
+      geometry_of(input, offset, mask, weight, stride, padding, dilation, offset_groups);
+  TORCH_CHECK_VALUE(
+      !bias || (bias->dim() == 1 && bias->size(0) == g.out_channels &&
+                bias->scalar_type() == input.scalar_type()),
+      "modulated_deform_conv2d: bias must be [Cout], of the input's dtype");
+  Tensor output =
+      at::empty({g.images, g.out_channels, g.out_height, g.out_width}, input.options());
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d", [&] {
+    forward<scalar_t>(
+        g, input, offset.contiguous(), mask.contiguous(), weight.contiguous(),
+        bias ? bias->contiguous() : Tensor(), output);
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
-    const Tensor& grad_, const Tensor& input, const Tensor& offset_, const Tensor& mask_,
-    const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    int64_t offset_groups) {
-  const NoAutocast no_autocast;
-  const Geometry g =
-      geometry_of(input, offset_, mask_, weight, stride, padding, dilation, offset_groups);
-  TORCH_CHECK_VALUE(
-      grad_.scalar_type() == input.scalar_type() &&
-          grad_.sizes() == IntArrayRef({g.images, g.out_channels, g.out_height, g.out_width}),
-      "modulated_deform_conv2d_backward: grad must have the output's shape and dtype");
-  const Tensor grad = grad_.contiguous(), offset = offset_.contiguous(), mask = mask_.contiguous();
-  const Tensor matrix = weight_matrix(g, weight);
-  Tensor grad_input = at::empty(input.sizes(), input.options());
-  Tensor grad_offset = at::empty(offset.sizes(), offset.options());
-  Tensor grad_mask = at::empty(mask.sizes(), mask.options());
-  Tensor grad_matrix = at::zeros({g.out_channels, g.columns()}, weight.options());
-  Tensor image = image_buffer(g, input);
-  Tensor grad_image = at::empty({g.pixels() + 1, g.channels}, input.options());
-  Tensor columns = at::empty({g.chunk(), g.columns()}, input.options());
-  Tensor grad_columns = at::empty({g.chunk(), g.columns()}, input.options());
-  const int64_t taps = g.groups * g.taps();
+// How many slices to make of each offset group's channels, so that images * groups * slices units of
+// work occupy the threads evenly. A slice is not narrower than a cache line.
+template <typename T>
+int64_t slices_per_group(const Geometry& g) {
+  constexpr int64_t narrowest = 64 / sizeof(T);
+  const int64_t threads = available_threads(), most = std::max<int64_t>(1, g.group_channels / narrowest);
+  int64_t best = 1;
+  double best_use = 0;
+  for (int64_t slices = 1; slices <= most; ++slices) {
+    const int64_t units = std::max<int64_t>(1, g.images * g.groups * slices);
+    const double use =
+        static_cast<double>(units) / static_cast<double>((units + threads - 1) / threads * threads);
+    if (use > best_use + 0.05) {
+      best = slices;
+      best_use = use;
+    }
+  }
+  return best;
+}
 
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d_backward", [&] {
-    using T = scalar_t;
-    std::vector<Sample<T>> samples(g.chunk() * taps);
-    for (int64_t n = 0; n < g.images; ++n) {
-      to_channels_last<T>(g, input[n], image);
-      grad_image.zero_();
-      const T* pixel = image.const_data_ptr<T>();
-      T* grad_pixel = grad_image.mutable_data_ptr<T>();
-      const int64_t plane = g.positions();
-      const T* offset_n = offset.const_data_ptr<T>() + n * 2 * taps * plane;
-      const T* mask_n = mask.const_data_ptr<T>() + n * taps * plane;
-      T* grad_offset_n = grad_offset.mutable_data_ptr<T>() + n * 2 * taps * plane;
-      T* grad_mask_n = grad_mask.mutable_data_ptr<T>() + n * taps * plane;
-      const Tensor grad_n = grad[n].view({g.out_channels, plane});
-      for (int64_t start = 0; start < plane; start += g.chunk()) {
-        const int64_t count = std::min(g.chunk(), plane - start);
-        const Tensor grad_out = grad_n.narrow(1, start, count);
-        Tensor grad_used = grad_columns.narrow(0, 0, count);
-        at::mm_out(grad_used, grad_out.t(), matrix);
-        T* column = columns.mutable_data_ptr<T>();
-        const T* grad_column = grad_columns.const_data_ptr<T>();
+// The backward pass of one image and slice.
+template <typename T>
+class BackwardUnit {
+ public:
+  // Of the image's group: offset, mask and where their gradients go. Of the image: grad [Cout,
+  // positions]. Of the image's slice, by channel and pixel: input and grad_input.
+  struct Arguments {
+    const T *offset, *mask;
+    T *grad_offset, *grad_mask;
+    Tensor grad;
+    const T* input;
+    int64_t channel_stride, pixel_stride;
+    T* grad_input;
+  };
 
-        at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            Sample<T>* s = samples.data() + i * taps;
-            locate_all(g, offset_n, mask_n, start + i, s);
-            for (int64_t t = 0; t < taps; ++t, ++s) {
-              const int64_t channel = t / g.taps() * g.group_channels;
-              const int64_t place = i * g.columns() + t % g.taps() * g.channels + channel;
-              const T* corner[4];
-              T w[4], d[4];
-              corners_of(g, *s, pixel, channel, corner);
-              dot(corner, grad_column + place, g.group_channels, d);
-              s->blend(w);
-              grad_mask_n[t * plane + start + i] =
-                  w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
-              grad_offset_n[2 * t * plane + start + i] =
-                  s->mask * ((1 - s->x) * (d[2] - d[0]) + s->x * (d[3] - d[1]));
-              grad_offset_n[(2 * t + 1) * plane + start + i] =
-                  s->mask * ((1 - s->y) * (d[1] - d[0]) + s->y * (d[3] - d[2]));
-              for (T& value : w) value *= s->mask;
-              sample(corner, w, g.group_channels, column + place);
-            }
-          }
-        });
-        at::addmm_out(grad_matrix, grad_matrix, grad_out, columns.narrow(0, 0, count));
+  BackwardUnit(const Geometry& g, Slice slice, const at::TensorOptions& options)
+      : g_(g),
+        channels_(slice.count),
+        width_(g.taps() * slice.count),
+        block_(block_of(width_, g.positions())),
+        image_(at::empty({g.pixels() + 1, channels_}, options)),
+        grad_image_(at::empty({g.pixels() + 1, channels_}, options)),
+        columns_(at::empty({block_, width_}, options)),
+        grad_columns_(at::empty({block_, width_}, options)),
+        samples_(g.taps()) {
+    image_[g.pixels()].zero_();
+  }
 
-        // Samples of different positions may add to one pixel, those of different channels never:
-        // each thread takes a slice of the channels, whole cache lines of it.
-        constexpr int64_t line = 64 / sizeof(T);
-        at::parallel_for(0, (g.channels + line - 1) / line, 1, [&](int64_t first, int64_t last) {
-          const int64_t from = first * line, to = std::min(last * line, g.channels);
-          for (int64_t i = 0; i < count; ++i) {
-            for (int64_t t = 0; t < taps; ++t) {
-              const int64_t group = t / g.taps();
-              const int64_t begin = std::max(from, group * g.group_channels);
-              const int64_t n_channels = std::min(to, (group + 1) * g.group_channels) - begin;
-              if (n_channels <= 0) continue;
-              const Sample<T>& s = samples[i * taps + t];
-              const T* source =
-                  grad_column + i * g.columns() + t % g.taps() * g.channels + begin;
-              T w[4];
-              s.blend(w);
-              for (int c = 0; c < 4; ++c) {
-                scatter(
-                    source, w[c] * s.mask, n_channels,
-                    grad_pixel + s.pixel[c] * g.channels + begin);
-              }
-            }
-          }
-        });
+  // Adds to grad_matrix, which is shaped like matrix.
+  void run(const Arguments& a, const Tensor& matrix, Tensor& grad_matrix) {
+    copy_matrix(
+        a.input, a.pixel_stride, a.channel_stride, g_.pixels(), channels_,
+        image_.mutable_data_ptr<T>());
+    grad_image_.zero_();
+    for (int64_t start = 0; start < g_.positions(); start += block_) {
+      const int64_t count = std::min(block_, g_.positions() - start);
+      const Tensor grad = a.grad.narrow(1, start, count);
+      Tensor grad_columns = grad_columns_.narrow(0, 0, count);
+      at::mm_out(grad_columns, grad.t(), matrix);
+      for (int64_t i = 0; i < count; ++i) position(a, start + i, i * width_);
+      at::addmm_out(grad_matrix, grad_matrix, grad, columns_.narrow(0, 0, count));
+    }
+    copy_matrix(
+        grad_image_.const_data_ptr<T>(), 1, channels_, channels_, g_.pixels(), a.grad_input);
+  }
+
+ private:
+  void position(const Arguments& a, int64_t position, int64_t place) {
+    const int64_t plane = g_.positions();
+    const T* image = image_.const_data_ptr<T>();
+    T* grad_image = grad_image_.mutable_data_ptr<T>();
+    const T* grad_column = grad_columns_.const_data_ptr<T>() + place;
+    T* column = columns_.mutable_data_ptr<T>() + place;
+    locate_taps(g_, a.offset, a.mask, position, samples_.data());
+    for (int64_t t = 0; t < g_.taps(); ++t, grad_column += channels_, column += channels_) {
+      const Sample<T>& s = samples_[t];
+      const T* corner[4];
+      T w[4], d[4];
+      corners_of(s, image, channels_, corner);
+      dot(corner, grad_column, channels_, d);
+      s.blend(w);
+      a.grad_mask[t * plane + position] = w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
+      a.grad_offset[2 * t * plane + position] =
+          s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
+      a.grad_offset[(2 * t + 1) * plane + position] =
+          s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
+      for (T& value : w) value *= s.mask;
+      sample(corner, w, channels_, column);
+      for (int c = 0; c < 4; ++c) {
+        scatter(grad_column, w[c], channels_, grad_image + s.pixel[c] * channels_);
       }
-      copy_matrix(
-          grad_pixel, 1, g.channels, g.channels, g.pixels(),
-          grad_input.mutable_data_ptr<T>() + n * g.channels * g.pixels());
+    }
+  }
+
+  const Geometry& g_;
+  int64_t channels_, width_, block_;
+  Tensor image_, grad_image_, columns_, grad_columns_;
+  std::vector<Sample<T>> samples_;
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Geometry& g, const Tensor& grad, const Tensor& input, const Tensor& offset,
+    const Tensor& mask, const Tensor& weight) {
+  const int64_t taps = g.taps(), plane = g.positions();
+  const int64_t per_group = slices_per_group<T>(g), slices = g.groups * per_group;
+  std::vector<Slice> slice(slices);
+  std::vector<Tensor> matrix(slices);
+  for (int64_t k = 0; k < slices; ++k) {
+    const int64_t group = k / per_group, part = k % per_group;
+    const int64_t first = g.group_channels * part / per_group;
+    slice[k] = {
+        group * g.group_channels + first, g.group_channels * (part + 1) / per_group - first};
+    matrix[k] = weight_matrix<T>(g, weight, slice[k]);
+  }
+
+  const Tensor flat = flatten_pixels(g, input);
+  const Tensor flat_grad = grad.view({g.images, g.out_channels, plane});
+  Tensor grad_input = at::empty(input.sizes(), input.options());
+  // Each slice of a group has its share of the group's gradients of offset and mask.
+  const int64_t n_taps = g.groups * taps;
+  Tensor grad_offset =
+      at::empty({per_group, g.images, 2 * n_taps, g.out_height, g.out_width}, offset.options());
+  Tensor grad_mask =
+      at::empty({per_group, g.images, n_taps, g.out_height, g.out_width}, mask.options());
+  const T* flat_data = flat.const_data_ptr<T>();
+  const T* offset_data = offset.const_data_ptr<T>();
+  const T* mask_data = mask.const_data_ptr<T>();
+  T* grad_input_data = grad_input.mutable_data_ptr<T>();
+  T* grad_offset_data = grad_offset.mutable_data_ptr<T>();
+  T* grad_mask_data = grad_mask.mutable_data_ptr<T>();
+
+  // Units are ordered by slice, then image. A thread's run of them gives one gradient of the weight
+  // for each slice it meets, kept at the run's first unit of that slice.
+  const int64_t units = slices * g.images;
+  std::vector<Tensor> grad_matrix(units);
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    const PlainDispatch dispatch;
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t k = unit / g.images, group = k / per_group, part = k % per_group;
+      Tensor& sum = grad_matrix[unit];
+      sum = at::zeros(matrix[k].sizes(), weight.options());
+      BackwardUnit<T> work(g, slice[k], input.options());
+      for (; unit < end && unit / g.images == k; ++unit) {
+        const int64_t n = unit % g.images;
+        const int64_t from = (n * g.groups + group) * taps * plane;
+        const int64_t to = part * g.images * n_taps * plane + from;
+        work.run(
+            {offset_data + 2 * from, mask_data + from, grad_offset_data + 2 * to,
+             grad_mask_data + to, flat_grad[n],
+             flat_data + n * flat.stride(0) + slice[k].first * flat.stride(1), flat.stride(1),
+             flat.stride(2), grad_input_data + (n * g.channels + slice[k].first) * g.pixels()},
+            matrix[k], sum);
+      }
     }
   });
-  Tensor grad_weight =
-      grad_matrix.view({g.out_channels, g.kernel_h, g.kernel_w, g.channels})
-          .permute({0, 3, 1, 2})
-          .contiguous();
-  return {grad_input, grad_offset, grad_mask, grad_weight};
+
+  Tensor grad_weight = at::zeros(weight.sizes(), weight.options());
+  T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
+  int64_t row_work = 1;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    if (grad_matrix[unit].defined()) row_work += grad_matrix[unit].size(1);
+  }
+  at::parallel_for(0, g.out_channels, 4 * kSmall / row_work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (!grad_matrix[unit].defined()) continue;
+      const Slice& s = slice[unit / g.images];
+      const T* sum = grad_matrix[unit].const_data_ptr<T>();
+      for (int64_t o = begin; o < end; ++o) {
+        for (int64_t c = 0; c < s.count; ++c) {
+          for (int64_t t = 0; t < taps; ++t) {
+            grad_weight_data[(o * g.channels + s.first + c) * taps + t] +=
+                sum[(o * taps + t) * s.count + c];
+          }
+        }
+      }
+    }
+  });
+  return {
+      grad_input, per_group == 1 ? grad_offset[0] : grad_offset.sum(0),
+      per_group == 1 ? grad_mask[0] : grad_mask.sum(0), grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& offset, const Tensor& mask,
+    const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t offset_groups) {
+  const PlainDispatch dispatch;
+  const Geometry g =
+      geometry_of(input, offset, mask, weight, stride, padding, dilation, offset_groups);
+  TORCH_CHECK_VALUE(
+      grad.scalar_type() == input.scalar_type() &&
+          grad.sizes() == IntArrayRef({g.images, g.out_channels, g.out_height, g.out_width}),
+      "modulated_deform_conv2d_backward: grad must have the output's shape and dtype");
+  std::tuple<Tensor, Tensor, Tensor, Tensor> grads;
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d_backward", [&] {
+    grads = backward<scalar_t>(
+        g, grad.contiguous(), input, offset.contiguous(), mask.contiguous(), weight.contiguous());
+  });
+  return grads;
 }
 
 }  // namespace
