@@ -22,8 +22,8 @@ namespace nasfcos {
 NASFCOS_INLINE float exp_minus(float a) { return ::expf(-a); }
 NASFCOS_INLINE float log1p_unit(float e) { return ::log1pf(e); }
 #else
-// exp(-a) for a >= 0, to about one unit in the last place. Plain arithmetic without branches, so that
-// loops of it become vector code; from 88 on the exponent underflows to the bits of zero.
+// exp(-a) for a >= 0, to about one unit in the last place. Plain arithmetic without branches, so
+// that loops of it become vector code; from 88 on the exponent underflows to the bits of zero.
 NASFCOS_INLINE float exp_minus(float a) {
   constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   const float x = -std::min(a, 88.0f);

@@ -6,9 +6,10 @@
 // product with the weight consumes them.
 //
 // Threads share nothing while they work, not even the matrix products, so they wait for each other
-// once or twice a call and not once a block: on a busy machine every such wait can cost milliseconds.
-// The forward pass divides the output positions. The backward pass divides the channels (samples of
-// different positions may add to one pixel of the input's gradient, those of different channels never).
+// once or twice a call and not once a block: on a busy machine every such wait can cost
+// milliseconds. The forward pass divides the output positions. The backward pass divides the
+// channels (samples of different positions may add to one pixel of the input's gradient, those of
+// different channels never).
 //
 // One more pixel of zeros follows the image. All corners outside the image point to it, so that
 // nothing below needs to ask; in the gradient of the input it collects what is thrown away.
@@ -49,8 +50,8 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
-// Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that the
-// matrix products become inefficient.
+// Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
+// the matrix products become inefficient.
 int64_t block_of(int64_t columns, int64_t positions) {
   const int64_t rows = (int64_t{1} << 18) / std::max<int64_t>(1, columns) / 16 * 16;
   return std::min(positions, std::clamp<int64_t>(rows, 64, 512));
@@ -148,7 +149,8 @@ Sample<T> locate(const Geometry& g, T y, T x, T mask) {
   return s;
 }
 
-// The samples of one group at one output position. `offset` and `mask` are those of an image's group.
+// The samples of one group at one output position. `offset` and `mask` are those of an image's
+// group.
 template <typename T>
 void locate_taps(
     const Geometry& g, const T* offset, const T* mask, int64_t position, Sample<T>* samples) {
@@ -227,11 +229,12 @@ NASFCOS_INLINE void corners_of(
   for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * channels;
 }
 
-// to[row, column] = from[row * row_stride + column * column_stride], `to` being contiguous. By tiles of
-// whole cache lines on either side, so that a transposition is not slower than it need be.
+// to[row, column] = from[row * row_stride + column * column_stride], `to` being contiguous. By
+// tiles of whole cache lines on either side, so that a transposition is not slower than it need be.
 template <typename T>
 void copy_matrix(
-    const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
+    const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+    T* to) {
   constexpr int64_t tile = 64 / sizeof(T);
   for (int64_t r0 = 0; r0 < rows; r0 += tile) {
     for (int64_t c0 = 0; c0 < columns; c0 += tile) {
@@ -288,7 +291,8 @@ void forward(
   const T* mask_data = mask.const_data_ptr<T>();
   const int64_t taps = g.taps(), plane = g.positions(), columns = taps * g.channels;
 
-  // As many images at once as keep all threads busy on small maps without much memory on large ones.
+  // As many images at once as keep all threads busy on small maps without much memory on large
+  // ones.
   const int64_t image_size = (g.pixels() + 1) * g.channels;
   const int64_t together =
       std::clamp<int64_t>((int64_t{1} << 22) / image_size, 1, std::max<int64_t>(1, g.images));
@@ -377,12 +381,13 @@ Tensor modulated_deform_conv2d(
   return output;
 }
 
-// How many slices to make of each offset group's channels, so that images * groups * slices units of
-// work occupy the threads evenly. A slice is not narrower than a cache line.
+// How many slices to make of each offset group's channels, so that images * groups * slices units
+// of work occupy the threads evenly. A slice is not narrower than a cache line.
 template <typename T>
 int64_t slices_per_group(const Geometry& g) {
   constexpr int64_t narrowest = 64 / sizeof(T);
-  const int64_t threads = available_threads(), most = std::max<int64_t>(1, g.group_channels / narrowest);
+  const int64_t threads = available_threads();
+  const int64_t most = std::max<int64_t>(1, g.group_channels / narrowest);
   int64_t best = 1;
   double best_use = 0;
   for (int64_t slices = 1; slices <= most; ++slices) {

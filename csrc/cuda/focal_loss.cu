@@ -51,7 +51,8 @@ __device__ __forceinline__ T weighted_slope(T x, bool positive, const Parameters
 }
 
 // Calls body(i, state) for the elements of this thread; state is -1 in an ignored row, 1 where the
-// element is its row's target, else 0. Index is 32 bits wide where that suffices, for a fast division.
+// element is its row's target, else 0. Index is 32 bits wide where that suffices, for a fast
+// division.
 template <typename Index, typename Body>
 __device__ __forceinline__ void for_each_element(
     const int64_t* targets, Index count, Index classes, const Body& body) {
@@ -60,7 +61,8 @@ __device__ __forceinline__ void for_each_element(
        i += stride) {
     const Index row = i / classes;
     const int64_t target = targets[row];
-    body(i, target < 0 ? -1 : static_cast<int>(target == static_cast<int64_t>(i - row * classes) + 1));
+    const bool positive = target == static_cast<int64_t>(i - row * classes) + 1;
+    body(i, target < 0 ? -1 : static_cast<int>(positive));
   }
 }
 
@@ -180,7 +182,8 @@ Tensor sigmoid_focal_loss_backward(
   TORCH_CHECK_VALUE(
       grad_.device() == logits.device() &&
           (grad_.dim() == 0 || grad_.sizes() == logits.sizes()),
-      "sigmoid_focal_loss_backward: grad must be a scalar or of the logits' shape, on their device");
+      "sigmoid_focal_loss_backward: grad must be a scalar or of the logits' shape, and on their "
+      "device");
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t count = logits.numel();
   Tensor result = at::empty(logits.sizes(), logits.options());

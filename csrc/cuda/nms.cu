@@ -1,6 +1,6 @@
-// Greedy non-maximum suppression on CUDA, in two steps: every pair of boxes is compared at once, each
-// box getting a bit for each later box that it would suppress; then one block walks through the boxes
-// by score and keeps those that no kept box suppresses.
+// Greedy non-maximum suppression on CUDA, in two steps: every pair of boxes is compared at once,
+// each box getting a bit for each later box that it would suppress; then one block walks through
+// the boxes by score and keeps those that no kept box suppresses.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -49,8 +49,8 @@ __device__ __forceinline__ bool suppresses(const Box<T>& a, const Box<T>& b, T e
   return intersection / (a.area + b.area - intersection) > limit;
 }
 
-// Boxes (and labels, or null) by descending score. Bit j of hits[i * tiles + column] says that box i
-// suppresses box 64 * column + j. Words left of box i's own tile are not written.
+// Boxes (and labels, or null) by descending score. Bit j of hits[i * tiles + column] says that box
+// i suppresses box 64 * column + j. Words left of box i's own tile are not written.
 template <typename T>
 __global__ void __launch_bounds__(kTile) compare_kernel(
     const T* boxes, const int64_t* labels, int64_t n, int64_t tiles, T extra, T limit,
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
       }
       removed[column] = gone;
     }
-    // `own` is overwritten at the next turn only after thread 0 has passed the second barrier, `kept`
-    // only after every thread has passed the next turn's first one.
+    // `own` is overwritten at the next turn only after thread 0 has passed the second barrier,
+    // `kept` only after every thread has passed the next turn's first one.
   }
 }
 
