@@ -30,13 +30,16 @@ from .engine.test import to_original_size
 from .evaluation.files import replacing
 from .models.build import build_detector
 from .models.weights import WeightsError, load_weights, read_weights
-from .visualize import AnyImage, draw_detections, to_picture
+from .visualize import AnyImage, draw_detections, image_grid, to_picture
 
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 # Pictures of these are written in their own format, all others as JPEG.
 OUTPUT_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+# Pictures on the sheet of a prediction run: its first ones.
+SHEET_PICTURES = 12
 
 Detections = dict[str, Tensor]
 
@@ -213,7 +216,8 @@ def predict_files(
 
     For each image a picture with its boxes, and one `detections.json`: a list with, per image,
     `file` (below the common folder), `width`, `height` and `detections`, each with `box` (xyxy in
-    pixels, both corners inside), `score`, `label` and `class`. For each video an MP4 with boxes,
+    pixels, both corners inside), `score`, `label` and `class`; for several images also `sheet.jpg`,
+    the first of them on one page. For each video an MP4 with boxes,
     and JSON lines of the same kind, one per frame, with `frame` and `time` in seconds. Every file
     appears whole or not at all. Images and videos that cannot be read are logged and skipped.
 
@@ -235,6 +239,7 @@ def predict_files(
 
     summary = Summary()
     entries = []
+    sheet: list[tuple[Image.Image, Detections]] = []
     progress = tqdm(files, unit="file", disable=len(files) == 1 or not on_terminal())
     for file, output in zip(progress, outputs, strict=True):
         try:
@@ -242,12 +247,21 @@ def predict_files(
                 _predict_video(predictor, file, output, score_threshold)
                 summary.videos += 1
             else:
-                entry = _predict_image(predictor, file, output, score_threshold)
+                picture = _open(file)
+                found = predictor(picture)
+                entry = _write_picture(predictor, picture, found, output, score_threshold)
+                if len(sheet) < SHEET_PICTURES:
+                    sheet.append((picture, found))
                 entries.append({"file": file.relative_to(root).as_posix(), **entry})
                 summary.images += 1
         except UnreadableImage as error:
             summary.skipped += 1
             logger.warning("skipped: %s", error)
+    if len(sheet) > 1:
+        images, detections = zip(*sheet, strict=True)
+        drawn = image_grid(images, detections, predictor.class_names, score_threshold)
+        with replacing(Path(output_dir) / "sheet.jpg") as temporary:
+            Image.fromarray(drawn).save(temporary, quality=92)
     if entries:
         with replacing(Path(output_dir) / "detections.json") as temporary:
             lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
@@ -262,11 +276,14 @@ def _output_name(name: Path) -> Path:
     return name if suffix in OUTPUT_SUFFIXES else name.with_name(name.name + ".jpg")
 
 
-def _predict_image(
-    predictor: Predictor, file: Path, output: Path, score_threshold: float
+def _write_picture(
+    predictor: Predictor,
+    picture: Image.Image,
+    found: Detections,
+    output: Path,
+    score_threshold: float,
 ) -> dict[str, Any]:
-    picture = _open(file)
-    found = predictor(picture)
+    """Write the picture with its boxes; gives the image's entry of detections.json."""
     drawn = draw_detections(picture, found, predictor.class_names, score_threshold)
     with replacing(output) as temporary:
         Image.fromarray(drawn).save(temporary, quality=92)

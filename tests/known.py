@@ -15,7 +15,9 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[1]
 
-BOXES = torch.tensor([[20.0, 30, 110, 120], [150, 60, 290, 200], [40, 150, 90, 230], [200, 10, 240, 50]])
+BOXES = torch.tensor(
+    [[20.0, 30, 110, 120], [150, 60, 290, 200], [40, 150, 90, 230], [200, 10, 240, 50]]
+)
 LABELS = torch.tensor([1, 17, 45, 80])
 TARGETS = [
     {"boxes": BOXES, "labels": LABELS},

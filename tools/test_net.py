@@ -4,12 +4,7 @@ python tools/test_net.py --config-file FILE MODEL.WEIGHT output/model_final.pth
 torchrun --nproc_per_node=4 tools/test_net.py --config-file FILE TEST.IMS_PER_BATCH 16
 """
 
-import os
 import sys
-
-# Threads that wait for work by spinning take the cores from the data workers and from each other
-# (measured: up to ten times slower on a busy machine). It counts only before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from nasfcos.engine import build_model, load_test_weights, test
 from nasfcos.engine.launch import argument_parser, launch

@@ -4,12 +4,7 @@ python tools/train_net.py --config-file configs/demo/nas_fcos.yaml OUTPUT_DIR ou
 torchrun --nproc_per_node=4 tools/train_net.py --config-file FILE [--resume] KEY VALUE ...
 """
 
-import os
 import sys
-
-# Threads that wait for work by spinning take the cores from the data workers and from each other
-# (measured: up to ten times slower on a busy machine). It counts only before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from nasfcos.engine import train
 from nasfcos.engine.launch import argument_parser, launch

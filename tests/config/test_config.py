@@ -1,0 +1,121 @@
+import json
+import logging
+
+import pytest
+import yaml
+
+from nasfcos.config import ConfigError, get_defaults, load_config
+from tests.known import GOLDEN, ROOT
+
+RELEASED = json.loads((GOLDEN / "configs.json").read_text())
+SEARCH = ROOT / "configs" / "search"
+# What a released file leaves to its checkpoint or to the user.
+OWN_CHOICE = {"MODEL.WEIGHT", "OUTPUT_DIR"}
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def as_released(tree):
+    """The released tree as its files write it: tuples are text."""
+    if isinstance(tree, dict) and list(tree) == ["tuple"]:
+        return "(" + "".join(f"{item!r}," for item in tree["tuple"]) + ")"
+    if isinstance(tree, dict):
+        return {key: as_released(value) for key, value in tree.items()}
+    return tree
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads(path):
+    assert load_config(path).is_frozen()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_file_means_the_same_as_ours(name, tmp_path, caplog):
+    path = write(tmp_path, f"{name}.yaml", yaml.safe_dump(as_released(RELEASED[name])))
+    with caplog.at_level(logging.INFO):
+        released = dict(leaves(load_config(path)))
+    assert "MODEL.BACKBONE.CONV_BODY" in caplog.text and "translated" in caplog.text
+    ours = dict(leaves(load_config(SEARCH / f"{name}.yaml", ["MODEL.NUM_CLASSES", 80])))
+    cells = released.pop("MODEL.GENOTYPE")
+    assert cells == ours.pop("MODEL.GENOTYPE")[: len(cells)]
+    assert {k: v for k, v in released.items() if k not in OWN_CHOICE} == {
+        k: v for k, v in ours.items() if k not in OWN_CHOICE
+    }
+    assert released["MODEL.WEIGHT"] == RELEASED[name]["MODEL"]["WEIGHT"]
+
+
+def test_released_file_with_an_unknown_key(tmp_path):
+    tree = as_released(RELEASED["R_50_NAS_head"])
+    tree["SOLVER"]["STEPZ"] = 1
+    path = write(tmp_path, "released.yaml", yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"released\.yaml.*SOLVER\.STEPZ.*SOLVER\.STEPS"):
+        load_config(path)
+
+
+def test_inheritance_and_overrides(tmp_path):
+    write(tmp_path, "base.yaml", "SOLVER:\n  BASE_LR: 1e-3\n  MAX_ITER: 7\n  AMP: off\n")
+    path = write(tmp_path, "child.yaml", "_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 8\n")
+    cfg = load_config(path, ["SOLVER.STEPS", "(5, 6)", "TEST.NMS_IOU", "1", "OUTPUT_DIR", "out"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (1e-3, 8, (5, 6))
+    assert cfg.SOLVER.AMP == "off"
+    assert cfg.TEST.NMS_IOU == 1.0 and isinstance(cfg.TEST.NMS_IOU, float)
+    assert cfg.OUTPUT_DIR == "out"
+    assert load_config(None) == get_defaults()
+
+
+def test_custom_data_sets_are_free_form(tmp_path):
+    cfg = load_config(None, ["DATASETS.CUSTOM.mine.FORMAT", "coco"])
+    assert cfg.DATASETS.CUSTOM.mine.FORMAT == "coco"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("MODEL:\n  WEIGTH: x\n", r"file\.yaml.*'MODEL\.WEIGTH'.*'MODEL\.WEIGHT'"),
+        ("SOLVER:\n  NMS_IOU: 1\n", r"file\.yaml.*'SOLVER\.NMS_IOU'.*Did you mean"),
+        ("SOLVER:\n  BASE_LR: fast\n", r"file\.yaml: SOLVER\.BASE_LR must be float"),
+        ("SOLVER:\n  MAX_ITER: 1.5\n", r"file\.yaml: SOLVER\.MAX_ITER must be int"),
+        ("SOLVER:\n  MAX_ITER: true\n", r"file\.yaml: SOLVER\.MAX_ITER must be int"),
+        ("SOLVER:\n  STEPS: [1, a]\n", r"file\.yaml: SOLVER\.STEPS must be tuple of int"),
+        ("SOLVER: 3\n", r"file\.yaml: SOLVER is a section"),
+        ("SOLVER:\n  AMP: fp32\n", r"file\.yaml: SOLVER\.AMP is 'fp32'.*'off', 'bf16', 'fp16'"),
+        ("TEST:\n  IMS_PER_BATCH: 0\n", r"file\.yaml: TEST\.IMS_PER_BATCH.*at least 1"),
+        ("MODEL:\n  NECK:\n    NAME: nas_fpn\n", r"MODEL\.GENOTYPE is empty.*nas_fpn"),
+        (
+            "MODEL:\n  GENOTYPE: [[[7, 0, 0, 0, 0]]]\n",
+            r"file\.yaml: MODEL\.GENOTYPE is invalid: cell 0, input 0 is 7",
+        ),
+        ("MODEL: [\n", r"file\.yaml is not valid YAML"),
+        ("- 1\n", r"file\.yaml must hold keys and values"),
+        ("_BASE_: file.yaml\n", "inherits in a circle"),
+        ("_BASE_: gone.yaml\n", r"gone\.yaml does not exist \(named by _BASE_ of .*file\.yaml"),
+    ],
+)
+def test_errors_name_file_key_and_remedy(tmp_path, text, message):
+    path = write(tmp_path, "file.yaml", text)
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_command_line_errors():
+    with pytest.raises(ConfigError, match=r"KEY VALUE pairs"):
+        load_config(None, ["SOLVER.MAX_ITER"])
+    with pytest.raises(ConfigError, match=r"command line.*MAX_ITR.*SOLVER\.MAX_ITER"):
+        load_config(None, ["SOLVER.MAX_ITR", "3"])
+
+
+def test_missing_file_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"does not exist.*R_50_NAS_head\.yaml"):
+        load_config(SEARCH / "R_50_NAS_hed.yaml")

@@ -1,0 +1,296 @@
+"""The detector's parts against plain twins, and its behaviour at the edges."""
+
+import itertools
+
+import pytest
+import torch
+
+import nasfcos
+from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
+from nasfcos.models.heads.dense import STRIDES, PostProcess
+from nasfcos.models.heads.fcos import assign_fcos, fcos_locations
+from nasfcos.models.heads.retinanet import (
+    BACKGROUND,
+    BETWEEN,
+    decode,
+    encode,
+    match_anchors,
+)
+from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
+from nasfcos.models.necks.nas_fpn import NASFPN
+
+TINY = [
+    "MODEL.DEVICE", "cpu", "MODEL.NUM_CLASSES", 3, "MODEL.RESNET.BLOCKS", [1, 1, 1, 1],
+    "MODEL.RESNET.STEM_CHANNELS", 4, "MODEL.RESNET.WIDTH_PER_GROUP", 4,
+    "MODEL.RESNET.NORM", "bn", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.NECK.CHANNELS", 16,
+]  # fmt: skip
+CELLS = [[[2, 3, 0, 1, 0]], [[1, 3, 2, 4, 1]], [[0, 2, 3, 3, 1]], [[3, 4, 1, 4, 0]], [[1, 1, 4, 0, 1]]]
+
+
+def tiny(*overrides):
+    torch.manual_seed(0)
+    return nasfcos.build_detector(nasfcos.load_config(None, [*TINY, *overrides]))
+
+
+def searched(split, ops, head="fcos"):
+    return tiny(
+        "MODEL.NECK.NAME", "nas_fpn", "MODEL.HEAD.TOWER", "searched", "MODEL.HEAD.NAME", head,
+        "MODEL.GENOTYPE", [*CELLS, [split], ops],
+    )  # fmt: skip
+
+
+def target(*rows):
+    rows = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    return {"boxes": rows[:, :4], "labels": rows[:, 4].long()}
+
+
+IMAGES = [torch.rand(3, 90, 130), torch.rand(3, 128, 100)]
+TARGETS = [target((10, 10, 80, 70, 1), (20, 5, 50, 40, 3)), target((0, 0, 99, 127, 2))]
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize("split", [0, 2, 6])
+def test_every_operation_trains(head, split):
+    """All FPN and head operations and aggregations, shared and per-level layers: every trainable
+    parameter gets a finite gradient."""
+    model = searched(split, list(range(len(HEAD_OPS))), head)
+    used = {FPN_OPS[op] for cell in model.neck.genotype.cells for op in cell.ops}
+    assert used == set(FPN_OPS)
+    losses = model(IMAGES, TARGETS)
+    names = {"loss_cls", "loss_box"} | ({"loss_centerness"} if head == "fcos" else set())
+    assert set(losses) == names
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+    model.eval()
+    with torch.no_grad():
+        assert len(model(IMAGES)) == 2
+
+
+def test_head_split_gives_the_first_layers_weights_of_their_own():
+    def count(model):
+        return sum(p.numel() for p in model.head.cls_tower.parameters())
+
+    shared, split = searched(0, [1, 1]), searched(1, [1, 1])
+    assert count(split) == count(shared) * (5 + 1) / 2
+
+
+def test_unused_branches_are_neither_computed_nor_trained():
+    genotype = Genotype.parse([[[3, 3, 0, 0, 0]], [[2, 3, 0, 0, 0]], [[1, 2, 0, 0, 0]]])
+    neck = NASFPN([8, 8, 8, 8], 16, genotype)
+    neck.adapt[0].forward = lambda x: pytest.fail("C2 is not consumed")
+    features = [torch.rand(2, 8, size, size) for size in (32, 16, 8, 4)]
+    levels = neck(features)
+    assert [x.shape[-1] for x in levels] == [16, 8, 4, 2, 1]
+    sum(x.sum() for x in levels).backward()
+    assert {name for name, p in neck.named_parameters() if p.grad is None} == {
+        name for name, _ in neck.named_parameters() if name.startswith("adapt.0.")
+    }
+
+
+def test_extra_outputs_are_added_to_each_level():
+    """Skip connections and sums only: the pyramid is a sum of resized adapters."""
+    genotype = Genotype.parse([[[i, i, 3, 3, 0]] for i in (1, 3, 2, 1)])
+    neck = NASFPN([4, 4, 4, 4], 4, genotype, norm=lambda c: torch.nn.Identity()).eval()
+    features = [torch.rand(1, 4, size, size) for size in (32, 16, 8, 4)]
+    c3, c4, c5 = (neck.adapt[i](features[i]) * 2 for i in (1, 2, 3))
+
+    def resize(x, size):
+        return torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear")
+
+    p3, p4, p5 = neck(features)[:3]
+    torch.testing.assert_close(p3, c3 + c3)
+    torch.testing.assert_close(p4, c4 + resize(c3, 8))
+    torch.testing.assert_close(p5, c5 + resize(c3, 4))
+
+
+def test_frozen_batch_norm_has_no_epsilon():
+    norm = FrozenBatchNorm2d(2)
+    norm.running_var.copy_(torch.tensor([1e-6, 4.0]))
+    norm.running_mean.fill_(1.0)
+    out = norm(torch.full((1, 2, 1, 1), 2.0)).flatten()
+    torch.testing.assert_close(out, torch.tensor([1e3, 0.5]))
+    assert not list(norm.parameters())
+
+
+def test_group_norm_never_has_groups_of_one_value():
+    for channels in (8, 16, 32, 48, 64, 128, 256):
+        norm = group_norm(channels)
+        assert norm.num_groups == (32 if channels >= 64 else channels // 2 if channels != 48 else 8)
+        assert torch.isfinite(norm(torch.rand(1, channels, 1, 1))).all()
+
+
+# ------------------------------------------------------------------------------------- edges
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize("targets", [[target(), target()], [target(), TARGETS[1]]])
+def test_images_without_targets_train_as_background(head, targets):
+    model = tiny("MODEL.HEAD.NAME", head)
+    losses = model(IMAGES, targets)
+    if not sum(len(t["boxes"]) for t in targets):
+        assert losses["loss_box"] == 0 and losses["loss_cls"] > 0
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_no_detections_is_an_empty_result(head):
+    model = tiny("MODEL.HEAD.NAME", head).eval()
+    with torch.no_grad():
+        for found in model(IMAGES):
+            assert found["boxes"].shape == (0, 4)
+            assert found["scores"].shape == found["labels"].shape == (0,)
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_detections_lie_in_their_image_and_do_not_depend_on_the_batch(head):
+    model = tiny("MODEL.HEAD.NAME", head, "TEST.SCORE_THRESHOLD", 0.0).eval()
+    with torch.no_grad():
+        together = model(IMAGES)
+        alone = model(IMAGES[1:])
+    for image, found in zip(IMAGES, together, strict=True):
+        height, width = image.shape[-2:]
+        assert len(found["boxes"]) >= 100
+        assert found["boxes"].min() >= 0
+        assert (found["boxes"].amax(0) <= torch.tensor([width, height] * 2) - 1).all()
+        assert found["labels"].min() >= 1 and found["labels"].max() <= 3
+        assert (found["scores"].diff() <= 0).all()
+    # Same padded size, so the same arithmetic.
+    padded = [torch.nn.functional.pad(IMAGES[0], (0, 0, 0, 38)), IMAGES[1]]
+    assert padded[0].shape[-2] == 128 and alone[0]["boxes"].shape == together[1]["boxes"].shape
+
+
+def test_uint8_and_float_images_are_the_same():
+    model = tiny()
+    image = (torch.rand(3, 40, 50) * 255).to(torch.uint8)
+    batch, sizes = model.preprocess([image, image[:, :30]])
+    assert batch.shape == (2, 3, 64, 64) and sizes == [(40, 50), (30, 50)]
+    torch.testing.assert_close(batch[0], model.preprocess([image / 255])[0][0], rtol=1e-6, atol=1e-4)
+    assert (batch[1, :, 30:] == 0).all() and (batch[:, :, :, 50:] == 0).all()
+    red = image[0, 3, 4].item() - 122.7717  # channels are reversed
+    assert batch[0, 2, 3, 4].item() == pytest.approx(red, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "images, targets, message",
+    [
+        ([], [], "empty"),
+        ([torch.rand(1, 9, 9)], [target()], r"image 0 must be a tensor \[3, H, W\]"),
+        ([torch.ones(3, 9, 9, dtype=torch.int64)], [target()], "float in 0..1 or uint8"),
+        ([torch.rand(3, 9, 9)], None, "needs a target"),
+        ([torch.rand(3, 9, 9)], [target((5, 5, 4, 8, 1))], "target 0: box .* x0 <= x1"),
+        ([torch.rand(3, 9, 9)], [target((0, 0, 4, float("nan"), 1))], "not finite"),
+        ([torch.rand(3, 9, 9)], [target((0, 0, 4, 4, 4))], "classes are 1..3"),
+        ([torch.rand(3, 9, 9)], [target((0, 0, 4, 4, 0))], "classes are 1..3"),
+        (
+            [torch.rand(3, 9, 9)],
+            [{"boxes": torch.rand(2, 4), "labels": torch.ones(1)}],
+            r"boxes must be \[N, 4\]",
+        ),
+    ],
+)
+def test_bad_input_is_named(images, targets, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(images, targets)
+
+
+def test_unknown_part_names_the_choice():
+    with pytest.raises(nasfcos.ConfigError, match=r"MODEL\.BACKBONE\.NAME.*'mobilenet_v2'"):
+        tiny("MODEL.BACKBONE.NAME", "mobilenet_v3")
+
+
+# --------------------------------------------------------------------------- plain twins
+
+
+def random_boxes(count, generator):
+    corner = torch.rand(count, 2, generator=generator) * 200
+    return torch.cat((corner, corner + torch.rand(count, 2, generator=generator) * 250), 1).round()
+
+
+def test_fcos_assignment_against_a_plain_loop():
+    generator = torch.Generator().manual_seed(1)
+    boxes = random_boxes(12, generator)
+    boxes[3] = boxes[2]  # a tie of areas: the first wins
+    labels = torch.arange(1, 13)
+    shapes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
+    locations = [
+        fcos_locations(*shape, stride, "cpu") for shape, stride in zip(shapes, STRIDES, strict=True)
+    ]
+    ranges = [(-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)]
+    got_labels, got_distances = assign_fcos(locations, ranges, {"boxes": boxes, "labels": labels})
+    index = positives = 0
+    for (rows, columns), stride, (low, high) in zip(shapes, STRIDES, ranges, strict=True):
+        for y, x in itertools.product(range(rows), range(columns)):
+            px, py = x * stride + stride // 2, y * stride + stride // 2
+            best = None
+            for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+                distances = (px - box[0], py - box[1], box[2] - px, box[3] - py)
+                if min(distances) > 0 and low <= max(distances) <= high:
+                    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+                    if best is None or area < best[0]:
+                        best = (area, label, distances)
+            assert got_labels[index].item() == (best[1] if best else 0)
+            if best:
+                positives += 1
+                assert got_distances[index].tolist() == list(best[2])
+            index += 1
+    assert positives > 100 and 4 not in got_labels
+
+
+def test_anchor_matching_against_a_plain_loop():
+    generator = torch.Generator().manual_seed(2)
+    anchors, boxes = random_boxes(300, generator), random_boxes(9, generator)
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+        height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+        inside = max(0, width) * max(0, height)
+        return inside / (
+            (a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1) - inside
+        )
+
+    table = [[iou(a, b) for b in boxes.tolist()] for a in anchors.tolist()]
+    best_of_box = [max(row[j] for row in table) for j in range(len(boxes))]
+    expected = []
+    for row in table:
+        best = max(row)
+        own = row.index(best)
+        attains = any(
+            abs(value - top) < 1e-6 for value, top in zip(row, best_of_box, strict=True)
+        )
+        if best >= 0.5 or attains:
+            expected.append(own)
+        else:
+            expected.append(BACKGROUND if best < 0.4 else BETWEEN)
+    got = match_anchors(anchors, boxes, 0.5, 0.4).tolist()
+    assert got == expected
+    assert {BACKGROUND, BETWEEN} < set(got)
+
+
+def test_box_code_round_trip():
+    generator = torch.Generator().manual_seed(3)
+    anchors, boxes = random_boxes(50, generator), random_boxes(50, generator)
+    torch.testing.assert_close(decode(encode(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-3)
+    huge = decode(torch.full((1, 4), 1e3), torch.tensor([[0.0, 0, 15, 15]]))
+    assert (huge[:, 2:] - huge[:, :2] + 1).tolist() == [[pytest.approx(1000, rel=1e-3)] * 2]
+
+
+def test_ties_with_the_last_kept_detection_stay():
+    boxes = torch.arange(5.0)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9])
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.1])
+    found = PostProcess(detections_per_image=2).finish(
+        boxes, scores, torch.ones(5, dtype=torch.int64), (200, 200)
+    )
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
+
+
+def test_candidates_are_chosen_by_class_probability_and_ranked_by_score():
+    probabilities = torch.tensor([[0.9, 0.04], [0.05, 0.6], [0.3, 0.2]])
+    weight = torch.tensor([0.1, 1.0, 0.5])
+    scores, where, labels = PostProcess(pre_nms_top_n=3).select(probabilities, weight)
+    assert where.tolist() == [1, 2, 2] and labels.tolist() == [2, 1, 2]
+    torch.testing.assert_close(scores, torch.tensor([0.6, 0.15, 0.1]))

@@ -1,0 +1,252 @@
+"""Weight files of every kind, and files that are none."""
+
+import hashlib
+import http.server
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import nasfcos
+from nasfcos import download
+from nasfcos.models.weights import WeightsError, read_weights
+from tests.known import ROOT, known_weights
+
+
+def build(*overrides):
+    path = ROOT / "configs" / "baselines" / "R_50_FPN_FCOS.yaml"
+    return nasfcos.build_detector(nasfcos.load_config(path, ["MODEL.DEVICE", "cpu", *overrides]))
+
+
+def caffe2_blobs(blocks=(3, 4, 6, 3)):
+    """A Caffe2 ResNet-50 as its pickles hold it."""
+    random = np.random.RandomState(0)
+    blobs = {}
+
+    def conv(name, out_channels, in_channels, kernel):
+        shape = (out_channels, in_channels, kernel, kernel)
+        blobs[f"{name}_w"] = random.standard_normal(shape).astype(np.float32) * 0.05
+        norm = "res_conv1_bn" if name == "conv1" else f"{name}_bn"
+        blobs[f"{norm}_s"] = random.uniform(0.5, 1, out_channels).astype(np.float32)
+        blobs[f"{norm}_b"] = random.standard_normal(out_channels).astype(np.float32) * 0.1
+
+    conv("conv1", 64, 3, 7)
+    channels = 64
+    for stage, depth in enumerate(blocks):
+        width = 64 * 2**stage
+        for block in range(depth):
+            name = f"res{stage + 2}_{block}_branch"
+            if block == 0:
+                conv(f"{name}1", 4 * width, channels, 1)
+            conv(f"{name}2a", width, channels, 1)
+            conv(f"{name}2b", width, width, 3)
+            conv(f"{name}2c", 4 * width, width, 1)
+            channels = 4 * width
+    blobs["fc1000_w"] = np.zeros((10, 2048), np.float32)
+    blobs["fc1000_b"] = np.zeros(10, np.float32)
+    blobs["conv1_w_momentum"] = np.zeros(3, np.float32)
+    return blobs
+
+
+def test_caffe2_pickle(tmp_path):
+    blobs = caffe2_blobs()
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    model = build()
+    head = {k: v.clone() for k, v in model.head.state_dict().items()}
+    report = nasfcos.load_weights(model, path)
+    assert report.kind == "backbone" and report.complete
+    state = model.backbone.state_dict()
+    block = "layer3.2"
+    for part, name in (("2a", "1"), ("2b", "2"), ("2c", "3")):
+        assert np.array_equal(state[f"{block}.conv{name}.weight"], blobs[f"res4_2_branch{part}_w"])
+        assert np.array_equal(state[f"{block}.bn{name}.weight"], blobs[f"res4_2_branch{part}_bn_s"])
+        assert np.array_equal(state[f"{block}.bn{name}.bias"], blobs[f"res4_2_branch{part}_bn_b"])
+    assert np.array_equal(state["layer2.0.downsample.0.weight"], blobs["res3_0_branch1_w"])
+    assert np.array_equal(state["stem.bn1.bias"], blobs["res_conv1_bn_b"])
+    assert (state["layer4.2.bn3.running_var"] == 1).all()
+    assert model.preprocess.std.tolist() == [1, 1, 1]
+    for key, value in model.head.state_dict().items():
+        assert torch.equal(value, head[key])
+
+
+def randomize_norms(module):
+    generator = torch.Generator().manual_seed(0)
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+            torch.nn.init.uniform_(norm.weight, 0.5, 1, generator=generator)
+
+
+@torch.no_grad()
+def test_torchvision_resnet_gives_torchvision_features(tmp_path):
+    reference = torchvision.models.resnet50(weights=None).eval()
+    randomize_norms(reference)
+    torch.save(reference.state_dict(), tmp_path / "resnet50.pth")
+    model = build("MODEL.RESNET.STRIDE_IN_1X1", False).eval()
+    report = nasfcos.load_weights(model, tmp_path / "resnet50.pth")
+    assert report.complete
+
+    image = torch.rand(3, 64, 96)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((image - mean[:, None, None]) / std[:, None, None])[None]
+    x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
+    maps = model.backbone(model.preprocess([image])[0])
+    for name, features in zip(("layer1", "layer2", "layer3", "layer4"), maps, strict=True):
+        x = getattr(reference, name)(x)
+        torch.testing.assert_close(features, x, rtol=1e-3, atol=1e-4 * x.std().item())
+
+
+@torch.no_grad()
+def test_torchvision_mobilenet_gives_torchvision_features():
+    reference = torchvision.models.mobilenet_v2(weights=None).eval()
+    randomize_norms(reference)
+    model = build("MODEL.BACKBONE.NAME", "mobilenet_v2").eval()
+    assert nasfcos.load_weights(model, reference.state_dict()).complete
+    image = torch.rand(3, 64, 96)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((image - mean[:, None, None]) / std[:, None, None])[None]
+    maps = model.backbone(model.preprocess([image])[0])
+    for index, layer in enumerate(reference.features[:18]):
+        x = layer(x)
+        if index in (3, 6, 13, 17):
+            features = maps[(3, 6, 13, 17).index(index)]
+            torch.testing.assert_close(features, x, rtol=1e-3, atol=1e-4 * x.std().item())
+
+
+def test_strict_lists_every_tensor_that_does_not_fit_and_changes_nothing():
+    model = build("MODEL.NUM_CLASSES", 5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = build("MODEL.NUM_CLASSES", 7).state_dict()
+    state["head.extra"] = state.pop("head.centerness.bias")
+    with pytest.raises(WeightsError) as error:
+        nasfcos.load_weights(model, {"model": state})
+    text = str(error.value)
+    assert "missing from the source: head.centerness.bias" in text
+    assert "unknown to the model: head.extra" in text
+    assert "another shape: head.cls_logits.weight ([7, 256, 3, 3] there, [5, 256, 3, 3]" in text
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_not_strict_loads_what_fits_and_logs_the_rest(caplog):
+    source = build("MODEL.NUM_CLASSES", 7)
+    model = build("MODEL.NUM_CLASSES", 5)
+    fresh = model.head.cls_logits.weight.clone()
+    report = nasfcos.load_weights(model, source.state_dict(), strict=False)
+    assert len(report.misshapen) == 2 and not report.missing and not report.unexpected
+    assert torch.equal(model.head.cls_logits.weight, fresh)
+    assert torch.equal(model.head.box_pred.weight, source.head.box_pred.weight)
+    assert "head.cls_logits.weight" in caplog.text
+
+
+def test_own_checkpoint_keeps_classes_and_input_normalisation(tmp_path):
+    source, model = build("MODEL.NUM_CLASSES", 2), build("MODEL.NUM_CLASSES", 2)
+    source.preprocess.mean.fill_(7)
+    torch.save({"model": source.state_dict(), "classes": ["a", "b"]}, tmp_path / "own.pth")
+    assert nasfcos.load_weights(model, str(tmp_path / "own.pth")).classes == ["a", "b"]
+    assert model.preprocess.mean.tolist() == [7, 7, 7]
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("import builtins; builtins.nasfcos_was_here = True",))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+def test_nothing_in_a_file_is_executed(tmp_path, suffix, protocol):
+    import builtins
+
+    path = tmp_path / f"evil.{suffix}"
+    content = {"blobs": {"conv1_w": Evil()}, "model": Evil()}
+    if suffix == "pkl":
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    else:
+        torch.save(content, path, pickle_protocol=protocol)
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_weights(path)
+    assert not hasattr(builtins, "nasfcos_was_here")
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04broken"])
+def test_unreadable_files(tmp_path, content):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"broken\.pth cannot be read"):
+        read_weights(path)
+    with pytest.raises(WeightsError, match=r"gone\.pth does not exist \(MODEL\.WEIGHT\)"):
+        read_weights(tmp_path / "gone.pth")
+    torch.save({"model": {"something.else": torch.ones(1)}}, path)
+    with pytest.raises(WeightsError, match=r"none of the known kinds.*something\.else"):
+        read_weights(path)
+
+
+def test_released_file_on_disk(tmp_path):
+    """As the release wrote it: the module prefix, and the state of the finished run beside it."""
+    weights = {f"module.{k}": v for k, v in known_weights("Mobile_NAS_densebox").items()}
+    path = tmp_path / "mbv2-NAS.pth"
+    extra = {"optimizer": {"state": {}}, "scheduler": {"last_epoch": 90000}, "iteration": 90000}
+    torch.save({"model": weights, **extra}, path, _use_new_zipfile_serialization=False)
+    config = ROOT / "configs" / "search" / "Mobile_NAS_densebox.yaml"
+    model = nasfcos.build_detector(nasfcos.load_config(config, ["MODEL.DEVICE", "cpu"]))
+    assert nasfcos.load_weights(model, path).complete
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves a folder on the loopback address; gives the folder, the URL and the paths asked."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+        yield folder, f"http://127.0.0.1:{httpd.server_port}", asked
+        httpd.shutdown()
+        thread.join()
+
+
+def test_url_is_downloaded_once_and_verified(server):
+    folder, url, asked = server
+    content = b"weights" * 1000
+    (folder / "model.pth").write_bytes(content)
+    checksum = hashlib.sha256(content).hexdigest()
+
+    path = download.resolve_source(f"{url}/model.pth#sha256={checksum}")
+    assert path.read_bytes() == content
+    assert download.resolve_source(f"{url}/model.pth") == path
+    assert asked == ["/model.pth"]
+
+    path.write_bytes(b"damaged")
+    assert download.resolve_source(f"{url}/model.pth").read_bytes() == content
+    assert len(asked) == 2
+
+
+def test_wrong_checksum_leaves_nothing_behind(server):
+    folder, url, _ = server
+    (folder / "model-0123abcd.pth").write_bytes(b"something else")
+    with pytest.raises(download.DownloadError, match="could not be downloaded"):
+        download.resolve_source(f"{url}/model-0123abcd.pth")
+    assert not list(download.cache_dir().glob("*.pth"))
+    with pytest.raises(download.DownloadError, match="Fetch it by other means"):
+        download.resolve_source(f"{url}/gone.pth")
+
+
+def test_unknown_names():
+    with pytest.raises(download.DownloadError, match="MSRA/R-50"):
+        download.resolve_source("catalog://R-50")
+    with pytest.raises(download.DownloadError, match="resnet50"):
+        download.resolve_source("torchvision://resnet5")
