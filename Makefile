@@ -16,7 +16,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH) "setuptools>=77" ninja
+	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH) "setuptools>=64" wheel ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
