@@ -80,7 +80,7 @@ class Predictor:
         self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
         self.model = build_detector(cfg, classes)
-        load_weights(self.model, source)
+        load_weights(self.model, recorded)
         self.model.to(self.device).eval()
         self.min_size = cfg.INPUT.MIN_SIZE_TEST
         self.max_size = cfg.INPUT.MAX_SIZE_TEST

@@ -47,12 +47,14 @@ class Weights:
     """What a source holds.
 
     Attributes:
+        name: of the source, for messages.
         tensors: by this project's names.
         kind: "detector" (own or released), or "backbone" (ImageNet).
         description: the source's form, for the log.
         classes: names of the object classes, where the file records them.
     """
 
+    name: str
     tensors: Tensors
     kind: str
     description: str
@@ -88,7 +90,9 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], strict: bool = True
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any] | Weights,
+    strict: bool = True,
 ) -> LoadReport:
     """Put weights into a detector.
 
@@ -97,7 +101,7 @@ def load_weights(
         source: a path, a URL (downloaded once), ``catalog://`` or ``torchvision://`` names of
             ImageNet backbones, or a state dict; in the layout of this project or of the release,
             with or without a ``module.`` prefix, alone or under ``model``. ImageNet backbones set
-            the backbone and the input normalisation only.
+            the backbone and the input normalisation only. Or what `read_weights` gave.
         strict: refuse a source unless every tensor has its counterpart of the same shape. False:
             load what fits (fine-tuning to other classes) and log the rest.
 
@@ -105,8 +109,8 @@ def load_weights(
         WeightsError: unreadable, or in strict mode not matching; every such tensor is listed, and
             the model is left as it was.
     """
-    name = "the given state dict" if isinstance(source, Mapping) else str(source)
-    weights = read_weights(source)
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    name = weights.name
     tensors = weights.tensors
     own = dict(model.state_dict(keep_vars=True))
     wanted = own
@@ -155,17 +159,18 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
             break
     tensors = _plain_tensors(content, name)
     if any(key.startswith(("encoder.", "decoder.")) for key in tensors):
-        return Weights(_from_released(tensors), "detector", "released model")
+        return Weights(name, _from_released(tensors), "detector", "released model")
     if any(key.startswith(("backbone.", "neck.", "head.")) for key in tensors):
         names = [str(c) for c in classes] if isinstance(classes, (list, tuple)) else None
-        return Weights(tensors, "detector", "own checkpoint", names)
+        return Weights(name, tensors, "detector", "own checkpoint", names)
     if "conv1_w" in tensors:
-        return Weights(_from_caffe2(tensors), "backbone", "Caffe2 ImageNet backbone")
+        return Weights(name, _from_caffe2(tensors), "backbone", "Caffe2 ImageNet backbone")
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
-        return Weights(_from_torchvision_resnet(tensors), "backbone", "torchvision ResNet")
+        converted = _from_torchvision_resnet(tensors)
+        return Weights(name, converted, "backbone", "torchvision ResNet")
     if "features.0.0.weight" in tensors:
         converted = _from_torchvision_mobilenet(tensors)
-        return Weights(converted, "backbone", "torchvision MobileNetV2")
+        return Weights(name, converted, "backbone", "torchvision MobileNetV2")
     raise WeightsError(
         f"{name} holds none of the known kinds of weights (own, released, Caffe2 or torchvision "
         f"ImageNet backbone); its tensors begin: {', '.join(list(tensors)[:5]) or 'there are none'}"

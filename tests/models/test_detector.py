@@ -24,7 +24,13 @@ TINY = [
     "MODEL.RESNET.STEM_CHANNELS", 4, "MODEL.RESNET.WIDTH_PER_GROUP", 4,
     "MODEL.RESNET.NORM", "bn", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.NECK.CHANNELS", 16,
 ]  # fmt: skip
-CELLS = [[[2, 3, 0, 1, 0]], [[1, 3, 2, 4, 1]], [[0, 2, 3, 3, 1]], [[3, 4, 1, 4, 0]], [[1, 1, 4, 0, 1]]]
+CELLS = [
+    [[2, 3, 0, 1, 0]],
+    [[1, 3, 2, 4, 1]],
+    [[0, 2, 3, 3, 1]],
+    [[3, 4, 1, 4, 0]],
+    [[1, 1, 4, 0, 1]],
+]
 
 
 def tiny(*overrides):
@@ -169,7 +175,8 @@ def test_uint8_and_float_images_are_the_same():
     image = (torch.rand(3, 40, 50) * 255).to(torch.uint8)
     batch, sizes = model.preprocess([image, image[:, :30]])
     assert batch.shape == (2, 3, 64, 64) and sizes == [(40, 50), (30, 50)]
-    torch.testing.assert_close(batch[0], model.preprocess([image / 255])[0][0], rtol=1e-6, atol=1e-4)
+    same, _ = model.preprocess([image / 255])
+    torch.testing.assert_close(batch[0], same[0], rtol=1e-6, atol=1e-4)
     assert (batch[1, :, 30:] == 0).all() and (batch[:, :, :, 50:] == 0).all()
     red = image[0, 3, 4].item() - 122.7717  # channels are reversed
     assert batch[0, 2, 3, 4].item() == pytest.approx(red, abs=1e-4)
