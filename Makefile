@@ -8,7 +8,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 DEMO := configs/demo/nas_fcos.yaml
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test lint clean
 
 install: $(VENV)/.installed
 
@@ -31,9 +31,6 @@ demo: install
 	@echo "Detections: output/demo/pictures  Curves: output/demo/training.png"
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: install
 	$(BIN)/python -m pytest
 
 lint: install

@@ -192,7 +192,6 @@ def test_exif_turned_images_go_with_their_boxes(config, tmp_path):
     assert red[y0 : y1 + 1, x0 : x1 + 1].all() and red.sum() == pytest.approx(60 * 40, rel=0.05)
 
 
-@pytest.mark.slow
 def test_leaving_in_the_middle_does_not_hang(config, tmp_path):
     cfg = config()
     script = (

@@ -85,7 +85,6 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_bit_identical(job, tmp_path):
     overrides = ("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 5, "DATALOADER.NUM_WORKERS", 1)
     cut = job("train_net.py", "--skip-test", *overrides, output="cut")
@@ -104,7 +103,6 @@ def test_a_killed_and_resumed_run_ends_bit_identical(job, tmp_path):
     assert iterations == sorted(set(iterations)) and set(range(2, 25, 2)) < set(iterations)
 
 
-@pytest.mark.slow
 def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
     launch = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
     two = job(
@@ -139,7 +137,6 @@ def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
     assert "AP50" in output and "red" in output
 
 
-@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_the_way_out(job, tmp_path):
     running = job("train_net.py", "SOLVER.MAX_ITER", 100_000, launcher=TORCHRUN)
     running.wait_for(tmp_path / "out" / "model_0000006.pth")
@@ -151,7 +148,6 @@ def test_sigterm_to_the_launcher_saves_on_the_way_out(job, tmp_path):
     assert load_checkpoint(saved[2])["iteration"] == int(saved[1])
 
 
-@pytest.mark.slow
 def test_the_job_ends_when_one_process_is_gone(job, tmp_path):
     running = job("train_net.py", "SOLVER.MAX_ITER", 100_000, launcher=TORCHRUN)
     running.wait_for(tmp_path / "out" / "model_0000003.pth")
@@ -163,7 +159,6 @@ def test_the_job_ends_when_one_process_is_gone(job, tmp_path):
     assert code != 0
 
 
-@pytest.mark.slow
 def test_divergence_ends_every_process_with_a_message(job, tmp_path):
     code, output = job(
         "train_net.py", "SOLVER.BASE_LR", 1e6, "SOLVER.MAX_ITER", 50, launcher=TORCHRUN
