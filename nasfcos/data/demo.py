@@ -1,8 +1,9 @@
 """A detection data set from nothing: drawn scenes with exact boxes, in COCO format.
 
 Six kinds of shaded, textured objects (ball, crate, star, ring, leaf, bottle) lie on textured
-grounds, from 16 to 200 pixels large and most of them in any direction. They overlap, hide parts of each other
-and leave the picture; some pictures are empty. A box encloses the visible part of its object.
+grounds, from 16 to 200 pixels large and most of them in any direction. They overlap, hide parts of
+each other and leave the picture; some pictures are empty. A box encloses the visible part of its
+object.
 Every picture has its own random generator, made from (seed, split, number).
 """
 
