@@ -25,9 +25,9 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -ty
 
 demo: install
 	$(BIN)/python tools/make_demo_data.py --output datasets/demo
-	$(BIN)/python tools/train_net.py --config-file $(DEMO) --resume
+	$(BIN)/python tools/train_net.py --config-file $(DEMO) --resume DATASETS.ROOT datasets
 	$(BIN)/python tools/predict.py --config-file $(DEMO) \
-		--input datasets/demo/val --output output/demo/pictures
+		--input datasets/demo/val --output output/demo/pictures DATASETS.ROOT datasets
 	@echo "Detections: output/demo/pictures  Curves: output/demo/training.png"
 
 test: install

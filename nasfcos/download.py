@@ -71,7 +71,9 @@ def _torchvision_url(name: str) -> str:
 def _download(url: str) -> Path:
     url, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=") or None
-    path = cache_dir() / Path(urlparse(url).path).name
+    # Many files are called model_final.pth: each URL has a folder of its own.
+    folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:12]
+    path = folder / (Path(urlparse(url).path).name or "weights")
     if expected is None:
         match = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
         expected = match[1] if match else None

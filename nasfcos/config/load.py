@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,15 @@ AT_LEAST = {
     "TEST.DETECTIONS_PER_IMAGE": 1,
 }
 
+IN_0_TO_1 = ("INPUT.FLIP_PROB", "TEST.SCORE_THRESHOLD", "TEST.NMS_IOU", "SOLVER.WARMUP_FACTOR")
+
+POSITIVE_ENTRIES = (
+    "MODEL.RESNET.BLOCKS",
+    "MODEL.FCOS.SIZE_LIMITS",
+    "INPUT.MIN_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_RANGE_TRAIN",
+)
+
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no."""
@@ -107,7 +117,10 @@ def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tupl
     tree = _read_yaml(path, seen)
     seen = (*seen, path.resolve())
     bases = tree.pop(BASE_KEY, [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: {BASE_KEY} must be a file name or a list, not {bases!r}")
+    for base in bases:
         base_path = path.parent / Path(base).expanduser()
         if base_path.resolve() in seen:
             chain = " -> ".join(str(p) for p in (*seen, base_path.resolve()))
@@ -213,6 +226,9 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
             pass
+    names = isinstance(default, tuple) and default and isinstance(default[0], str)
+    if names and isinstance(value, str):
+        value = (value,)  # one name where names are wanted
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float) and isinstance(value, int):
@@ -258,13 +274,25 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
             fail(name, f"is {value!r}, but must be one of {allowed}.{nearest(value, allowed)}")
     for name, least in AT_LEAST.items():
         value = _get(cfg, name)
-        if not value >= least:  # also refuses NaN
-            fail(name, f"is {value!r}, but must be at least {least}")
+        if not least <= value < math.inf:  # also refuses NaN
+            fail(name, f"is {value!r}, but must be at least {least}, and finite")
+    for name in IN_0_TO_1:
+        value = _get(cfg, name)
+        if not 0 <= value <= 1:
+            fail(name, f"is {value!r}, but must lie in 0..1")
+    for name in POSITIVE_ENTRIES:
+        value = _get(cfg, name)
+        if not all(entry > 0 for entry in value):
+            fail(name, f"is {value!r}, but every entry must be positive")
     for name, length in (("MODEL.RESNET.BLOCKS", 4), ("MODEL.FCOS.SIZE_LIMITS", 4)):
         if len(_get(cfg, name)) != length:
             fail(name, f"needs {length} entries, not {_get(cfg, name)!r}")
     if len(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) not in (0, 2):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
+    if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):
+        fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
+    if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
+        fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must lie within 0..1")
     if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
         fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
     _check_genotype(cfg, fail)

@@ -155,7 +155,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
         value = _literal(raw)
         try:
             made = rule(value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: {name} is {value!r}: {error}") from None
         settings.update(made)
         if made != {name: value}:

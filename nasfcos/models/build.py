@@ -23,6 +23,8 @@ def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
     """
     backbone = BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
     neck = NECKS[cfg.MODEL.NECK.NAME](cfg, backbone.out_channels)
+    # Without a gradient, these stages would keep a distributed job waiting for one.
+    backbone.freeze_after(neck.deepest_input)
     post_process = PostProcess(
         score_threshold=cfg.TEST.SCORE_THRESHOLD,
         pre_nms_top_n=cfg.TEST.PRE_NMS_TOP_N,

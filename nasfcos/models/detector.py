@@ -104,6 +104,9 @@ class Detector(nn.Module):
         device = self.preprocess.mean.device
         checked = []
         for index, target in enumerate(targets):
+            for key in ("boxes", "labels"):
+                if not isinstance(target.get(key), Tensor):
+                    raise ValueError(f"target {index}: {key!r} must be a tensor")
             boxes, labels = target["boxes"], target["labels"]
             if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
                 raise ValueError(

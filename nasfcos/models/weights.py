@@ -201,22 +201,26 @@ def _first_line(error: Exception) -> str:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays and plain containers, and refuses every other object."""
+    """Rebuilds arrays of numbers and plain containers, and refuses every other object.
+
+    numpy's own classes stay out of it: their ``__setstate__`` trusts what it is given, down to
+    pointers. The stand-ins below read a type code and raw bytes, and nothing else.
+    """
 
     MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
     NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return _Array
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return _Dtype
         if module in self.MULTIARRAY and name == "_reconstruct":
-            return _empty_array
+            return lambda kind, shape, dtype: _Array()
         if module in self.MULTIARRAY and name == "scalar":
-            return _scalar
+            return lambda dtype, data: dtype.array(data, ())
         if module in self.NUMERIC and name == "_frombuffer":
-            return _from_buffer
+            return lambda data, dtype, shape, order: dtype.array(data, shape, order)
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("_codecs", "encode"):
@@ -224,19 +228,39 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
 
 
-def _empty_array(subtype: type, shape: tuple, dtype: Any) -> np.ndarray:
-    if subtype is not np.ndarray:
-        raise pickle.UnpicklingError(f"an array of type {subtype!r}")
-    return np.ndarray.__new__(np.ndarray, shape, dtype)
+class _Dtype:
+    """Stands in for numpy.dtype: floats, integers and booleans in either byte order."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[fiub][1248]", code):
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        self.code = code.lstrip("<>|=")
+        self.order = "="
+
+    def __setstate__(self, state: Any) -> None:
+        order, details = state[1], state[2:5]
+        if order not in ("<", ">", "|", "=") or any(detail is not None for detail in details):
+            raise pickle.UnpicklingError("an array of a structured type")
+        self.order = order
+
+    def array(self, data: Any, shape: Any, order: str = "C") -> np.ndarray:
+        if isinstance(data, str):  # bytes of Python 2, which are read as text
+            data = data.encode("latin1")
+        if not isinstance(data, (bytes, bytearray)):
+            raise pickle.UnpicklingError(f"an array whose content is {type(data).__name__}")
+        return np.frombuffer(data, np.dtype(self.order + self.code)).reshape(shape, order=order)
 
 
-def _scalar(dtype: np.dtype, data: Any) -> Any:
-    data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(data, dtype=dtype)[0]
+class _Array:
+    """Stands in for numpy.ndarray while a pickle is read; `value` is the array."""
 
+    value: np.ndarray | None = None
 
-def _from_buffer(buffer: Any, dtype: Any, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype):
+            raise pickle.UnpicklingError("an array without a type")
+        self.value = dtype.array(data, shape, "F" if fortran else "C")
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -251,8 +275,11 @@ def _plain_tensors(content: Any, name: str) -> Tensors:
         raise WeightsError(f"{name} holds {type(content).__name__}, not a dict of tensors")
     tensors = {}
     for key, value in content.items():
+        if isinstance(value, _Array):
+            value = value.value
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            value = torch.from_numpy(np.ascontiguousarray(value))
+            native = value.dtype.newbyteorder("=")
+            value = torch.from_numpy(np.array(value, dtype=native, order="C"))
         if isinstance(value, Tensor):
             tensors[str(key).removeprefix("module.")] = value.detach()
     return tensors

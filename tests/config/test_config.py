@@ -73,6 +73,7 @@ def test_inheritance_and_overrides(tmp_path):
     assert cfg.TEST.NMS_IOU == 1.0 and isinstance(cfg.TEST.NMS_IOU, float)
     assert cfg.OUTPUT_DIR == "out"
     assert load_config(None) == get_defaults()
+    assert load_config(None, ["DATASETS.TEST", "mine"]).DATASETS.TEST == ("mine",)
 
 
 def test_custom_data_sets_are_free_form(tmp_path):
@@ -100,6 +101,12 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("MODEL: [\n", r"file\.yaml is not valid YAML"),
         ("- 1\n", r"file\.yaml must hold keys and values"),
         ("_BASE_: file.yaml\n", "inherits in a circle"),
+        ("_BASE_: 5\n", r"file\.yaml: _BASE_ must be a file name"),
+        ("INPUT:\n  MIN_SIZE_TRAIN: [0]\n", r"INPUT\.MIN_SIZE_TRAIN.*positive"),
+        ("INPUT:\n  MIN_SIZE_RANGE_TRAIN: [9, 8]\n", r"MIN_SIZE_RANGE_TRAIN.*low comes first"),
+        ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
+        ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
+        ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
         ("_BASE_: gone.yaml\n", r"gone\.yaml does not exist \(named by _BASE_ of .*file\.yaml"),
     ],
 )

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 import nasfcos
+from nasfcos.boxes import legacy_sizes
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models.heads.dense import STRIDES, PostProcess
 from nasfcos.models.heads.fcos import assign_fcos, fcos_locations
 from nasfcos.models.heads.retinanet import (
     BACKGROUND,
     BETWEEN,
+    cell_anchors,
     decode,
     encode,
     match_anchors,
+    shift_anchors,
 )
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
@@ -96,6 +99,18 @@ def test_unused_branches_are_neither_computed_nor_trained():
     }
 
 
+@pytest.mark.parametrize("backbone", ["resnet", "mobilenet_v2"])
+def test_stages_that_no_cell_takes_are_not_trained(backbone):
+    cells = [[[0, 1, 0, 0, 0]], [[1, 2, 0, 0, 0]], [[0, 2, 0, 0, 0]]]
+    model = tiny(
+        "MODEL.BACKBONE.NAME", backbone, "MODEL.NECK.NAME", "nas_fpn", "MODEL.GENOTYPE", cells
+    )
+    sum(model(IMAGES, TARGETS).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    assert not all(p.requires_grad for p in model.backbone.parameters())
+
+
 def test_extra_outputs_are_added_to_each_level():
     """Skip connections and sums only: the pyramid is a sum of resized adapters."""
     genotype = Genotype.parse([[[i, i, 3, 3, 0]] for i in (1, 3, 2, 1)])
@@ -155,19 +170,18 @@ def test_no_detections_is_an_empty_result(head):
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_detections_lie_in_their_image_and_do_not_depend_on_the_batch(head):
     model = tiny("MODEL.HEAD.NAME", head, "TEST.SCORE_THRESHOLD", 0.0).eval()
+    same_size = [torch.rand(3, 120, 125), torch.rand(3, 128, 100)]  # both padded to 128 x 128
     with torch.no_grad():
-        together = model(IMAGES)
-        alone = model(IMAGES[1:])
-    for image, found in zip(IMAGES, together, strict=True):
+        together = model(same_size)
+        alone = [model([image])[0] for image in same_size]
+    for image, found, single in zip(same_size, together, alone, strict=True):
         height, width = image.shape[-2:]
         assert len(found["boxes"]) >= 100
         assert found["boxes"].min() >= 0
         assert (found["boxes"].amax(0) <= torch.tensor([width, height] * 2) - 1).all()
         assert found["labels"].min() >= 1 and found["labels"].max() <= 3
         assert (found["scores"].diff() <= 0).all()
-    # Same padded size, so the same arithmetic.
-    padded = [torch.nn.functional.pad(IMAGES[0], (0, 0, 0, 38)), IMAGES[1]]
-    assert padded[0].shape[-2] == 128 and alone[0]["boxes"].shape == together[1]["boxes"].shape
+        torch.testing.assert_close(found["scores"][:50], single["scores"][:50])
 
 
 def test_uint8_and_float_images_are_the_same():
@@ -189,6 +203,7 @@ def test_uint8_and_float_images_are_the_same():
         ([torch.rand(1, 9, 9)], [target()], r"image 0 must be a tensor \[3, H, W\]"),
         ([torch.ones(3, 9, 9, dtype=torch.int64)], [target()], "float in 0..1 or uint8"),
         ([torch.rand(3, 9, 9)], None, "needs a target"),
+        ([torch.rand(3, 9, 9)], [{"boxes": torch.rand(0, 4)}], "target 0: 'labels' must be"),
         ([torch.rand(3, 9, 9)], [target((5, 5, 4, 8, 1))], "target 0: box .* x0 <= x1"),
         ([torch.rand(3, 9, 9)], [target((0, 0, 4, float("nan"), 1))], "not finite"),
         ([torch.rand(3, 9, 9)], [target((0, 0, 4, 4, 4))], "classes are 1..3"),
@@ -278,9 +293,24 @@ def test_anchor_matching_against_a_plain_loop():
     assert {BACKGROUND, BETWEEN} < set(got)
 
 
+def test_anchors():
+    """P3's anchors: base windows 11 x 6, 8 x 8 and 6 x 12 about (3.5, 3.5), scaled."""
+    anchors = cell_anchors(8, [32 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
+    assert anchors.shape == (9, 4)
+    widths, heights = legacy_sizes(anchors)
+    scale = 4 * 2 ** (torch.arange(3) / 3)
+    torch.testing.assert_close(widths, torch.cat([w * scale for w in (11, 8, 6)]))
+    torch.testing.assert_close(heights, torch.cat([h * scale for h in (6, 8, 12)]))
+    assert anchors[0].tolist() == [-18, -8, 25, 15]
+    torch.testing.assert_close((anchors[:, :2] + anchors[:, 2:]) / 2, torch.full((9, 2), 3.5))
+    shifted = shift_anchors(anchors, 2, 3, 8).reshape(2, 3, 9, 4)
+    torch.testing.assert_close(shifted[1, 2], anchors + torch.tensor([16.0, 8, 16, 8]))
+
+
 def test_box_code_round_trip():
     generator = torch.Generator().manual_seed(3)
     anchors, boxes = random_boxes(50, generator), random_boxes(50, generator)
+    anchors[:, 2:] += 8  # sizes grow at most 62.5-fold
     torch.testing.assert_close(decode(encode(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-3)
     huge = decode(torch.full((1, 4), 1e3), torch.tensor([[0.0, 0, 15, 15]]))
     assert (huge[:, 2:] - huge[:, :2] + 1).tolist() == [[pytest.approx(1000, rel=1e-3)] * 2]

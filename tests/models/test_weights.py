@@ -1,5 +1,6 @@
 """Weight files of every kind, and files that are none."""
 
+import collections
 import hashlib
 import http.server
 import pickle
@@ -172,6 +173,49 @@ def test_nothing_in_a_file_is_executed(tmp_path, suffix, protocol):
     assert not hasattr(builtins, "nasfcos_was_here")
 
 
+class Corrupt:
+    """An array of a type whose description would make numpy follow the array's bytes."""
+
+    class Dtype:
+        def __reduce__(self):
+            state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 1)
+            return np.dtype, ("V8", False, True), state
+
+    def __reduce__(self):
+        state = (1, (1,), Corrupt.Dtype(), False, b"\x41" * 8)
+        return np.core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_array_types_with_pointers_are_refused(tmp_path):
+    path = tmp_path / "corrupt.pkl"
+    path.write_bytes(pickle.dumps({"conv1_w": Corrupt()}, protocol=2))
+    with pytest.raises(WeightsError, match="an array of"):
+        read_weights(path)
+    path.write_bytes(pickle.dumps({"conv1_w": np.array([object], dtype=object)}, protocol=2))
+    with pytest.raises(WeightsError, match="cannot be read"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_of_every_layout(tmp_path, protocol):
+    arrays = {
+        "conv1_w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "res_conv1_bn_s": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "res_conv1_bn_b": np.arange(3, dtype=">f4"),
+        "step": np.float64(3),
+    }
+    path = tmp_path / "arrays.pkl"
+    path.write_bytes(pickle.dumps(collections.OrderedDict(arrays), protocol=protocol))
+    tensors = read_weights(path).tensors
+    for name, key in (
+        ("conv1_w", "stem.conv1.weight"),
+        ("res_conv1_bn_s", "stem.bn1.weight"),
+        ("res_conv1_bn_b", "stem.bn1.bias"),
+    ):
+        assert np.array_equal(tensors[f"backbone.{key}"].numpy(), arrays[name])
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04broken"])
 def test_unreadable_files(tmp_path, content):
     path = tmp_path / "broken.pth"
@@ -229,10 +273,14 @@ def test_url_is_downloaded_once_and_verified(server):
     assert path.read_bytes() == content
     assert download.resolve_source(f"{url}/model.pth") == path
     assert asked == ["/model.pth"]
+    (folder / "other").mkdir()
+    (folder / "other" / "model.pth").write_bytes(b"other weights")
+    assert download.resolve_source(f"{url}/other/model.pth").read_bytes() == b"other weights"
+    asked.clear()
 
     path.write_bytes(b"damaged")
     assert download.resolve_source(f"{url}/model.pth").read_bytes() == content
-    assert len(asked) == 2
+    assert asked == ["/model.pth"]
 
 
 def test_wrong_checksum_leaves_nothing_behind(server):
@@ -240,7 +288,7 @@ def test_wrong_checksum_leaves_nothing_behind(server):
     (folder / "model-0123abcd.pth").write_bytes(b"something else")
     with pytest.raises(download.DownloadError, match="could not be downloaded"):
         download.resolve_source(f"{url}/model-0123abcd.pth")
-    assert not list(download.cache_dir().glob("*.pth"))
+    assert not list(download.cache_dir().rglob("*.pth"))
     with pytest.raises(download.DownloadError, match="Fetch it by other means"):
         download.resolve_source(f"{url}/gone.pth")
 

@@ -87,6 +87,10 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
         self.features[:freeze_at].requires_grad_(False)
 
+    def freeze_after(self, index: int) -> None:
+        """Do not train what lies behind map `index` (0: C2), which nothing uses."""
+        self.features[OUTPUTS[index] + 1 :].requires_grad_(False)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """A batch [N, 3, H, W] to the maps C2..C5."""
         maps = []

@@ -115,6 +115,11 @@ class ResNet(nn.Module):
         for name in ["stem", *self.stages][:freeze_at]:
             self.get_submodule(name).requires_grad_(False)
 
+    def freeze_after(self, index: int) -> None:
+        """Do not train what lies behind map `index` (0: C2), which nothing uses."""
+        for name in self.stages[index + 1 :]:
+            self.get_submodule(name).requires_grad_(False)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """A batch [N, 3, H, W] to the maps C2..C5."""
         x = self.stem(x)

@@ -30,6 +30,7 @@ class FPN(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
         self.top = TopLevels(channels)
+        self.deepest_input = len(in_channels) - 1
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """C2..C5 to P3..P7."""

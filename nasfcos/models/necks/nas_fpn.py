@@ -71,6 +71,8 @@ class NASFPN(nn.Module):
 
     A backbone map that no cell takes keeps its adapter, as the released checkpoints do, but the
     adapter is neither computed nor trained.
+
+    `deepest_input` is the index of the deepest backbone map that some cell takes.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class NASFPN(nn.Module):
             if node not in genotype.consumed:
                 adapt.requires_grad_(False)
         self.top = TopLevels(channels)
+        self.deepest_input = max(node for node in genotype.consumed if node < NUM_INPUTS)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """C2..C5 to P3..P7; P3..P5 have the sizes of C3..C5."""
