@@ -6,7 +6,7 @@ A checkpoint is a torch file of plain containers and tensors:
 ``model``             the model's state dict
 ``optimizer``         of the optimizer's state dict; likewise ``scheduler`` and ``scaler``
 ``iteration``         finished iterations
-``sampler``           position in the data: ``{"iteration", "images"}``
+``sampler``           position in the training data: ``{"images"}`` taken so far
 ``random``            states of the random generators, one entry for each process
 ``config``            the config tree of the run as YAML text
 ``classes``           names of classes 1..N
@@ -22,7 +22,8 @@ import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,31 @@ def restore_solver(
     scheduler.load_state_dict({**state["scheduler"], "base_lrs": base, "_last_lr": rates})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def check_classes(recorded: Sequence[str] | None, wanted: Sequence[str], source: str) -> None:
+    """Make sure that the labels of some weights mean what they mean in the data.
+
+    Args:
+        recorded: the names of classes 1..N that the weights were trained for; None: unknown, and
+            nothing to check.
+        wanted: those of the data.
+        source: of the weights, for the message.
+
+    Raises:
+        CheckpointError: other names, or the same in another order.
+    """
+    if recorded is None or list(recorded) == list(wanted):
+        return
+    pairs = enumerate(zip_longest(recorded, wanted), 1)
+    label, (then, now) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    there, here = ("no class" if name is None else repr(name) for name in (then, now))
+    raise CheckpointError(
+        f"the classes of {source} are not those of the data of DATASETS.TRAIN: label {label} is "
+        f"{there} there ({len(recorded)} classes), but {here} in the data ({len(wanted)} classes). "
+        "Use the data it was trained on, or give its classes in its order as CLASSES of your sets "
+        "in DATASETS.CUSTOM"
+    )
 
 
 def random_state() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..data import build_train_loader, class_names, num_classes
+from ..data.build import BatchLoader
 from ..evaluation.files import replacing
 from ..models import build_detector, load_weights
 from ..visualize import plot_training
@@ -33,6 +34,7 @@ from . import distributed
 from .checkpoint import (
     FINAL,
     CheckpointError,
+    check_classes,
     checkpoint_path,
     differing_keys,
     newest_checkpoint,
@@ -68,7 +70,9 @@ class Run:
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
+    classes: list[str]  # names of classes 1..N
     iteration: int = 0
+    images: int = 0  # taken from the training data so far
 
     def state(self, cfg: CfgNode, random_states: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of a checkpoint (see checkpoint.py)."""
@@ -78,21 +82,19 @@ class Run:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "iteration": self.iteration,
-            "sampler": {
-                "iteration": self.iteration,
-                "images": self.iteration * cfg.SOLVER.IMS_PER_BATCH,
-            },
+            "sampler": {"images": self.images},
             "random": random_states,
             "config": cfg.dump(),
-            "classes": list(class_names(cfg)),
+            "classes": self.classes,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved.
 
         Raises:
-            CheckpointError: it belongs to another model.
+            CheckpointError: it belongs to another model, or to other classes.
         """
+        check_classes(state["classes"], self.classes, "the checkpoint to resume from")
         try:
             self.model.load_state_dict(state["model"])
             restore_solver(self.optimizer, self.scheduler, state, state["iteration"])
@@ -105,6 +107,7 @@ class Run:
         if distributed.rank() < len(state["random"]):
             set_random_state(state["random"][distributed.rank()])
         self.iteration = state["iteration"]
+        self.images = state["sampler"]["images"]
 
 
 def train(
@@ -134,12 +137,6 @@ def train(
     output = Path(cfg.OUTPUT_DIR)
     path, state = (_find_checkpoint(output) if resume else None) or (None, None)
     cfg = _with_seed(cfg, state)
-    if main:
-        if not resume and (aside := set_earlier_run_aside(output)):
-            logger.warning("%s holds an earlier run; its files were moved to %s", output, aside)
-        with replacing(output / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
-
     _seed_everything(cfg.SEED)
     model = build_model(cfg, device)
     if cfg.MODEL.WEIGHT and state is None:
@@ -151,18 +148,35 @@ def train(
         optimizer,
         build_lr_scheduler(cfg, optimizer),
         torch.amp.GradScaler(device.type, enabled=cfg.SOLVER.AMP == "fp16"),
+        class_names(cfg),
     )
     _seed_everything(cfg.SEED + distributed.rank())
     if state is not None:
         _report_resume(cfg, path, state)
         run.restore(state)
         del state
+    loader = None
+    if run.iteration < cfg.SOLVER.MAX_ITER:
+        loader = build_train_loader(
+            cfg,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            start_iteration=_batches_done(cfg, run.images),
+        )
+
+    # Nothing of an earlier run is touched until every process is ready to start.
+    distributed.barrier()
+    if main:
+        if not resume and (aside := set_earlier_run_aside(output)):
+            logger.warning("%s holds an earlier run; its files were moved to %s", output, aside)
+        with replacing(output / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         writer = stack.enter_context(MetricsWriter(output, run.iteration)) if main else None
         try:
-            _iterate(cfg, run, device, stop, writer, path)
+            _iterate(cfg, run, loader, device, stop, writer, path)
         except RuntimeError as error:
             # The signal may have ended the loader's workers or another process as well.
             if not stop.signum or isinstance(error, NonFiniteLossError):
@@ -225,26 +239,24 @@ def update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip_norm: float 
 def _iterate(
     cfg: CfgNode,
     run: Run,
+    loader: BatchLoader | None,
     device: torch.device,
     stop: StopRequest,
     writer: MetricsWriter | None,
     resumed_from: Path | None,
 ) -> None:
-    """The loop over iterations, up to and with the final checkpoint."""
+    """The loop over iterations, up to and with the final checkpoint.
+
+    No `loader`: there is nothing left to train.
+    """
     solver, start = cfg.SOLVER, run.iteration
     monitor = StepMonitor(resumed_from)
     final = Path(cfg.OUTPUT_DIR) / FINAL
-    if start >= solver.MAX_ITER:
+    if loader is None:
         logger.info("training is finished already: iteration %d of %d", start, solver.MAX_ITER)
         if resumed_from != final:
             _save(cfg, run, final, monitor)
         return
-    loader = build_train_loader(
-        cfg,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        start_iteration=start,
-    )
     model = run.model.train()
     if distributed.world_size() > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -270,6 +282,7 @@ def _iterate(
             update(run.optimizer, run.scaler, solver.CLIP_GRAD_NORM)
             run.scheduler.step()
             run.iteration += 1
+            run.images += solver.IMS_PER_BATCH
             meter.add(losses, data_time)
             bar.update()
 
@@ -373,6 +386,21 @@ def _find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
     if found is None:
         logger.info("nothing to resume from in %s: starting from scratch", output)
     return found
+
+
+def _batches_done(cfg: CfgNode, images: int) -> int:
+    """Where to enter the stream of training images after `images` of them.
+
+    Raises:
+        ConfigError: in the middle of a batch.
+    """
+    if images % cfg.SOLVER.IMS_PER_BATCH:
+        raise ConfigError(
+            f"cannot resume with SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: the checkpoint "
+            f"was saved after {images} images, which is no multiple of it. Resume with the "
+            "SOLVER.IMS_PER_BATCH of the run or one that divides this number"
+        )
+    return images // cfg.SOLVER.IMS_PER_BATCH
 
 
 def _with_seed(cfg: CfgNode, state: dict[str, Any] | None) -> CfgNode:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import yaml
 
 from nasfcos import engine
 from nasfcos.config import ConfigError, load_config
-from nasfcos.data import build_train_loader
+from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
 from nasfcos.engine.signals import Interrupted
 from nasfcos.engine.train import Run, build_model, forward_backward, update
+from nasfcos.models.weights import WeightsError
 
 # The package's attribute of this name is the function.
 train_module = importlib.import_module("nasfcos.engine.train")
@@ -103,7 +105,7 @@ def test_a_run_leaves_everything_that_was_promised(config):
 
     state = load_checkpoint(output / "model_final.pth")
     assert state["iteration"] == 8 and state["classes"] == ["white", "red"]
-    assert state["sampler"] == {"iteration": 8, "images": 32}
+    assert state["sampler"] == {"images": 32}
 
 
 def test_the_loss_falls(config):
@@ -188,6 +190,74 @@ def test_a_new_run_in_a_used_folder_does_not_mix_with_the_old(config):
     assert not (output / "model_0000003.pth").exists()
 
 
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(config, tmp_path):
+    cfg = config("SOLVER.MAX_ITER", 1)
+    engine.train(cfg, CPU, skip_test=True)
+    output = Path(cfg.OUTPUT_DIR)
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    for overrides in (
+        ("MODEL.WEIGHT", str(tmp_path / "nowhere.pth")),
+        ("SOLVER.ACCUMULATE", 3),
+        ("DATASETS.ROOT", str(tmp_path / "nowhere")),
+    ):
+        with pytest.raises((ConfigError, DataError, WeightsError)):
+            engine.train(config(*overrides), CPU)
+        assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_fine_tuning_in_the_folder_of_the_weights(config):
+    cfg = config("SOLVER.MAX_ITER", 1)
+    engine.train(cfg, CPU, skip_test=True)
+    trained = final_weights(cfg)
+    weight = str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    tuned = config("MODEL.WEIGHT", weight, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.0)
+    engine.train(tuned, CPU, skip_test=True)
+    conv = "head.cls_logits.weight"
+    assert torch.equal(final_weights(tuned)[conv], trained[conv])
+    assert (Path(cfg.OUTPUT_DIR) / "earlier_1" / "model_final.pth").exists()
+
+
+def test_resuming_with_the_classes_in_another_order_is_refused(config):
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    swapped = config("DATASETS.CUSTOM.train.CLASSES", ["red", "white"])
+    with pytest.raises(CheckpointError, match="label 1 is 'white' there.*'red' in the data"):
+        engine.train(swapped, CPU, resume=True)
+
+
+def test_resuming_with_another_batch_size_goes_on_with_the_next_image(config, monkeypatch):
+    starts = []
+
+    def build(*args, **kwargs):
+        starts.append(kwargs["start_iteration"])
+        return build_train_loader(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "build_train_loader", build)
+    engine.train(config("SOLVER.MAX_ITER", 3), CPU, skip_test=True)  # 12 images
+    smaller = config("SOLVER.MAX_ITER", 5, "SOLVER.IMS_PER_BATCH", 2)
+    engine.train(smaller, CPU, resume=True, skip_test=True)  # and 4
+    assert starts == [0, 6]
+    state = load_checkpoint(Path(smaller.OUTPUT_DIR) / "model_final.pth")
+    assert state["iteration"] == 5 and state["sampler"] == {"images": 16}
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH 3.*after 16 images"):
+        engine.train(config("SOLVER.IMS_PER_BATCH", 3), CPU, resume=True)
+
+
+def test_the_class_names_are_those_of_the_start(config, data_root, tmp_path, monkeypatch):
+    """Annotations that are edited or gone while the job runs do not change its checkpoints."""
+    root = tmp_path / "data"
+    shutil.copytree(data_root, root)
+
+    def update_without_annotations(*args):
+        (root / "train" / "annotations.json").unlink(missing_ok=True)
+        update(*args)
+
+    monkeypatch.setattr(train_module, "update", update_without_annotations)
+    cfg = config("DATASETS.ROOT", str(root), "SOLVER.MAX_ITER", 1)
+    engine.train(cfg, CPU, skip_test=True)
+    state = load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    assert state["classes"] == ["white", "red"]
+
+
 def test_fine_tuning_starts_at_zero_with_a_fresh_optimizer(config):
     first = config(output="first")
     engine.train(first, CPU, skip_test=True)
@@ -261,7 +331,8 @@ def test_weights_that_are_not_finite_are_never_saved(config, tmp_path):
     cfg = config()
     model = build_model(cfg, CPU)
     optimizer = engine.build_optimizer(cfg, model)
-    run = Run(model, optimizer, engine.build_lr_scheduler(cfg, optimizer), NO_SCALING, 4)
+    scheduler = engine.build_lr_scheduler(cfg, optimizer)
+    run = Run(model, optimizer, scheduler, NO_SCALING, ["white", "red"], iteration=4)
     with torch.no_grad():
         model.backbone.stem.conv1.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
