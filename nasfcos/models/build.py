@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 from yacs.config import CfgNode
 
+from ..genotype import Genotype
 from . import backbones, heads, necks  # noqa: F401  (they register themselves)
 from .detector import Detector, Preprocess
 from .heads.dense import PostProcess
 from .registry import BACKBONES, HEADS, NECKS
+
+logger = logging.getLogger(__name__)
 
 
 def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
@@ -21,6 +26,8 @@ def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
     Raises:
         ConfigError: the name of a part that is not registered.
     """
+    if cfg.MODEL.GENOTYPE:
+        logger.debug("genotype:\n%s", Genotype.parse(cfg.MODEL.GENOTYPE).describe())
     backbone = BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
     neck = NECKS[cfg.MODEL.NECK.NAME](cfg, backbone.out_channels)
     # Without a gradient, these stages would keep a distributed job waiting for one.
