@@ -23,13 +23,13 @@ from .data import DataError, class_names, num_classes, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
-from .engine.checkpoint import newest_checkpoint
+from .engine.checkpoint import newest_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import to_original_size
 from .evaluation.files import replacing
 from .models.build import build_detector
-from .models.weights import WeightsError, load_weights, read_weights
+from .models.weights import Weights, WeightsError, load_weights, read_weights
 from .visualize import AnyImage, draw_detections, image_grid, to_picture
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,9 @@ class Predictor:
     """
 
     def __init__(
-        self, cfg: CfgNode, weights: str | os.PathLike[str] | Mapping[str, Any] | None = None
+        self,
+        cfg: CfgNode,
+        weights: str | os.PathLike[str] | Mapping[str, Any] | Weights | None = None,
     ):
         """
         Args:
@@ -73,9 +75,9 @@ class Predictor:
             WeightsError: the weights cannot be read or are those of another model.
         """
         source = weights if weights is not None else _find_weights(cfg)
-        recorded = read_weights(source)
+        recorded = source if isinstance(source, Weights) else read_weights(source)
         if recorded.kind != "detector":
-            raise WeightsError(f"{source} is a {recorded.description}: {_NEEDS_DETECTOR}")
+            raise WeightsError(f"{recorded.name} is a {recorded.description}: {_NEEDS_DETECTOR}")
         classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
         self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
@@ -129,18 +131,18 @@ _NEEDS_DETECTOR = (
 )
 
 
-def _find_weights(cfg: CfgNode) -> str | Path:
+def _find_weights(cfg: CfgNode) -> str | Weights:
     source = cfg.MODEL.WEIGHT
     if source and not source.startswith(("catalog://", "torchvision://")):
         return source
-    newest = newest_checkpoint(cfg.OUTPUT_DIR)
+    newest = newest_weights(cfg.OUTPUT_DIR)
     if newest is None:
         state = f"{source} is an ImageNet backbone" if source else "is empty"
         raise ConfigError(
             f"MODEL.WEIGHT {state} and {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint: "
             f"{_NEEDS_DETECTOR}"
         )
-    return newest[0]
+    return newest
 
 
 def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from nasfcos.config import load_config
-from nasfcos.engine.checkpoint import newest_checkpoint
+from nasfcos.engine.checkpoint import newest_weights
 from nasfcos.engine.launch import USER_ERRORS, argument_parser
 from nasfcos.engine.logging import log_to_console
 from nasfcos.predictor import Predictor, predict_files
@@ -29,14 +29,14 @@ def main() -> int:
     parser.add_argument(
         "--score", type=float, default=0.3, help="leave out detections below it (default: 0.3)"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     log_to_console()
     try:
         cfg = load_config(args.config_file, args.overrides)
         given = "MODEL.WEIGHT" in args.overrides[::2]
-        newest = None if given else newest_checkpoint(cfg.OUTPUT_DIR)
-        predictor = Predictor(cfg, newest and newest[0])
+        newest = None if given else newest_weights(cfg.OUTPUT_DIR)
+        predictor = Predictor(cfg, newest)
         summary = predict_files(predictor, args.input, args.output, args.score)
     except USER_ERRORS as error:
         logger.error("%s", error)

@@ -130,14 +130,22 @@ def _groups(cfg: CfgNode, records: Sequence) -> np.ndarray:
     return np.array([record.height >= record.width for record in records], dtype=np.int64)
 
 
-def build_dataset(cfg: CfgNode, name: str) -> DetectionDataset:
+def build_dataset(
+    cfg: CfgNode, name: str, classes: Sequence[str] | None = None
+) -> DetectionDataset:
     """Read the data set `name`; its labels are numbered as in the training data.
+
+    Args:
+        cfg: the config tree.
+        name: of the data set.
+        classes: names by label, where they are known better than from the training data (a
+            trained model has them on record).
 
     Raises:
         ConfigError: an unknown name or a faulty entry of DATASETS.CUSTOM.
         DataError: missing or malformed files.
     """
-    spec = with_training_classes(cfg, find_dataset(cfg, name))
+    spec = with_training_classes(cfg, find_dataset(cfg, name), classes)
     return load_dataset(spec, cfg.DATASETS.MAX_BAD_IMAGES)
 
 

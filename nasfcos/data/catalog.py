@@ -7,7 +7,7 @@ test}` under voc/ of the data root. Own sets are entries of DATASETS.CUSTOM.
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -236,10 +236,12 @@ def num_classes(cfg: CfgNode) -> int:
     return cfg.MODEL.NUM_CLASSES or len(class_names(cfg))
 
 
-def with_training_classes(cfg: CfgNode, spec: DatasetSpec) -> DatasetSpec:
+def with_training_classes(
+    cfg: CfgNode, spec: DatasetSpec, classes: Sequence[str] | None = None
+) -> DatasetSpec:
     """`spec` with its classes settled: those of the training data, so that labels mean the same.
 
-    Where the training data is not at hand, the set's own.
+    Where the training data is not at hand, the set's own; but `classes` instead, if given.
 
     Raises:
         ConfigError: its classes do not fit those of the training data.
@@ -249,7 +251,9 @@ def with_training_classes(cfg: CfgNode, spec: DatasetSpec) -> DatasetSpec:
     except DataError:  # not annotated; or malformed, which its reader will say
         own = ()
     trained = own
-    if spec.name not in cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN:
+    if classes is not None:
+        trained = tuple(classes)
+    elif spec.name not in cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN:
         try:
             trained = tuple(class_names(cfg))
         except DataError as error:

@@ -23,6 +23,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from yacs.config import CfgNode
 
 from ..evaluation.files import replacing
+from ..models.weights import Weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,12 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path, dict[st
         if (state := _try_load(path)) is not None:
             return path, state
     return None if final is None else (folder / FINAL, final)
+
+
+def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
+    """The weights of the newest checkpoint, named by its path; the file is read once."""
+    found = newest_checkpoint(output_dir)
+    return None if found is None else replace(read_weights(found[1]), name=str(found[0]))
 
 
 def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> None:

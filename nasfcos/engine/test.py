@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from yacs.config import CfgNode
 
 from ..boxes import clip_boxes
 from ..config import ConfigError
-from ..data import build_dataset, build_test_loader
+from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
 from ..evaluation import evaluate, format_metrics
-from ..models import load_weights
+from ..models import build_detector, load_weights
+from ..models.weights import Weights, read_weights
 from . import distributed
-from .checkpoint import newest_checkpoint
+from .checkpoint import check_classes, newest_weights
 from .logging import PERIODIC, on_terminal
 from .metrics import format_duration
 
@@ -29,10 +31,18 @@ LOG_EVERY = 30.0
 Detections = dict[int, dict[str, Tensor]]
 
 
-def test(cfg: CfgNode, model: nn.Module, device: torch.device) -> dict[str, dict]:
+def test(
+    cfg: CfgNode, model: nn.Module, device: torch.device, classes: Sequence[str] | None = None
+) -> dict[str, dict]:
     """Detect in every data set of DATASETS.TEST and measure; the model comes back as it was.
 
     Writes ``inference/<data set>/bbox.json`` and ``metrics.json`` in OUTPUT_DIR.
+
+    Args:
+        cfg: the config tree.
+        model: the detector, on `device`.
+        device: this process's.
+        classes: what the model's labels 1..N mean; None: as in the training data of the config.
 
     Returns:
         On process 0 the metrics (see `nasfcos.evaluation.evaluate`) of each data set by name; on
@@ -42,7 +52,7 @@ def test(cfg: CfgNode, model: nn.Module, device: torch.device) -> dict[str, dict
     model.eval()
     results = {}
     for name in cfg.DATASETS.TEST:
-        dataset = build_dataset(cfg, name)
+        dataset = build_dataset(cfg, name, classes)
         loader = build_test_loader(
             cfg, dataset, rank=distributed.rank(), world_size=distributed.world_size()
         )
@@ -66,34 +76,79 @@ def test(cfg: CfgNode, model: nn.Module, device: torch.device) -> dict[str, dict
 test.__test__ = False  # not a test case, whatever pytest makes of the name
 
 
-def load_test_weights(cfg: CfgNode, model: nn.Module, prefer_config: bool = False) -> None:
-    """Load what is to be tested: OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
+def load_test_model(
+    cfg: CfgNode, device: torch.device, prefer_config: bool = False
+) -> tuple[nn.Module, list[str] | None]:
+    """The detector to be tested: weights of OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
+
+    Where MODEL.NUM_CLASSES is 0 and the annotations of the training data are not at hand, the
+    weights say how many classes there are.
 
     Args:
         cfg: the config tree.
-        model: what the config describes.
+        device: this process's.
         prefer_config: MODEL.WEIGHT comes first (it was given on purpose).
 
+    Returns:
+        The model, on `device`, and the names of its classes as far as the weights record them.
+
     Raises:
-        ConfigError: there is neither.
-        WeightsError: the weights are not those of a whole detector of this config.
+        ConfigError: there are no weights of a detector.
+        CheckpointError: they were trained for other classes than those of the training data.
+        WeightsError: they are not those of a whole detector of this config.
     """
-    source = cfg.MODEL.WEIGHT if prefer_config else ""
+    weights = _read_test_weights(cfg, prefer_config)
+    _check_classes(cfg, weights)
+    classes = cfg.MODEL.NUM_CLASSES or len(weights.classes or ()) or num_classes(cfg)
+    model = build_detector(cfg, classes)
+    load_weights(model, weights)
+    return model.to(device), weights.classes
+
+
+def load_test_weights(cfg: CfgNode, model: nn.Module, prefer_config: bool = False) -> None:
+    """Load into a model what `load_test_model` would; the same arguments and errors."""
+    weights = _read_test_weights(cfg, prefer_config)
+    _check_classes(cfg, weights)
+    load_weights(model, weights)
+
+
+def _read_test_weights(cfg: CfgNode, prefer_config: bool) -> Weights:
+    """The same weights on every process: which ones, process 0 says."""
+    newest = None
+    if distributed.rank() == 0 and not (prefer_config and cfg.MODEL.WEIGHT):
+        newest = newest_weights(cfg.OUTPUT_DIR)
+    checkpoint = distributed.broadcast(newest and newest.name)
+    source = checkpoint or cfg.MODEL.WEIGHT
+    if not source:
+        raise ConfigError(
+            f"there is nothing to test: {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint and "
+            "MODEL.WEIGHT is empty; set it to a weight file"
+        )
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ConfigError(
+            f"process {distributed.rank()} has no file {checkpoint}, which process 0 is to test: "
+            "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT given on the "
+            "command line"
+        )
     with distributed.first_on_machine():
-        if not source:
-            found = newest_checkpoint(cfg.OUTPUT_DIR)
-            source = cfg.MODEL.WEIGHT if found is None else str(found[0])
-        if not source:
-            raise ConfigError(
-                f"there is nothing to test: {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint and "
-                "MODEL.WEIGHT is empty; set it to a weight file"
-            )
-        report = load_weights(model, source)
-    if report.kind == "backbone":
+        weights = newest or read_weights(source)
+    if weights.kind == "backbone":
         raise ConfigError(
             f"MODEL.WEIGHT {source} is a backbone, not a whole detector: train it first, or name "
             "a trained model"
         )
+    return weights
+
+
+def _check_classes(cfg: CfgNode, weights: Weights) -> None:
+    if weights.classes is None or not cfg.DATASETS.TRAIN:
+        return
+    try:
+        names = class_names(cfg)
+    except DataError as error:
+        logger.info("the classes are those of %s: %s", weights.name, error)
+    else:
+        check_classes(weights.classes, names, weights.name)
 
 
 @torch.inference_mode()

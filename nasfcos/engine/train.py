@@ -358,7 +358,7 @@ def _evaluate(
 ) -> dict[str, dict]:
     """Test the model as it is, and note the overall figures."""
     distributed.broadcast_buffers(run.model)
-    results = test(cfg, run.model, device)
+    results = test(cfg, run.model, device, run.classes)
     figures = {
         f"eval/{name}/{figure}": value
         for name, metrics in results.items()

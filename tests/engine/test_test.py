@@ -1,12 +1,16 @@
+import json
+
 import pytest
 import torch
 
 from nasfcos.config import ConfigError, load_config
-from nasfcos.engine import load_test_weights
-from nasfcos.engine.checkpoint import FINAL, save_checkpoint
-from nasfcos.engine.test import merge, to_original_size
+from nasfcos.data import DataError, build_dataset
+from nasfcos.engine import load_test_model, load_test_weights
+from nasfcos.engine.checkpoint import FINAL, CheckpointError, newest_weights, save_checkpoint
+from nasfcos.engine.test import merge, test, to_original_size
 from nasfcos.engine.train import build_model
 from nasfcos.models.weights import WeightsError
+from nasfcos.predictor import Predictor
 
 CPU = torch.device("cpu")
 
@@ -58,3 +62,56 @@ def test_which_weights_are_tested(config_file, tmp_path):
     torch.save(cut, tmp_path / "cut.pth")
     with pytest.raises(WeightsError, match="head.box_pred.bias"):
         load_test_weights(config("MODEL.WEIGHT", str(tmp_path / "cut.pth")), model)
+
+
+@pytest.fixture
+def trained(config_file, tmp_path):
+    """Config of the tiny job, whose output folder holds a checkpoint for "white" and "red"."""
+    cfg = load_config(config_file, [])
+    state = {"model": build_model(cfg, CPU).state_dict(), "classes": ["white", "red"]}
+    state |= {"optimizer": {}, "scheduler": {}, "iteration": 1}
+    save_checkpoint(state, tmp_path / "out" / FINAL)
+    return cfg
+
+
+def test_weights_for_classes_in_another_order_are_refused(trained, config_file):
+    model = build_model(trained, CPU)
+    load_test_weights(trained, model)
+    swapped = load_config(config_file, ["DATASETS.CUSTOM.train.CLASSES", ["red", "white"]])
+    message = "model_final.pth.*label 1 is 'white' there.*'red' in the data"
+    with pytest.raises(CheckpointError, match=message):
+        load_test_weights(swapped, model)
+    with pytest.raises(CheckpointError, match=message):
+        load_test_model(swapped, CPU)
+    fewer = load_config(config_file, ["DATASETS.CUSTOM.train.CLASSES", ["white"]])
+    with pytest.raises(CheckpointError, match="label 2 is 'red' there.*no class in the data"):
+        load_test_model(fewer, CPU)
+
+
+def test_without_the_training_annotations_the_weights_say_which_classes(
+    trained, config_file, data_root, tmp_path
+):
+    # Sorted by its ids, this test set on its own would have "red" as label 1.
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    content = json.loads((data_root / "val" / "annotations.json").read_text())
+    content["categories"] = [{"id": 10, "name": "red"}, {"id": 20, "name": "white"}]
+    (tmp_path / "data" / "val" / "annotations.json").write_text(json.dumps(content))
+    (tmp_path / "data" / "val" / "images").symlink_to(data_root / "val" / "images")
+    cfg = load_config(config_file, ["DATASETS.ROOT", str(tmp_path / "data")])
+    with pytest.raises(DataError, match="train"):
+        build_model(cfg, CPU)
+
+    model, classes = load_test_model(cfg, CPU)
+    assert classes == ["white", "red"] and model.head.cls_logits.out_channels == 2
+    assert build_dataset(cfg, "val", classes).category_ids == (20, 10)
+    results = test(cfg, model, CPU, classes)
+    assert list(results["val"]["per_class"]) == ["white", "red"]
+
+
+def test_newest_weights_are_read_once_and_named_by_their_file(trained, tmp_path):
+    path = tmp_path / "out" / FINAL
+    weights = newest_weights(trained.OUTPUT_DIR)
+    path.unlink()
+    assert weights.name == str(path) and weights.classes == ["white", "red"]
+    assert newest_weights(trained.OUTPUT_DIR) is None
+    assert Predictor(trained, weights).class_names == ["white", "red"]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nasfcos.engine.checkpoint import load_checkpoint
+from nasfcos.config import load_config
+from nasfcos.engine.checkpoint import load_checkpoint, save_checkpoint
+from nasfcos.engine.train import build_model
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (sys.executable,)
@@ -184,6 +186,33 @@ def test_interrupted_from_the_keyboard(job, tmp_path):
     assert code == 130, output
     assert "--resume goes on from" in output and "Traceback" not in output
     assert list((tmp_path / "out").glob("model_*.pth"))
+
+
+def test_machines_that_do_not_share_the_output_folder_are_told_so(config_file, tmp_path):
+    cfg = load_config(config_file)
+    state = {"model": build_model(cfg, torch.device("cpu")).state_dict(), "classes": None}
+    state |= {"optimizer": {}, "scheduler": {}, "iteration": 1}
+    save_checkpoint(state, tmp_path / "0" / "out" / "model_final.pth")
+    (tmp_path / "1").mkdir()
+    port = str(free_port())
+    machines = [
+        Job(
+            "test_net.py", config_file, "OUTPUT_DIR", "out", cwd=tmp_path / str(rank),
+            env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                 "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    (first, output), (second, message) = [machine.end(60) for machine in machines]
+    assert second == 2 and "Traceback" not in message
+    assert "out/model_final.pth" in message and "OUTPUT_DIR must be a folder" in message
+    assert first != 0, output
+
+
+def test_prediction_takes_options_and_config_keys_in_any_order(job, data_root, tmp_path):
+    arguments = ("MODEL.DEVICE", "cpu", "--input", data_root / "val" / "images" / "001.png")
+    code, output = job("predict.py", *arguments, "--output", "found").end()
+    assert code == 2 and "has no checkpoint" in output  # all arguments were understood
 
 
 @pytest.mark.parametrize(
