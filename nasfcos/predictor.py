@@ -223,6 +223,8 @@ def predict_files(
     and JSON lines of the same kind, one per frame, with `frame` and `time` in seconds. Every file
     appears whole or not at all. Images and videos that cannot be read are logged and skipped.
 
+    However it ends, what was found in the images until then is written.
+
     Args:
         predictor: the detector.
         pattern: see `find_inputs`.
@@ -230,45 +232,62 @@ def predict_files(
         score_threshold: detections below it are neither drawn nor written.
 
     Raises:
-        DataError: there is no input, or an output would replace an input.
+        DataError: there is no input, or an output would replace an input or another output.
     """
     root, files = find_inputs(pattern)
     outputs = [Path(output_dir) / _output_name(file.relative_to(root)) for file in files]
-    inputs = {file.resolve() for file in files}
-    for output in outputs:
-        if output.resolve() in inputs:
-            raise DataError(f"{output} would replace an input: choose another output folder")
+    sheet_file, json_file = (Path(output_dir) / name for name in ("sheet.jpg", "detections.json"))
+    pictures = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
+    _check_outputs(files, [*outputs, json_file] + [sheet_file] * (len(pictures) > 1))
 
     summary = Summary()
     entries = []
     sheet: list[tuple[Image.Image, Detections]] = []
     progress = tqdm(files, unit="file", disable=len(files) == 1 or not on_terminal())
-    for file, output in zip(progress, outputs, strict=True):
-        try:
-            if file.suffix.lower() in VIDEO_SUFFIXES:
-                _predict_video(predictor, file, output, score_threshold)
-                summary.videos += 1
-            else:
-                picture = _open(file)
-                found = predictor(picture)
-                entry = _write_picture(predictor, picture, found, output, score_threshold)
-                if len(sheet) < SHEET_PICTURES:
-                    sheet.append((picture, found))
-                entries.append({"file": file.relative_to(root).as_posix(), **entry})
-                summary.images += 1
-        except UnreadableImage as error:
-            summary.skipped += 1
-            logger.warning("skipped: %s", error)
+    try:
+        for file, output in zip(progress, outputs, strict=True):
+            try:
+                if file.suffix.lower() in VIDEO_SUFFIXES:
+                    _predict_video(predictor, file, output, score_threshold)
+                    summary.videos += 1
+                else:
+                    picture = _open(file)
+                    found = predictor(picture)
+                    entry = _write_picture(predictor, picture, found, output, score_threshold)
+                    if len(sheet) < SHEET_PICTURES:
+                        sheet.append((picture, found))
+                    entries.append({"file": file.relative_to(root).as_posix(), **entry})
+                    summary.images += 1
+            except UnreadableImage as error:
+                summary.skipped += 1
+                logger.warning("skipped: %s", error)
+    finally:
+        if entries:
+            with replacing(json_file) as temporary:
+                lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+                temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if len(sheet) > 1:
         images, detections = zip(*sheet, strict=True)
         drawn = image_grid(images, detections, predictor.class_names, score_threshold)
-        with replacing(Path(output_dir) / "sheet.jpg") as temporary:
+        with replacing(sheet_file) as temporary:
             Image.fromarray(drawn).save(temporary, quality=92)
-    if entries:
-        with replacing(Path(output_dir) / "detections.json") as temporary:
-            lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return summary
+
+
+def _check_outputs(inputs: list[Path], outputs: list[Path]) -> None:
+    """Refuse outputs that would take the place of an input or of each other."""
+    taken = {file.resolve() for file in inputs}
+    written: set[Path] = set()
+    for output in outputs:
+        path = output.resolve()
+        if path in taken:
+            raise DataError(f"{output} would replace an input: choose another output folder")
+        if path in written:
+            raise DataError(
+                f"{output} would be written twice, for two of the inputs or for an input and the "
+                "summary of all: rename one of the inputs"
+            )
+        written.add(path)
 
 
 def _output_name(name: Path) -> Path:

@@ -189,7 +189,7 @@ def test_a_folder_becomes_pictures_and_json(predictor, folder, tmp_path, caplog)
     summary = predict_files(predictor, str(folder), out, threshold)
     assert (summary.images, summary.videos, summary.skipped) == (2, 0, 1)
     assert "broken.png" in caplog.text
-    assert files_in(out) == ["a.jpg", "b.bmp.jpg", "detections.json"]
+    assert files_in(out) == ["a.jpg", "b.bmp.jpg", "detections.json", "sheet.jpg"]
 
     first, second = json.loads((out / "detections.json").read_text())
     assert (first["file"], first["width"], first["height"]) == ("a.jpg", 250, 150)
@@ -231,6 +231,39 @@ def test_inputs_are_never_overwritten(predictor, folder):
     with pytest.raises(DataError, match="would replace an input"):
         predict_files(predictor, str(folder), folder)
     assert {name: (folder / name).read_bytes() for name in files_in(folder)} == before
+
+
+def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
+    out = tmp_path / "out"
+    (folder / "a.jpg").rename(folder / "sheet.jpg")
+    with pytest.raises(DataError, match="sheet.jpg would be written twice"):
+        predict_files(predictor, str(folder), out)
+    assert not out.exists()
+    predict_files(predictor, str(folder / "sheet.jpg"), out)  # alone, there is no sheet
+    assert files_in(out) == ["detections.json", "sheet.jpg"]
+    (folder / "sheet.jpg").rename(folder / "b.bmp.jpg")
+    with pytest.raises(DataError, match="b.bmp.jpg would be written twice"):
+        predict_files(predictor, str(folder), out)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_found_is_kept_when_it_ends_early(
+    predictor, folder, tmp_path, monkeypatch, error
+):
+    images = []
+
+    def detect_one(self, picture):
+        if images:
+            raise error
+        images.append(picture)
+        return detect(self, picture)
+
+    detect = Predictor._detect
+    monkeypatch.setattr(Predictor, "_detect", detect_one)
+    with pytest.raises(error):
+        predict_files(predictor, str(folder), tmp_path / "out")
+    (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert entry["file"] == "a.jpg"
 
 
 def test_a_video_becomes_a_video_and_json_lines(predictor, picture, tmp_path):
