@@ -1,5 +1,6 @@
 """PASCAL VOC annotations: one XML file per image, a text file that lists a split."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,6 +10,8 @@ import numpy as np
 from .images import read_size
 from .records import Annotations, DataError, Record, clip_and_filter
 
+# The second column in the lists of one class: absent, difficult, there.
+_PRESENCE = re.compile(r"\s+(-1|0|1)$")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -25,12 +28,18 @@ def _names(annotations: Path, split: Path | None) -> list[str]:
     if split is None:
         names = sorted(path.stem for path in annotations.glob("*.xml"))
     else:
-        # The lists of one class have a second column, which says whether it is there.
         lines = split.read_text(encoding="utf-8").splitlines()
-        names = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        names = [_name(line.strip(), annotations) for line in lines if line.strip()]
+        names = list(dict.fromkeys(names))
     if not names:
         raise DataError(f"{split or annotations}: lists no image")
     return names
+
+
+def _name(line: str, annotations: Path) -> str:
+    """The image name of a line, which may have spaces in it, and end like a second column."""
+    name = _PRESENCE.sub("", line)
+    return line if name != line and (annotations / f"{line}.xml").exists() else name
 
 
 def _text(element: ElementTree.Element | None, path: str) -> str:

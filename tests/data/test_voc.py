@@ -56,6 +56,21 @@ def test_split_lists_of_one_class_have_a_second_column(write_voc, tmp_path):
     assert [record.file_name for record in found.records] == ["a.jpg", "b.jpg"]
 
 
+def test_names_may_have_spaces(write_voc, tmp_path):
+    write_voc({"my image 1": [], "my image 2": []})
+    (tmp_path / "xml" / "my image.xml").write_text((tmp_path / "xml/my image 1.xml").read_text())
+    split = tmp_path / "split.txt"
+    for text, expected in (
+        ("my image 2\nmy image 2\n", ["my image 2.jpg"]),
+        ("my image 1\n", ["my image 1.jpg"]),
+        ("my image 1 -1\nmy image 2 1\n", ["my image 1.jpg", "my image 2.jpg"]),
+        ("my image 1\nmy image 2\n", ["my image 1.jpg", "my image 2.jpg"]),
+    ):
+        split.write_text(text)
+        found = read_voc(tmp_path / "xml", tmp_path / "images", split, ("cat",))
+        assert [record.file_name for record in found.records] == expected
+
+
 def test_malformed_xml_names_file_and_line(make_config, write_voc, tmp_path):
     entry = write_voc({"a": []})
     (tmp_path / "xml" / "a.xml").write_text("<annotation>\n<object>\n</annotation>")
