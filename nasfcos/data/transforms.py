@@ -16,12 +16,15 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
     """The size (height, width) to which an image is resized, its aspect ratio kept.
 
     The short side becomes `min_size`, unless the long side would pass `max_size`; then the short
-    side becomes round(max_size * short / long). The long side is truncated to an integer.
+    side becomes round(max_size * short / long). The long side is truncated to an integer. A short
+    side of 1 cannot give way any more: then the long side is cut to `max_size`.
     """
     short, long = min(height, width), max(height, width)
     if long * min_size > max_size * short:
         min_size = max(1, round(max_size * short / long))
     long = min_size * long // short
+    if min_size == 1:
+        long = min(long, max_size)
     return (min_size, long) if height <= width else (long, min_size)
 
 

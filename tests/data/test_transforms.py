@@ -27,7 +27,9 @@ from nasfcos.data.transforms import (
         (300, 600, (666, 1332)),  # 1333 * 300 / 600 = 666.5 rounds to even
         (100, 1000, (133, 1330)),
         (1000, 100, (1330, 133)),
-        (2, 10000, (1, 5000)),  # never zero
+        (2, 10000, (1, 1333)),  # never zero, and the long side no longer than allowed
+        (10000, 1, (1333, 1)),
+        (1, 2000, (1, 1333)),
     ],
 )
 def test_resized_shape(height, width, expected):
