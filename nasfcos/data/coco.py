@@ -36,6 +36,12 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
         raise DataError(f"{path}: every category needs an 'id' and a 'name'") from error
     if not all(isinstance(i, int) and isinstance(name, str) for i, name in names.items()):
         raise DataError(f"{path}: category ids must be integers and their names text")
+    counts = Counter(names.values())
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(
+            f"{path}: several categories are called {', '.join(map(repr, twice))}; rename them, or "
+            "make them one category"
+        )
     return dict(sorted(names.items()))
 
 
@@ -43,7 +49,7 @@ def read_coco_classes(path: Path) -> tuple[str, ...]:
     """Class names of a COCO file in the order of their sorted ids.
 
     Raises:
-        DataError: the file is not COCO JSON or has no categories.
+        DataError: the file is not COCO JSON, or has no categories or two of one name.
     """
     names = _categories(_load(path), path)
     if not names:
@@ -134,7 +140,9 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
 
     annotations = []
     for annotation in content.get("annotations") or []:
-        if not isinstance(annotation, dict):
+        if not isinstance(annotation, dict) or any(
+            isinstance(annotation.get(key), (list, dict)) for key in ("image_id", "category_id")
+        ):
             remarks["malformed annotations dropped"] += 1
         elif annotation.get("image_id") not in records:
             remarks["boxes of unlisted images dropped"] += 1

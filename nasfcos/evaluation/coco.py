@@ -49,9 +49,8 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
 
     `iscrowd` becomes 0 and `area` width times height where they are missing. Entries without an
     image, a category or a box of four finite numbers are left out: there is nothing in them to
-    find. Ids are kept, so that the figures are
-    those of pycocotools on the same file, unless they cannot serve as ids at all (missing, or one
-    id used twice): then all are numbered anew.
+    find. Ids are kept, so that the figures are those of pycocotools on the same file, unless they
+    cannot serve as ids at all (missing, or one id used twice): then all are numbered anew.
     """
     completed = []
     for annotation in annotations:
@@ -84,6 +83,8 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
 
 def _is_usable(annotation: object) -> bool:
     if not isinstance(annotation, dict) or not {"image_id", "category_id"} <= annotation.keys():
+        return False
+    if any(isinstance(annotation[key], (list, dict)) for key in ("image_id", "category_id")):
         return False
     box = annotation.get("bbox")
     return (

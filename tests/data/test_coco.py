@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nasfcos.data.coco import read_coco
+from nasfcos.data.coco import read_coco, read_coco_classes
 from nasfcos.data.records import DataError
 
 
@@ -51,6 +51,8 @@ def test_bad_boxes_are_dropped_or_clipped_and_counted(write_coco, tmp_path):
             {"bbox": ["1", "2", "5", "6"]},  # numbers as text
             {"image_id": 99},
             {"category_id": 99},
+            {"image_id": [1]},
+            {"category_id": {"id": 3}},
         ]
     )
     found = read(tmp_path)
@@ -60,6 +62,7 @@ def test_bad_boxes_are_dropped_or_clipped_and_counted(write_coco, tmp_path):
         "boxes clipped to their image": 1,
         "boxes of unlisted images dropped": 1,
         "boxes of unknown categories dropped": 1,
+        "malformed annotations dropped": 2,
     }
 
 
@@ -106,3 +109,12 @@ def test_malformed_files_name_file_and_line(write_coco, tmp_path):
     path.write_text('{"images": [], "categories": [{"id": 1}]}')
     with pytest.raises(DataError, match="category"):
         read(tmp_path)
+
+
+def test_two_categories_of_one_name_are_refused(write_coco, tmp_path):
+    write_coco([{}], categories=((3, "dog"), (7, "cat"), (9, "dog")))
+    for classes in (None, ("dog", "cat")):
+        with pytest.raises(DataError, match=r"ann\.json: several categories are called 'dog'"):
+            read(tmp_path, classes)
+    with pytest.raises(DataError, match="'dog'"):
+        read_coco_classes(tmp_path / "ann.json")

@@ -168,6 +168,13 @@ def test_annotations_without_a_box_are_left_out(bbox):
     assert len(complete_annotations([good, {**good, "id": 2, "bbox": bbox}, "text", {}])) == 1
 
 
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_annotations_of_a_list_of_images_or_categories_are_left_out(key):
+    good = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
+    results = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.9}]
+    assert coco_metrics([1], [good, {**good, "id": 2, key: [1]}], results, [1], ["a"])["AP"] == 1
+
+
 def test_ids_that_cannot_serve_are_replaced(caplog):
     entry = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
     twice = [{**entry, "id": 3}, {**entry, "id": 3, "bbox": [50, 50, 9, 9]}]
