@@ -6,7 +6,7 @@ torchrun --nproc_per_node=4 tools/test_net.py --config-file FILE TEST.IMS_PER_BA
 
 import sys
 
-from nasfcos.engine import build_model, load_test_weights, test
+from nasfcos.engine import load_test_model, test
 from nasfcos.engine.launch import argument_parser, launch
 
 
@@ -18,9 +18,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
 
     def job(cfg, device):
-        model = build_model(cfg, device)
-        load_test_weights(cfg, model, prefer_config="MODEL.WEIGHT" in args.overrides[::2])
-        test(cfg, model, device)
+        given = "MODEL.WEIGHT" in args.overrides[::2]
+        model, classes = load_test_model(cfg, device, prefer_config=given)
+        test(cfg, model, device, classes)
 
     return launch(args, job)
 

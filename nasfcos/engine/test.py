@@ -105,13 +105,6 @@ def load_test_model(
     return model.to(device), weights.classes
 
 
-def load_test_weights(cfg: CfgNode, model: nn.Module, prefer_config: bool = False) -> None:
-    """Load into a model what `load_test_model` would; the same arguments and errors."""
-    weights = _read_test_weights(cfg, prefer_config)
-    _check_classes(cfg, weights)
-    load_weights(model, weights)
-
-
 def _read_test_weights(cfg: CfgNode, prefer_config: bool) -> Weights:
     """The same weights on every process: which ones, process 0 says."""
     newest = None

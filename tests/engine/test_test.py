@@ -5,7 +5,7 @@ import torch
 
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_dataset
-from nasfcos.engine import load_test_model, load_test_weights
+from nasfcos.engine import load_test_model
 from nasfcos.engine.checkpoint import FINAL, CheckpointError, newest_weights, save_checkpoint
 from nasfcos.engine.test import merge, test, to_original_size
 from nasfcos.engine.train import build_model
@@ -36,13 +36,11 @@ def test_which_weights_are_tested(config_file, tmp_path):
     probe = model.head.box_pred.bias
 
     def loaded(cfg, prefer_config=False):
-        with torch.no_grad():
-            probe.zero_()
-        load_test_weights(cfg, model, prefer_config)
-        return probe[0].item()
+        tested, _ = load_test_model(cfg, CPU, prefer_config)
+        return tested.head.box_pred.bias[0].item()
 
     with pytest.raises(ConfigError, match="nothing to test.*MODEL.WEIGHT"):
-        load_test_weights(config(), model)
+        load_test_model(config(), CPU)
 
     files = {}
     for value, path in ((1.0, tmp_path / "given.pth"), (2.0, tmp_path / "out" / FINAL)):
@@ -61,7 +59,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
     del cut["head.box_pred.bias"]
     torch.save(cut, tmp_path / "cut.pth")
     with pytest.raises(WeightsError, match="head.box_pred.bias"):
-        load_test_weights(config("MODEL.WEIGHT", str(tmp_path / "cut.pth")), model)
+        load_test_model(config("MODEL.WEIGHT", str(tmp_path / "cut.pth")), CPU)
 
 
 @pytest.fixture
@@ -75,12 +73,9 @@ def trained(config_file, tmp_path):
 
 
 def test_weights_for_classes_in_another_order_are_refused(trained, config_file):
-    model = build_model(trained, CPU)
-    load_test_weights(trained, model)
+    load_test_model(trained, CPU)
     swapped = load_config(config_file, ["DATASETS.CUSTOM.train.CLASSES", ["red", "white"]])
     message = "model_final.pth.*label 1 is 'white' there.*'red' in the data"
-    with pytest.raises(CheckpointError, match=message):
-        load_test_weights(swapped, model)
     with pytest.raises(CheckpointError, match=message):
         load_test_model(swapped, CPU)
     fewer = load_config(config_file, ["DATASETS.CUSTOM.train.CLASSES", ["white"]])
