@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,45 @@ class PostProcess:
             last = scores[keep[self.detections_per_image - 1]]
             keep = keep[scores[keep] >= last]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+class Candidates:
+    """Collects a batch's candidates level by level, then makes them detections.
+
+    Args:
+        post_process: how predictions become detections.
+        sizes: (height, width) of each image before padding.
+    """
+
+    def __init__(self, post_process: PostProcess, sizes: Sequence[tuple[int, int]]) -> None:
+        self.post_process = post_process
+        self.sizes = sizes
+        self._levels: list[list[tuple[Tensor, ...]]] = [[] for _ in sizes]
+
+    def add(
+        self,
+        probabilities: Tensor,
+        decode: Callable[[int, Tensor], Tensor],
+        weight: Tensor | None = None,
+    ) -> None:
+        """Choose among one level's predictions.
+
+        Args:
+            probabilities: [N, L, C] of each location (or anchor) and class.
+            decode: gives the boxes [K, 4] of an image's (index) chosen locations [K].
+            weight: [N, L] factor of the score, or None.
+        """
+        for image, levels in enumerate(self._levels):
+            image_weight = None if weight is None else weight[image]
+            scores, where, labels = self.post_process.select(probabilities[image], image_weight)
+            levels.append((decode(image, where), scores, labels))
+
+    def finish(self) -> list[Detections]:
+        """Each image's detections."""
+        return [
+            self.post_process.finish(*map(torch.cat, zip(*levels, strict=True)), size)
+            for levels, size in zip(self._levels, self.sizes, strict=True)
+        ]
 
 
 class DenseHead(nn.Module):

@@ -15,6 +15,7 @@ from ..layers import Scale, group_norm
 from ..registry import HEADS
 from .dense import (
     STRIDES,
+    Candidates,
     DenseHead,
     Detections,
     PostProcess,
@@ -118,7 +119,7 @@ class FCOSHead(DenseHead):
         self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
         logits, distances, centerness = outputs
-        candidates: list[list[tuple[Tensor, ...]]] = [[] for _ in sizes]
+        candidates = Candidates(self.post_process, sizes)
         for stride, level_logits, level_distances, level_center in zip(
             STRIDES, logits, distances, centerness, strict=True
         ):
@@ -126,16 +127,14 @@ class FCOSHead(DenseHead):
             probabilities = flatten_map(level_logits, self.num_classes).float().sigmoid()
             flat_distances = flatten_map(level_distances, 4)
             center = flatten_map(level_center, 1).squeeze(2).float().sigmoid()
-            for image in range(len(sizes)):
-                scores, where, labels = self.post_process.select(
-                    probabilities[image], center[image]
-                )
-                boxes = decode_fcos(locations[where], flat_distances[image, where])
-                candidates[image].append((boxes, scores, labels))
-        return [
-            self.post_process.finish(*map(torch.cat, zip(*levels, strict=True)), size)
-            for levels, size in zip(candidates, sizes, strict=True)
-        ]
+            candidates.add(
+                probabilities,
+                lambda image, where, points=locations, distances=flat_distances: decode_fcos(
+                    points[where], distances[image, where]
+                ),
+                center,
+            )
+        return candidates.finish()
 
 
 def fcos_locations(height: int, width: int, stride: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from ...ops import sigmoid_focal_loss
 from ..registry import HEADS
 from .dense import (
     STRIDES,
+    Candidates,
     DenseHead,
     Detections,
     PostProcess,
@@ -133,18 +134,17 @@ class RetinaNetHead(DenseHead):
     ) -> list[Detections]:
         logits, codes = outputs
         anchors = self.anchors([tuple(x.shape[-2:]) for x in logits])
-        candidates: list[list[tuple[Tensor, ...]]] = [[] for _ in sizes]
+        candidates = Candidates(self.post_process, sizes)
         for level_logits, level_codes, level_anchors in zip(logits, codes, anchors, strict=True):
             probabilities = flatten_map(level_logits, self.num_classes).float().sigmoid()
             flat_codes = flatten_map(level_codes, 4).float()
-            for image in range(len(sizes)):
-                scores, where, labels = self.post_process.select(probabilities[image], None)
-                boxes = decode(flat_codes[image, where], level_anchors[where])
-                candidates[image].append((boxes, scores, labels))
-        return [
-            self.post_process.finish(*map(torch.cat, zip(*levels, strict=True)), size)
-            for levels, size in zip(candidates, sizes, strict=True)
-        ]
+            candidates.add(
+                probabilities,
+                lambda image, where, codes=flat_codes, anchors=level_anchors: decode(
+                    codes[image, where], anchors[where]
+                ),
+            )
+        return candidates.finish()
 
 
 def cell_anchors(stride: int, sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
