@@ -6,6 +6,8 @@ Only builders read it. A YAML file names the keys that differ, may inherit from 
 
 from yacs.config import CfgNode as CN
 
+from ..genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
+
 _C = CN()
 
 # ------------------------------------------------------------------------------------------ model
@@ -169,6 +171,111 @@ _C.TEST.SCORE_THRESHOLD = 0.05
 _C.TEST.PRE_NMS_TOP_N = 1000
 _C.TEST.NMS_IOU = 0.6
 _C.TEST.DETECTIONS_PER_IMAGE = 100
+
+# ------------------------------------------------------------------------------------------ search
+_C.SEARCH = CN()
+# What is searched, in this order: "fpn" (with the plain head) and "head" (on the best FPN found, or
+# on the cells of MODEL.GENOTYPE where the FPN is not searched).
+_C.SEARCH.STAGES = ("fpn", "head")
+# Fraction of the training images on which trials are rewarded (meta-val); the rest trains them.
+_C.SEARCH.META_VAL = 0.3
+
+_C.SEARCH.SPACE = CN()
+# Cells of the FPN (at least three), and the operations and aggregations that may be chosen.
+_C.SEARCH.SPACE.CELLS = 7
+_C.SEARCH.SPACE.FPN_OPS = FPN_OPS
+_C.SEARCH.SPACE.AGGREGATIONS = AGGREGATIONS
+# Layers of the head, and the operations that may be chosen.
+_C.SEARCH.SPACE.HEAD_LAYERS = 6
+_C.SEARCH.SPACE.HEAD_OPS = HEAD_OPS
+
+# The backbone is fine-tuned once, with the plain FPN and the plain head.
+_C.SEARCH.PREPARE = CN()
+# Weights of a detector (or backbone) to take instead of fine-tuning, in the forms of MODEL.WEIGHT.
+_C.SEARCH.PREPARE.WEIGHT = ""
+# KEY VALUE pairs that differ in the fine-tuning, as on the command line.
+_C.SEARCH.PREPARE.OVERRIDES = []
+
+# The backbone's maps of every image, computed once.
+_C.SEARCH.CACHE = CN()
+# Images are resized to this short side, and cropped to a square of it (pixels).
+_C.SEARCH.CACHE.SIZE = 384
+# Random crops of each meta-train image (meta-val has one, in the centre).
+_C.SEARCH.CACHE.CROPS = 1
+# Folder of the files; empty: "cache" in OUTPUT_DIR.
+_C.SEARCH.CACHE.FOLDER = ""
+
+# A trial: the decoder of one genotype is trained on the cached maps, and rewarded by the negative
+# sum of its losses on meta-val.
+_C.SEARCH.PROXY = CN()
+_C.SEARCH.PROXY.FPN_CHANNELS = 64
+_C.SEARCH.PROXY.HEAD_CHANNELS = 128
+_C.SEARCH.PROXY.ITERATIONS = 300
+_C.SEARCH.PROXY.BATCH = 200
+_C.SEARCH.PROXY.LR = 8e-4
+# Factor of the running average of the weights that are evaluated; 0: the weights themselves.
+_C.SEARCH.PROXY.POLYAK = 0.9
+# Mixed precision: "off" or "bf16".
+_C.SEARCH.PROXY.AMP = "off"
+# Iterations that train the best FPN once, before its outputs are cached for the head stage.
+_C.SEARCH.PROXY.NECK_ITERATIONS = 900
+
+# Trials of each stage.
+_C.SEARCH.TRIALS = CN()
+_C.SEARCH.TRIALS.FPN = 2800
+_C.SEARCH.TRIALS.HEAD = 600
+
+# "ppo", "random" or "evolution".
+_C.SEARCH.STRATEGY = "ppo"
+# Architectures that are proposed together, before any of them is learnt from.
+_C.SEARCH.BATCH = 20
+
+_C.SEARCH.PPO = CN()
+_C.SEARCH.PPO.HIDDEN = 100
+_C.SEARCH.PPO.LR = 3.5e-3
+# Passes over each batch, and the clip of the probability ratio.
+_C.SEARCH.PPO.EPOCHS = 5
+_C.SEARCH.PPO.CLIP = 0.2
+# Weight of the entropy bonus, and decay of the moving baseline of the reward.
+_C.SEARCH.PPO.ENTROPY = 0.01
+_C.SEARCH.PPO.BASELINE_DECAY = 0.9
+_C.SEARCH.PPO.CLIP_GRAD_NORM = 1.0
+
+_C.SEARCH.EVOLUTION = CN()
+# Youngest architectures that may be parents, and how many of them compete for it.
+_C.SEARCH.EVOLUTION.POPULATION = 50
+_C.SEARCH.EVOLUTION.TOURNAMENT = 10
+
+# A second objective: reward - WEIGHT * max(0, cost / TARGET - 1).
+_C.SEARCH.OBJECTIVE = CN()
+# "none", "flops" (multiply-adds of the decoder, in G) or "latency" (milliseconds an image).
+_C.SEARCH.OBJECTIVE.COST = "none"
+_C.SEARCH.OBJECTIVE.TARGET = 1.0
+_C.SEARCH.OBJECTIVE.WEIGHT = 0.0
+
+# Early stopping of hopeless trials (successive halving).
+_C.SEARCH.PRUNING = CN()
+# Iterations at which a trial is judged; empty: every trial is trained to the end.
+_C.SEARCH.PRUNING.RUNGS = ()
+# Share of the trials that go on at each rung, and finished trials before any is stopped.
+_C.SEARCH.PRUNING.KEEP = 0.5
+_C.SEARCH.PRUNING.STARTUP = 20
+
+# Where trials run: "inline" (this process), "local" (worker processes) or "ray" (a Ray cluster).
+_C.SEARCH.EXECUTOR = "inline"
+_C.SEARCH.WORKERS = 1
+# How often a trial is tried again whose worker died.
+_C.SEARCH.RETRIES = 2
+# Seconds between refreshed reports.
+_C.SEARCH.REPORT_PERIOD = 60
+
+# The best of a stage are trained in full, by the ordinary training.
+_C.SEARCH.SELECT = CN()
+# How many FPNs and heads. One: the best by reward is taken as it is, unless its stage is the last.
+_C.SEARCH.SELECT.FPN = 20
+_C.SEARCH.SELECT.HEAD = 10
+# KEY VALUE pairs that differ in the full training, as on the command line.
+_C.SEARCH.SELECT.OVERRIDES = []
 
 # -------------------------------------------------------------------------------------------- rest
 # Seed of weights, data order and augmentation. -1: a new one for each run (it is logged).
