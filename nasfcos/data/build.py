@@ -1,7 +1,9 @@
 """Data sets and loaders from the config."""
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -107,8 +109,19 @@ class BatchLoader:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the main process ends its workers itself.
+    # Ctrl-C, and often SIGTERM, reach the whole process group at once. The main process still needs
+    # batches to finish its step and ends its workers itself, so only its own SIGTERM counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Wait for a SIGTERM that the process `parent` sent (or one that came after its end)."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:

@@ -32,6 +32,7 @@ class Job:
             text=True,
             cwd=cwd,
             env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)},
+            start_new_session=True,  # a process group of its own
         )
 
     def wait_for(self, path, seconds=60):
@@ -65,7 +66,7 @@ def job(config_file, tmp_path):
     yield start
     for started in jobs:
         if started.process.poll() is None:
-            started.process.kill()
+            os.killpg(started.process.pid, signal.SIGKILL)
             started.process.wait()
 
 
@@ -145,6 +146,21 @@ def test_sigterm_to_the_launcher_saves_on_the_way_out(job, tmp_path):
     running.process.send_signal(signal.SIGTERM)
     code, output = running.end()
     assert code != 0
+    saved = re.search(r"stopped after iteration (\d+); --resume goes on from (\S+)", output)
+    assert saved, output
+    assert load_checkpoint(saved[2])["iteration"] == int(saved[1])
+
+
+def test_sigterm_to_the_whole_group_loses_nothing(job, tmp_path):
+    running = job(
+        "train_net.py", "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 100_000,
+        "DATALOADER.NUM_WORKERS", 1, "INPUT.MIN_SIZE_TRAIN", "(640,)",
+    )  # fmt: skip
+    running.wait_for(tmp_path / "out" / "metrics.jsonl")
+    time.sleep(1)
+    os.killpg(running.process.pid, signal.SIGTERM)
+    code, output = running.end()
+    assert code == 128 + signal.SIGTERM
     saved = re.search(r"stopped after iteration (\d+); --resume goes on from (\S+)", output)
     assert saved, output
     assert load_checkpoint(saved[2])["iteration"] == int(saved[1])
