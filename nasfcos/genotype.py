@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 FPN_OPS = (
     "sep_conv_3x3",
@@ -27,6 +28,8 @@ HEAD_OPS = (
     "skip_connect",
     "def_conv_3x3",
 )
+
+SKIP = HEAD_OPS.index("skip_connect")
 
 NUM_INPUTS = 4
 """Backbone maps (C2..C5) that the pool of nodes starts with."""
@@ -135,6 +138,74 @@ class Genotype:
                 owner = "per level" if i < self.head_split else "shared"
                 lines.append(f"head layer {i}: {HEAD_OPS[op]} ({owner})")
         return "\n".join(lines)
+
+
+def canonical(genotype: Genotype) -> Genotype:
+    """One genotype for all that write the same graph; equal for two genotypes iff they do.
+
+    The same graph is written by swapping a cell's inputs together with their operations, by
+    computing the cells in another order that leaves P3, P4, P5 and the set of the extra nodes as
+    they are, and by moving the head's skips about (the split counts layers with weights only).
+    Two cells of equal expressions stay two: they have weights of their own, so a graph that uses
+    one of them twice differs from a graph that uses each once.
+
+    Both aggregations are taken as commutative. For `cat` that holds up to the order of its output
+    channels: the grouped conv makes the first half of them from the first input.
+
+    There are no dead cells to remove: an unconsumed output is part of every level or is a level,
+    and from any other cell a chain of consumers leads to an unconsumed output.
+    """
+    cells = _canonical_cells(genotype.cells)
+    if genotype.head_split is None:
+        return Genotype(cells)
+    split = sum(op != SKIP for op in genotype.head_ops[: genotype.head_split])
+    ops = tuple(sorted(genotype.head_ops, key=lambda op: op == SKIP))  # stable: skips to the end
+    return Genotype(cells, split, ops)
+
+
+@lru_cache(maxsize=1 << 14)
+def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """The smallest list of cells, as tuples compare, that writes the same graph.
+
+    Cells are placed one after the other, always the smallest of those whose inputs are placed.
+    Only cells of equal expressions tie; which of them goes first matters where others use them
+    differently, so each way is followed until another one writes a smaller cell.
+    """
+    graph = Genotype(cells)
+    uses: dict[int, list[tuple[int, int]]] = {NUM_INPUTS + k: [] for k in range(len(cells))}
+    for consumer, cell in enumerate(cells):
+        for node, op in zip(cell.inputs, cell.ops, strict=True):
+            if node >= NUM_INPUTS:
+                uses[node].append((consumer, op))
+    # What must be placed before a node: its inputs; and extras before P5 before P4 before P3.
+    before = {NUM_INPUTS + k: set(cell.inputs) for k, cell in enumerate(cells)}
+    outputs = graph.unconsumed[-NUM_OUTPUTS:]
+    for i, node in enumerate(outputs):
+        before[node].update(graph.extra_nodes, outputs[:i])
+
+    written: list[tuple] = []
+    ways = [{node: node for node in range(NUM_INPUTS)}]  # old node -> new node
+    for new in range(NUM_INPUTS, NUM_INPUTS + len(cells)):
+        smallest: tuple | None = None
+        longer: list[dict[int, int]] = []
+        for way in ways:
+            followed = []
+            for node, cell in enumerate(cells, NUM_INPUTS):
+                if node in way or not before[node] <= way.keys():
+                    continue
+                inputs = (way[i] for i in cell.inputs)
+                code = (*sorted(zip(inputs, cell.ops, strict=True)), cell.aggregation)
+                if smallest is None or code < smallest:
+                    smallest, longer, followed = code, [], []
+                # Equal cells that the same cells use in the same way may change places.
+                if code == smallest and uses[node] not in followed:
+                    followed.append(uses[node])
+                    longer.append({**way, node: new})
+        written.append(smallest)
+        ways = longer
+    return tuple(
+        Cell((a, b), (op_a, op_b), aggregation) for (a, op_a), (b, op_b), aggregation in written
+    )
 
 
 def _as_list(value: object, what: str) -> list:

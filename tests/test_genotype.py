@@ -1,6 +1,18 @@
+import itertools
+import random
+
+import networkx
 import pytest
 
-from nasfcos.genotype import PUBLISHED, Genotype, GenotypeError
+from nasfcos.genotype import (
+    AGGREGATIONS,
+    FPN_OPS,
+    PUBLISHED,
+    Cell,
+    Genotype,
+    GenotypeError,
+    canonical,
+)
 
 CELL = [[0, 1, 0, 3, 0]]
 
@@ -47,3 +59,112 @@ def test_oldest_of_the_last_three_is_p5():
 def test_invalid(config, message):
     with pytest.raises(GenotypeError, match=message):
         Genotype.parse(config)
+
+
+def random_fpn(rng, cells, ops=5, aggregations=2):
+    while True:
+        genotype = Genotype(
+            tuple(
+                Cell(
+                    (rng.randrange(4 + k), rng.randrange(4 + k)),
+                    (rng.randrange(ops), rng.randrange(ops)),
+                    rng.randrange(aggregations),
+                )
+                for k in range(cells)
+            )
+        )
+        if len(genotype.unconsumed) >= 3:
+            return genotype
+
+
+def rewritten(genotype, order, swaps):
+    """The same cells in another order (positions in `genotype`), some with inputs swapped.
+
+    None if a cell would come before its inputs, or another output become P3, P4 or P5.
+    """
+    new = {node: node for node in range(4)}
+    new.update({4 + old: 4 + k for k, old in enumerate(order)})
+    cells = []
+    for old, swap in zip(order, swaps, strict=True):
+        cell = genotype.cells[old]
+        inputs, ops = tuple(new[node] for node in cell.inputs), cell.ops
+        if max(inputs) >= 4 + len(cells):
+            return None
+        cells.append(
+            Cell(inputs[::-1], ops[::-1], cell.aggregation)
+            if swap
+            else Cell(inputs, ops, cell.aggregation)
+        )
+    other = Genotype(tuple(cells), genotype.head_split, genotype.head_ops)
+    if tuple(new[node] for node in genotype.pyramid_nodes) != other.pyramid_nodes:
+        return None
+    return other
+
+
+def as_graph(genotype):
+    """Its labelled graph, with a node for each use of a map: what two writings must share."""
+    graph = networkx.DiGraph()
+    for node in range(4):
+        graph.add_node(node, label=f"C{node + 2}")
+    for node, cell in enumerate(genotype.cells, 4):
+        role = "inner" if node in genotype.consumed else "extra"
+        if node in genotype.pyramid_nodes:
+            role = f"P{3 + genotype.pyramid_nodes.index(node)}"
+        graph.add_node(node, label=(AGGREGATIONS[cell.aggregation], role))
+        for slot, (source, op) in enumerate(zip(cell.inputs, cell.ops, strict=True)):
+            graph.add_node((node, slot), label=FPN_OPS[op])
+            graph.add_edge(source, (node, slot))
+            graph.add_edge((node, slot), node)
+    return graph
+
+
+@pytest.mark.parametrize("ops", [1, 5])
+def test_canonical_form_is_one_for_all_writings(ops):
+    rng = random.Random(ops)
+    differently_written = 0
+    for _ in range(150):
+        genotype = random_fpn(rng, 7, ops=ops, aggregations=1 if ops == 1 else 2)
+        form = canonical(genotype)
+        assert Genotype.parse(form.to_list()) == form == canonical(form)
+        for _ in range(40):
+            order = rng.sample(range(7), 7) if rng.random() < 0.9 else range(7)
+            other = rewritten(genotype, order, [rng.random() < 0.5 for _ in range(7)])
+            if other is not None:
+                differently_written += other != genotype
+                assert canonical(other) == form
+    assert differently_written > 100
+
+
+def test_canonical_forms_are_equal_only_for_equal_graphs():
+    """All pairs of the four-cell FPNs on C4 and C5 with one operation; networkx is the judge."""
+    genotypes = []
+    for nodes in itertools.product((3,), (3,), (2, 3, 4), (3, 4), *[(3, 4, 5)] * 2, (3, 5), (3, 6)):
+        cells = tuple(Cell(pair, (4, 4), 0) for pair in zip(nodes[::2], nodes[1::2], strict=True))
+        if len(Genotype(cells).unconsumed) >= 3:
+            genotypes.append(Genotype(cells))
+    rng = random.Random(0)
+    genotypes += [random_fpn(rng, 5, ops=1, aggregations=1) for _ in range(30)]
+    # Twins of which one is used twice, or each once.
+    twins = [[[3, 3, 4, 4, 0]]] * 2
+    for pairs in itertools.product([(4, 4), (4, 5), (5, 4), (5, 5)], repeat=3):
+        users = [[[a, b, 0, 4, 0]] for a, b in pairs]
+        genotypes.append(Genotype.parse([*twins, *users]))
+    described = [(canonical(genotype), as_graph(genotype)) for genotype in genotypes]
+    equal = 0
+    for (form_a, graph_a), (form_b, graph_b) in itertools.combinations(described, 2):
+        same = networkx.vf2pp_is_isomorphic(graph_a, graph_b, node_label="label")
+        assert same == (form_a == form_b)
+        equal += same
+    assert equal > 50
+
+
+def test_canonical_head():
+    def head(split, ops):
+        return canonical(Genotype(PUBLISHED.cells, split, ops)).to_list()[-2:]
+
+    assert head(2, (4, 1, 4, 0)) == [[1], [1, 0, 4, 4]]
+    assert head(3, (4, 1, 4, 0)) == head(2, (4, 1, 4, 0)) == head(1, (1, 0, 4, 4))
+    assert head(1, (1, 0, 4, 4)) != head(1, (0, 1, 4, 4))
+    assert head(1, (1, 0, 4, 4)) != head(2, (1, 0, 4, 4))
+    assert head(2, (4, 4)) == head(0, (4, 4)) == [[0], [4, 4]]
+    assert canonical(Genotype(PUBLISHED.cells)).head_split is None
