@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,31 @@ Targets = Sequence[dict[str, Tensor]]
 
 STRIDES = (8, 16, 32, 64, 128)
 """Strides of P3..P7 in pixels."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a head should predict for N images, at the L places (or anchors) of all their levels.
+
+    Attributes:
+        labels: [N, L] int64, 0 background, -1 ignored.
+        positive: [P] int64, the places of objects, ascending indices into the N * L.
+        wanted: [P, 4] what the head should predict of the boxes there.
+    """
+
+    labels: Tensor
+    positive: Tensor
+    wanted: Tensor
+
+
+class LossTerm(NamedTuple):
+    """A loss of a batch, and what its sum over the batch was divided by (0: it has no places).
+
+    The term of several batches as one is the mean of theirs with these weights.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
 
 
 @dataclass(frozen=True)
@@ -128,9 +154,21 @@ class DenseHead(nn.Module):
         """The raw outputs, each a list over the levels P3..P7."""
         raise NotImplementedError
 
-    def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
-        """The named loss terms (scalars) of a batch, normalised over this process's images."""
+    def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
+        """What to predict for targets on the head's device, on maps of these (height, width)."""
         raise NotImplementedError
+
+    def loss_terms(
+        self, outputs: tuple[list[Tensor], ...], assignment: Assignment
+    ) -> dict[str, LossTerm]:
+        """The named loss terms of a batch, normalised over this process's images."""
+        raise NotImplementedError
+
+    def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
+        """The named losses (scalars) of a batch: its `loss_terms` for what `assign` says."""
+        shapes = [tuple(x.shape[-2:]) for x in outputs[0]]
+        terms = self.loss_terms(outputs, self.assign(shapes, targets))
+        return {name: term.loss for name, term in terms.items()}
 
     def detect(
         self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]

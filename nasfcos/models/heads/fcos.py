@@ -15,9 +15,11 @@ from ..layers import Scale, group_norm
 from ..registry import HEADS
 from .dense import (
     STRIDES,
+    Assignment,
     Candidates,
     DenseHead,
     Detections,
+    LossTerm,
     PostProcess,
     Targets,
     flatten_levels,
@@ -82,38 +84,48 @@ class FCOSHead(DenseHead):
         ]
         return logits, distances, centerness
 
-    def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
+    def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
+        """`assign_fcos` of each image; wanted are the distances."""
+        device = self.cls_logits.weight.device
+        locations = [
+            fcos_locations(*shape, stride, device)
+            for shape, stride in zip(shapes, STRIDES, strict=True)
+        ]
+        assigned = [assign_fcos(locations, self.size_ranges, target) for target in targets]
+        labels, distances = map(torch.stack, zip(*assigned, strict=True))
+        positive = labels.flatten().nonzero().squeeze(1)
+        return Assignment(labels, positive, distances.flatten(0, 1)[positive])
+
+    def loss_terms(
+        self, outputs: tuple[list[Tensor], ...], assignment: Assignment
+    ) -> dict[str, LossTerm]:
         """``loss_cls``, ``loss_box`` and ``loss_centerness`` (numerics of the release: focal loss
         over positives + images, centerness-weighted IoU loss over the sum of its weights, mean
         cross-entropy of centerness over positives)."""
         logits, distances, centerness = outputs
-        shapes = [tuple(x.shape[-2:]) for x in logits]
-        locations = [
-            fcos_locations(*shape, stride, logits[0].device)
-            for shape, stride in zip(shapes, STRIDES, strict=True)
-        ]
-        assigned = [assign_fcos(locations, self.size_ranges, target) for target in targets]
-        labels = torch.cat([labels for labels, _ in assigned])
-        wanted = torch.cat([distances for _, distances in assigned])
-
-        predicted = flatten_levels(distances, 4).flatten(0, 1)
-        positive = labels.nonzero().squeeze(1)
+        positive, wanted = assignment.positive, assignment.wanted
+        examples = len(positive) + len(assignment.labels)
         loss_cls = sigmoid_focal_loss(
             flatten_levels(logits, self.num_classes).flatten(0, 1),
-            labels,
+            assignment.labels.flatten(),
             gamma=self.focal_gamma,
             alpha=self.focal_alpha,
-        ) / (len(positive) + len(targets))
+        ) / examples
 
-        predicted, wanted = predicted[positive], wanted[positive]
+        predicted = flatten_levels(distances, 4).flatten(0, 1)[positive]
         center_logits = flatten_levels(centerness, 1).flatten()[positive].float()
         if len(positive) == 0:  # empty sums: zero, and every parameter keeps its gradient
-            loss_box, loss_centerness = predicted.sum(), center_logits.sum()
+            box_weight, loss_box, loss_centerness = 0.0, predicted.sum(), center_logits.sum()
         else:
             weight = centerness_targets(wanted)
-            loss_box = (iou_loss(predicted, wanted) * weight).sum() / weight.sum()
+            box_weight = weight.sum()
+            loss_box = (iou_loss(predicted, wanted) * weight).sum() / box_weight
             loss_centerness = F.binary_cross_entropy_with_logits(center_logits, weight)
-        return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_centerness": loss_centerness}
+        return {
+            "loss_cls": LossTerm(loss_cls, examples),
+            "loss_box": LossTerm(loss_box, box_weight),
+            "loss_centerness": LossTerm(loss_centerness, len(positive)),
+        }
 
     def detect(
         self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]

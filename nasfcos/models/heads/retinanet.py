@@ -15,9 +15,11 @@ from ...ops import sigmoid_focal_loss
 from ..registry import HEADS
 from .dense import (
     STRIDES,
+    Assignment,
     Candidates,
     DenseHead,
     Detections,
+    LossTerm,
     PostProcess,
     Targets,
     flatten_levels,
@@ -105,29 +107,41 @@ class RetinaNetHead(DenseHead):
             for level, shape in enumerate(shapes)
         ]
 
-    def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
-        """``loss_cls`` (focal, over positives + images) and ``loss_box`` (smooth L1)."""
-        logits, codes = outputs
-        anchors = torch.cat(self.anchors([tuple(x.shape[-2:]) for x in logits]))
+    def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
+        """`match_anchors` of each image; wanted are the box codes."""
+        anchors = torch.cat(self.anchors(shapes))
         labels, wanted = [], []
         for target in targets:
             match = match_anchors(anchors, target["boxes"], self.fg_iou, self.bg_iou)
             foreground = match >= 0
             labels.append(anchor_labels(match, target["labels"]))
             wanted.append(encode(target["boxes"][match[foreground]], anchors[foreground]))
-        labels, wanted = torch.cat(labels), torch.cat(wanted)
-        positive = (labels > 0).nonzero().squeeze(1)
+        labels = torch.stack(labels)
+        positive = (labels.flatten() > 0).nonzero().squeeze(1)
+        return Assignment(labels, positive, torch.cat(wanted))
+
+    def loss_terms(
+        self, outputs: tuple[list[Tensor], ...], assignment: Assignment
+    ) -> dict[str, LossTerm]:
+        """``loss_cls`` (focal, over positives + images) and ``loss_box`` (smooth L1)."""
+        logits, codes = outputs
+        positive = assignment.positive
+        examples = len(positive) + len(assignment.labels)
         loss_cls = sigmoid_focal_loss(
             flatten_levels(logits, self.num_classes).flatten(0, 1),
-            labels,
+            assignment.labels.flatten(),
             gamma=self.focal_gamma,
             alpha=self.focal_alpha,
-        ) / (len(positive) + len(targets))
+        ) / examples
         predicted = flatten_levels(codes, 4).flatten(0, 1)[positive].float()
+        box_weight = len(positive) * self.box_loss_divisor
         loss_box = nn.functional.smooth_l1_loss(
-            predicted, wanted, beta=self.smooth_l1_beta, reduction="sum"
-        ) / max(1, len(positive) * self.box_loss_divisor)
-        return {"loss_cls": loss_cls, "loss_box": loss_box}
+            predicted, assignment.wanted, beta=self.smooth_l1_beta, reduction="sum"
+        ) / max(1, box_weight)
+        return {
+            "loss_cls": LossTerm(loss_cls, examples),
+            "loss_box": LossTerm(loss_box, box_weight),
+        }
 
     def detect(
         self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
