@@ -14,7 +14,14 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from ..genotype import Genotype, GenotypeError
+from ..genotype import (
+    AGGREGATIONS,
+    FPN_OPS,
+    HEAD_OPS,
+    NUM_OUTPUTS,
+    Genotype,
+    GenotypeError,
+)
 from .defaults import get_defaults
 from .errors import ConfigError, nearest
 from .released import is_released, translate_released
@@ -33,6 +40,18 @@ CHOICES = {
     "SOLVER.SCHEDULE": ("step", "cosine"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "SOLVER.AMP": ("off", "bf16", "fp16"),
+    "SEARCH.PROXY.AMP": ("off", "bf16"),
+    "SEARCH.STRATEGY": ("ppo", "random", "evolution"),
+    "SEARCH.OBJECTIVE.COST": ("none", "flops", "latency"),
+    "SEARCH.EXECUTOR": ("inline", "local", "ray"),
+}
+
+# Each entry is one of a tuple, and none comes twice.
+SUBSETS = {
+    "SEARCH.STAGES": ("fpn", "head"),
+    "SEARCH.SPACE.FPN_OPS": FPN_OPS,
+    "SEARCH.SPACE.AGGREGATIONS": AGGREGATIONS,
+    "SEARCH.SPACE.HEAD_OPS": HEAD_OPS,
 }
 
 AT_LEAST = {
@@ -58,15 +77,53 @@ AT_LEAST = {
     "TEST.EVAL_PERIOD": 0,
     "TEST.PRE_NMS_TOP_N": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
+    "SEARCH.SPACE.CELLS": NUM_OUTPUTS,
+    "SEARCH.SPACE.HEAD_LAYERS": 1,
+    "SEARCH.CACHE.SIZE": 32,
+    "SEARCH.CACHE.CROPS": 1,
+    "SEARCH.PROXY.FPN_CHANNELS": 2,
+    "SEARCH.PROXY.HEAD_CHANNELS": 2,
+    "SEARCH.PROXY.ITERATIONS": 1,
+    "SEARCH.PROXY.BATCH": 1,
+    "SEARCH.PROXY.LR": 0,
+    "SEARCH.PROXY.NECK_ITERATIONS": 1,
+    "SEARCH.TRIALS.FPN": 1,
+    "SEARCH.TRIALS.HEAD": 1,
+    "SEARCH.BATCH": 1,
+    "SEARCH.PPO.HIDDEN": 1,
+    "SEARCH.PPO.LR": 0,
+    "SEARCH.PPO.EPOCHS": 1,
+    "SEARCH.PPO.CLIP": 0,
+    "SEARCH.PPO.ENTROPY": 0,
+    "SEARCH.PPO.CLIP_GRAD_NORM": 0,
+    "SEARCH.EVOLUTION.POPULATION": 1,
+    "SEARCH.EVOLUTION.TOURNAMENT": 1,
+    "SEARCH.OBJECTIVE.WEIGHT": 0,
+    "SEARCH.PRUNING.STARTUP": 1,
+    "SEARCH.WORKERS": 0,
+    "SEARCH.RETRIES": 0,
+    "SEARCH.REPORT_PERIOD": 0,
+    "SEARCH.SELECT.FPN": 1,
+    "SEARCH.SELECT.HEAD": 1,
 }
 
-IN_0_TO_1 = ("INPUT.FLIP_PROB", "TEST.SCORE_THRESHOLD", "TEST.NMS_IOU", "SOLVER.WARMUP_FACTOR")
+IN_0_TO_1 = (
+    "INPUT.FLIP_PROB",
+    "TEST.SCORE_THRESHOLD",
+    "TEST.NMS_IOU",
+    "SOLVER.WARMUP_FACTOR",
+    "SEARCH.META_VAL",
+    "SEARCH.PROXY.POLYAK",
+    "SEARCH.PPO.BASELINE_DECAY",
+    "SEARCH.PRUNING.KEEP",
+)
 
 POSITIVE_ENTRIES = (
     "MODEL.RESNET.BLOCKS",
     "MODEL.FCOS.SIZE_LIMITS",
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MIN_SIZE_RANGE_TRAIN",
+    "SEARCH.PRUNING.RUNGS",
 )
 
 
@@ -106,7 +163,7 @@ def load_config(
     sources: dict[str, str] = {}
     for source, tree in _inheritance_chain(Path(file)) if file is not None else ():
         _merge(cfg, tree, source, sources)
-    _merge_overrides(cfg, overrides, sources)
+    _merge_overrides(cfg, overrides, COMMAND_LINE, sources)
     _check(cfg, sources)
     cfg.freeze()
     return cfg
@@ -180,17 +237,39 @@ def _merge(
             sources[name] = source
 
 
-def _merge_overrides(cfg: CfgNode, overrides: Sequence[Any], sources: dict[str, str]) -> None:
+def override_config(cfg: CfgNode, overrides: Sequence[Any], source: str) -> CfgNode:
+    """A copy of a config tree with KEY VALUE pairs on top, checked like a file.
+
+    Args:
+        cfg: the tree.
+        overrides: alternating keys and values.
+        source: where they come from, for messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    sources: dict[str, str] = {}
+    _merge_overrides(cfg, overrides, source, sources)
+    _check(cfg, sources)
+    cfg.freeze()
+    return cfg
+
+
+def _merge_overrides(
+    cfg: CfgNode, overrides: Sequence[Any], source: str, sources: dict[str, str]
+) -> None:
     if len(overrides) % 2:
         raise ConfigError(
-            f"{COMMAND_LINE}: overrides come as KEY VALUE pairs, but there are {len(overrides)} "
+            f"{source}: overrides come as KEY VALUE pairs, but there are {len(overrides)} "
             f"words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         tree: Any = value
         for part in reversed(str(key).split(".")):
             tree = {part: tree}
-        _merge(cfg, tree, COMMAND_LINE, sources)
+        _merge(cfg, tree, source, sources)
 
 
 def _free_form(value: Any) -> Any:
@@ -296,6 +375,7 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
     if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
         fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
     _check_genotype(cfg, fail)
+    _check_search(cfg, fail)
 
 
 def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
@@ -313,3 +393,39 @@ def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
         fail(name, f"is invalid: {error}")
     if searched_head and genotype.head_split is None:
         fail(name, "has no head part ([i], [operations]), but MODEL.HEAD.TOWER is 'searched'")
+
+
+def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
+    search = cfg.SEARCH
+    for name, allowed in SUBSETS.items():
+        value = _get(cfg, name)
+        if not value:
+            fail(name, f"is empty: name at least one of {allowed}")
+        for entry in value:
+            if entry not in allowed:
+                fail(name, f"has {entry!r}, but may name {allowed} only.{nearest(entry, allowed)}")
+        if len(set(value)) < len(value):
+            fail(name, f"names an entry twice: {value!r}")
+    if tuple(search.STAGES) == ("head", "fpn"):
+        fail("SEARCH.STAGES", "is ('head', 'fpn'), but the head is searched on a found FPN")
+    for name in ("SEARCH.META_VAL", "SEARCH.PRUNING.KEEP", "SEARCH.PROXY.POLYAK"):
+        value = _get(cfg, name)
+        if value == 1 or (value == 0 and name != "SEARCH.PROXY.POLYAK"):
+            fail(name, f"is {value!r}, but must lie between 0 and 1")
+    if search.OBJECTIVE.TARGET <= 0:
+        fail("SEARCH.OBJECTIVE.TARGET", f"is {search.OBJECTIVE.TARGET!r}, but must be positive")
+    rungs = list(search.PRUNING.RUNGS)
+    if any(not isinstance(rung, int) for rung in rungs) or rungs != sorted(set(rungs)):
+        fail("SEARCH.PRUNING.RUNGS", f"is {rungs!r}, but must be iterations in rising order")
+    if rungs and rungs[-1] >= search.PROXY.ITERATIONS:
+        fail(
+            "SEARCH.PRUNING.RUNGS",
+            f"ends at {rungs[-1]}, but a trial has SEARCH.PROXY.ITERATIONS = "
+            f"{search.PROXY.ITERATIONS}: a rung must come before its end",
+        )
+    if search.EVOLUTION.TOURNAMENT > search.EVOLUTION.POPULATION:
+        fail(
+            "SEARCH.EVOLUTION.TOURNAMENT",
+            f"is {search.EVOLUTION.TOURNAMENT}, more than SEARCH.EVOLUTION.POPULATION = "
+            f"{search.EVOLUTION.POPULATION}",
+        )

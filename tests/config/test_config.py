@@ -4,7 +4,7 @@ import logging
 import pytest
 import yaml
 
-from nasfcos.config import ConfigError, get_defaults, load_config
+from nasfcos.config import ConfigError, get_defaults, load_config, override_config
 from tests.known import GOLDEN, ROOT
 
 RELEASED = json.loads((GOLDEN / "configs.json").read_text())
@@ -107,6 +107,22 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
         ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
         ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
+        ("SEARCH:\n  STAGES: [head, fpn]\n", r"SEARCH\.STAGES.*on a found FPN"),
+        ("SEARCH:\n  STAGES: [neck]\n", r"file\.yaml: SEARCH\.STAGES has 'neck'.*'fpn', 'head'"),
+        (
+            "SEARCH:\n  SPACE:\n    HEAD_OPS: [conv3x3, conv3x3]\n",
+            r"file\.yaml: SEARCH\.SPACE\.HEAD_OPS names an entry twice",
+        ),
+        (
+            "SEARCH:\n  SPACE:\n    FPN_OPS: [sep_conv_3x4]\n",
+            r"FPN_OPS has 'sep_conv_3x4'.*Did you mean 'sep_conv_3x3'",
+        ),
+        ("SEARCH:\n  SPACE:\n    CELLS: 2\n", r"SEARCH\.SPACE\.CELLS.*at least 3"),
+        ("SEARCH:\n  META_VAL: 1.0\n", r"SEARCH\.META_VAL is 1\.0.*between 0 and 1"),
+        ("SEARCH:\n  PRUNING:\n    RUNGS: [9, 5]\n", r"PRUNING\.RUNGS.*rising order"),
+        ("SEARCH:\n  PRUNING:\n    RUNGS: [300]\n", r"RUNGS.*ends at 300.*ITERATIONS = 300"),
+        ("SEARCH:\n  EVOLUTION:\n    TOURNAMENT: 99\n", r"TOURNAMENT is 99.*POPULATION = 50"),
+        ("SEARCH:\n  EXECUTOR: rays\n", r"SEARCH\.EXECUTOR is 'rays'.*Did you mean 'ray'"),
         ("_BASE_: gone.yaml\n", r"gone\.yaml does not exist \(named by _BASE_ of .*file\.yaml"),
     ],
 )
@@ -121,6 +137,15 @@ def test_command_line_errors():
         load_config(None, ["SOLVER.MAX_ITER"])
     with pytest.raises(ConfigError, match=r"command line.*MAX_ITR.*SOLVER\.MAX_ITER"):
         load_config(None, ["SOLVER.MAX_ITR", "3"])
+
+
+def test_overriding_a_tree_checks_and_leaves_it_alone():
+    cfg = load_config()
+    other = override_config(cfg, ["SOLVER.MAX_ITER", 5, "DATASETS.TRAIN", "a"], "there")
+    assert other.SOLVER.MAX_ITER == 5 and other.DATASETS.TRAIN == ("a",) and other.is_frozen()
+    assert cfg.SOLVER.MAX_ITER == 90000
+    with pytest.raises(ConfigError, match=r"there.*MAX_ITR.*SOLVER\.MAX_ITER"):
+        override_config(cfg, ["SOLVER.MAX_ITR", 5], "there")
 
 
 def test_missing_file_names_the_nearest():
