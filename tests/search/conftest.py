@@ -1,0 +1,3 @@
+from tests.squares import config_file, data_root
+
+__all__ = ["config_file", "data_root"]
