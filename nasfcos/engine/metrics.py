@@ -37,7 +37,7 @@ class MetricsWriter:
         self.path = Path(output_dir) / "metrics.jsonl"
         truncate_metrics(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(Path(output_dir) / "tensorboard", start)
+        self._tensorboard = tensorboard_writer(Path(output_dir) / "tensorboard", start)
 
     def write(self, iteration: int, figures: dict[str, float]) -> None:
         """Write one line; `figures` are named as in the class's description."""
@@ -135,7 +135,8 @@ def format_duration(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
-def _tensorboard(folder: Path, start: int) -> Any:
+def tensorboard_writer(folder: Path, start: int) -> Any:
+    """A writer whose curves go on at `start`; None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
