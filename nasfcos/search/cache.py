@@ -344,11 +344,6 @@ def _feature_key(model: Detector, crops: Crops) -> str:
 
 
 # --------------------------------------------------------------------------------------- building
-def cache_folder(cfg: CfgNode) -> Path:
-    """Where the config wants its caches."""
-    return Path(cfg.SEARCH.CACHE.FOLDER or Path(cfg.OUTPUT_DIR) / "cache").expanduser()
-
-
 def build_caches(
     cfg: CfgNode, model: Detector, folder: str | Path
 ) -> tuple[FeatureCache, FeatureCache]:
@@ -358,7 +353,7 @@ def build_caches(
         cfg: the config with the split (`split_training_data`): DATASETS.TRAIN gives
             SEARCH.CACHE.CROPS random crops of each image, DATASETS.TEST the one in the centre.
         model: its preprocessing and backbone compute the maps, on its device.
-        folder: of the caches (`cache_folder`).
+        folder: of the caches (SEARCH.CACHE.FOLDER, or ``cache`` in OUTPUT_DIR).
 
     Returns:
         The caches of meta-train and of meta-val.

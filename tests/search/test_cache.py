@@ -1,0 +1,600 @@
+"""The feature cache: crops, files, and what makes a cache another one."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from nasfcos.config import load_config
+from nasfcos.data import DataError, build_dataset
+from nasfcos.genotype import Genotype
+from nasfcos.models import build_detector
+from nasfcos.models.necks.nas_fpn import NASFPN
+from nasfcos.search import cache as module
+from nasfcos.search.cache import (
+    CacheError,
+    Crops,
+    FeatureCache,
+    build_caches,
+    cache_features,
+    cache_pyramid,
+    crop_boxes,
+    estimate_bytes,
+    feature_shapes,
+)
+from nasfcos.search.split import split_training_data
+
+SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cfg(config_file, tmp_path):
+    """The tiny job after its split."""
+    cfg = load_config(config_file, ["SEARCH.CACHE.SIZE", SIZE, "SEARCH.CACHE.CROPS", 2])
+    return split_training_data(cfg, tmp_path / "split", seed=0)
+
+
+def make_model(cfg):
+    torch.manual_seed(0)
+    model = build_detector(cfg, num_classes=2)
+    # Statistics unlike those of fresh batch norms, so that train and eval mode differ.
+    model(list(torch.rand(2, 3, SIZE, SIZE)), 2 * [boxes_of([[1, 1, 30, 30]])])
+    return model
+
+
+@pytest.fixture
+def model(cfg):
+    return make_model(cfg)
+
+
+@pytest.fixture
+def dataset(cfg):
+    return build_dataset(cfg, "train_val")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def boxes_of(rows, labels=None):
+    return {
+        "boxes": torch.tensor(rows, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels or [1] * len(rows)),
+    }
+
+
+class Pictures:
+    """Pictures and targets in place of a data set."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def noise(height, width, seed=0):
+    """A picture that is smooth, so that a pixel more or less shows as a small difference."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3))
+    return Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.BICUBIC)
+
+
+# ------------------------------------------------------------------------------------------- crops
+def test_boxes_at_the_border_of_a_crop():
+    boxes = torch.tensor(
+        [
+            [10.0, 10, 19, 19],  # inside
+            [-10, 0, 9, 19],  # a half: 10 of 20 columns
+            [-15, 0, 4, 19],  # a quarter
+            [-16, 0, 3, 19],  # a fifth
+            [-10, 90, 9, 109],  # a quarter, of both directions
+            [-6, 20, -1, 29],  # ends before the first column
+            [-3, 20, -2, 29],  # narrow, and outside: a clipped corner is no area
+            [100, 20, 101, 29],  # begins behind the last one
+            [99, 0, 99, 0],  # the last pixel
+            [-50, -50, 149, 149],  # all of the crop and more: a quarter of it
+        ]
+    )
+    clipped, keep = crop_boxes(boxes, 100)
+    assert keep.tolist() == [1, 1, 1, 0, 1, 0, 0, 0, 1, 1]
+    expected = [
+        [10, 10, 19, 19],
+        [0, 0, 9, 19],
+        [0, 0, 4, 19],
+        [0, 90, 9, 99],
+        [99, 0, 99, 0],
+        [0, 0, 99, 99],
+    ]
+    assert clipped.tolist() == expected
+    clipped, keep = crop_boxes(torch.zeros(0, 4), 100)
+    assert clipped.shape == (0, 4) and keep.shape == (0,)
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (201, 120), (96, 96), (32, 333)])
+def test_the_centre_crop_is_a_part_of_the_resized_image(height, width):
+    picture = noise(height, width)
+    target = boxes_of([[width // 2 - 12, height // 2 - 8, width // 2 + 9, height // 2 + 12]])
+    ((crop, found),) = Crops([Pictures((picture, target))], 96)[0]
+    short = min(height, width)
+    size = (96 * width // short, 96 * height // short)
+    left, top = (size[0] - 96 + 1) // 2, (size[1] - 96 + 1) // 2
+    whole = np.asarray(picture.resize(size, Image.BILINEAR)).transpose(2, 0, 1).astype(int)
+    expected = whole[:, top : top + 96, left : left + 96]
+    assert crop.shape == (3, 96, 96) and crop.dtype == torch.uint8
+    assert np.abs(crop.numpy() - expected).max() <= 1
+    ratio = torch.tensor([size[0] / width, size[1] / height] * 2)
+    moved = target["boxes"] * ratio - torch.tensor([left, top, left, top])
+    torch.testing.assert_close(found["boxes"], moved)
+
+
+def test_an_extremely_long_image():
+    """Only its crop is resized: the whole would take 70 GB."""
+    ((crop, found),) = Crops([Pictures((Image.new("RGB", (60000, 1)), boxes_of([])))], 640)[0]
+    assert crop.shape == (3, 640, 640) and found["boxes"].shape == (0, 4)
+
+
+def square_picture(x, side=30, height=60, width=240):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[12 : 12 + side, x : x + side] = 255
+    pixels[12 : 12 + side, x : x + side // 2] = 180  # so that a mirrored one is another
+    return Image.fromarray(pixels), boxes_of([[x, 12, x + side - 1, 11 + side]])
+
+
+def test_boxes_stay_on_their_objects():
+    """Over random places and mirrored crops."""
+    items = [square_picture(x) for x in range(0, 210, 15)]
+    crops = Crops([Pictures(*items)], 60, crops=6, seed=3)
+    seen = mirrored = 0
+    for index, (picture, _) in enumerate(items):
+        for crop, target in crops[index]:
+            bright = crop.amax(0) > 128
+            if len(target["boxes"]):
+                ys, xs = np.nonzero(bright.numpy())
+                found = torch.tensor([xs.min(), ys.min(), xs.max(), ys.max()])
+                assert (target["boxes"][0] - found).abs().max() <= 1
+                seen += 1
+            else:
+                assert bright.sum() < 0.25 * 900 + 30
+                assert target["dropped"] == 1
+        whole = np.asarray(picture).transpose(2, 0, 1)
+        places = [whole[:, :, x : x + 60] for x in range(181)]
+        first, *others = [crop.numpy() for crop, _ in crops[index]]
+        assert any((first == place).all() for place in places)
+        mirrored += sum(not any((o == place).all() for place in places) for o in others)
+    assert seen > 20 and 5 < mirrored < 5 * len(items)
+
+
+def test_crops_depend_on_seed_image_and_number_alone():
+    pictures = Pictures(*((noise(80, 200, seed), boxes_of([])) for seed in range(3)))
+
+    def shown(index, **settings):
+        return [crop for crop, _ in Crops([pictures], SIZE, **settings)[index]]
+
+    def same(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=False))
+
+    assert same(shown(1, crops=3, seed=1), shown(1, crops=3, seed=1))
+    assert same(shown(1, crops=3, seed=1), shown(1, crops=2, seed=1))
+    assert not same(shown(1, crops=3, seed=1), shown(1, crops=3, seed=2))
+    assert same(shown(1, seed=1), shown(1, seed=2))
+    split = Crops([Pictures(pictures[0]), Pictures(*pictures.items[1:])], SIZE, crops=1, seed=1)
+    assert len(split) == 3
+    assert same([split[2][0][0]], shown(2, crops=1, seed=1))
+
+
+# ----------------------------------------------------------------------------------------- content
+def test_the_maps_are_those_of_the_backbone(model, dataset, folder):
+    model.train()
+    model.head.eval()
+    crops = Crops([dataset], SIZE)
+    cache = cache_features(folder, model, crops, batch_size=4)
+    assert model.training and model.backbone.training and not model.head.training
+    assert len(cache) == len(dataset) == len(cache.targets) > 5
+    assert cache.size == SIZE and cache.folder.parent == folder.resolve()
+    model.eval()
+    for index in range(len(dataset)):
+        ((image, target),) = crops[index]
+        batch, _ = model.preprocess([image])
+        with torch.no_grad():
+            expected = model.backbone(batch)
+        assert len(cache.maps) == 4
+        for array, level in zip(cache.maps, expected, strict=True):
+            assert array.dtype == np.float16
+            torch.testing.assert_close(
+                torch.tensor(array[index]).float(), level[0], rtol=2e-3, atol=1e-3
+            )
+        for key in ("boxes", "labels"):
+            assert torch.equal(cache.targets[index][key], target[key])
+
+
+def test_crops_of_one_image_lie_side_by_side(model, dataset, folder):
+    crops = Crops([dataset], SIZE, crops=3, seed=1)
+    cache = cache_features(folder, model, crops, batch_size=4)
+    assert len(cache) == 3 * len(dataset)
+    for number, (image, _) in enumerate(crops[2]):
+        batch, _ = model.preprocess([image])
+        with torch.no_grad():
+            level = model.eval().backbone(batch)[0][0]
+        found = torch.tensor(cache.maps[0][6 + number]).float()
+        torch.testing.assert_close(found, level, rtol=2e-3, atol=1e-3)
+
+
+def test_a_batch_comes_in_the_order_asked_for(model, dataset, folder):
+    cache = cache_features(folder, model, Crops([dataset], SIZE))
+    indices = [4, 0, 4, 2]
+    for given in (indices, np.array(indices), torch.tensor(indices)):
+        maps, targets = cache.batch(given, torch.device("cpu"))
+        for level, array in zip(maps, cache.maps, strict=True):
+            assert level.dtype == torch.float32
+            np.testing.assert_array_equal(level.numpy(), array[indices].astype(np.float32))
+        for target, index in zip(targets, indices, strict=True):
+            for key in ("boxes", "labels"):
+                assert torch.equal(target[key], cache.targets[index][key])
+    maps[0].zero_()  # a copy, not the file
+    assert cache.maps[0][4].any()
+    with pytest.raises(IndexError):
+        cache.batch([len(cache)])
+    assert cache.to_device("cpu") is False
+
+
+def test_a_cache_travels_by_its_folder(model, dataset, folder):
+    cache = cache_features(folder, model, Crops([dataset], SIZE))
+    parcel = pickle.dumps(cache)
+    assert len(parcel) < 1000
+    again = pickle.loads(parcel)
+    np.testing.assert_array_equal(again.maps[3], cache.maps[3])
+
+
+@pytest.mark.gpu
+def test_a_cache_held_on_the_gpu(model, dataset, folder, monkeypatch):
+    cache = cache_features(folder, model, Crops([dataset], SIZE))
+    indices = [3, 1, 3]
+    expected, targets = cache.batch(indices)
+    streamed, _ = cache.batch(indices, "cuda")
+    monkeypatch.setattr(module, "GPU_SHARE", 0.0)
+    assert not cache.to_device("cuda")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_TRANSFER", 100_000)
+    assert cache.to_device("cuda")
+    held, found = cache.batch(indices, "cuda")
+    for one, other, third in zip(expected, streamed, held, strict=True):
+        assert other.is_cuda and third.is_cuda
+        assert torch.equal(one, other.cpu()) and torch.equal(one, third.cpu())
+    for one, other in zip(targets, found, strict=True):
+        assert other["boxes"].is_cuda
+        assert torch.equal(one["boxes"], other["boxes"].cpu())
+        assert torch.equal(one["labels"], other["labels"].cpu())
+
+
+def test_workers_and_odd_sizes_give_the_same(model, dataset, folder):
+    """A side that is no multiple of 32 is padded, as in the detector."""
+    crops = Crops([dataset], 50, crops=2)
+    one = cache_features(folder / "a", model, crops, workers=0)
+    two = cache_features(folder / "b", model, crops, workers=2)
+    assert one.folder.name == two.folder.name
+    assert one.maps[0].shape[2:] == (16, 16)
+    for a, b in zip(one.maps, two.maps, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert all(t["boxes"].max() <= 49 for t in one.targets if len(t["boxes"]))
+
+
+# -------------------------------------------------------------------------------------------- keys
+@pytest.fixture
+def own_copy(cfg, data_root, tmp_path):
+    """A config whose data may be changed: a copy of the small set."""
+    shutil.copytree(data_root / "val", tmp_path / "copy")
+    entry = {
+        "FORMAT": "coco",
+        "IMAGES": str(tmp_path / "copy/images"),
+        "ANNOTATIONS": str(tmp_path / "copy/annotations.json"),
+    }
+    own = ["DATASETS.CUSTOM", {"copy": entry}, "DATASETS.TRAIN", ["copy"], "DATASETS.TEST", []]
+    return lambda: build_dataset(load_config(None, own), "copy")
+
+
+def test_what_makes_another_cache(model, own_copy, tmp_path):
+    def key(crops=0, size=SIZE, seed=0):
+        return module._feature_key(model, Crops([own_copy()], size, crops, seed))
+
+    def touch():
+        os.utime(tmp_path / "copy/images/003.png", (1, 1))
+
+    def relabel(change):
+        path = tmp_path / "copy/annotations.json"
+        tree = json.loads(path.read_text())
+        change(tree["annotations"][0])
+        path.write_text(json.dumps(tree))
+
+    def crowd(box):
+        box["iscrowd"] = 1
+
+    def move(box):
+        box["bbox"][0] += 1
+
+    def category(box):
+        box["category_id"] = 30 - box["category_id"]
+
+    first = key()
+    assert key() == first
+    assert key(seed=1) == first  # the centre is not random
+    keys = [first, key(size=96), key(crops=1), key(crops=2), key(crops=1, seed=1)]
+    assert module._feature_key(model, Crops([own_copy()] * 2, SIZE)) not in keys
+    model.head.cls_logits.bias.data += 1
+    assert key() == first  # the head takes no part
+    changes = [
+        touch,
+        lambda: relabel(move),
+        lambda: relabel(category),
+        lambda: relabel(crowd),
+        (tmp_path / "copy/images/002.png").unlink,
+        lambda: model.preprocess.mean.add_(1),
+        lambda: setattr(model.preprocess, "size_divisibility", 64),
+        lambda: next(model.backbone.parameters()).data.view(-1)[-1].add_(1e-3),
+        lambda: next(
+            m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)
+        ).running_var.mul_(2),
+        lambda: setattr(
+            next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)), "stride", (1, 1)
+        ),
+    ]
+    for change in changes:
+        change()
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("level*.npy"))}
+
+
+def test_a_finished_cache_is_found_again(cfg, model, folder, caplog):
+    caplog.set_level(logging.INFO)
+    train, val = build_caches(cfg, model, folder)
+    assert len(train) == 2 * len(build_dataset(cfg, "train_train"))
+    assert len(val) == len(build_dataset(cfg, "train_val"))
+    assert not list(folder.glob("*.partial"))
+    assert "may be deleted" not in caplog.text
+    before = stamps(folder)
+    assert len(before) == 8
+    again = build_caches(cfg, make_model(cfg), folder)
+    assert [c.folder for c in again] == [train.folder, val.folder]
+    assert stamps(folder) == before
+
+    next(model.backbone.parameters()).data.mul_(1.5)
+    other = build_caches(cfg, model, folder)
+    assert {c.folder for c in other}.isdisjoint({train.folder, val.folder})
+    assert before.items() <= stamps(folder).items()
+    (line,) = [r.getMessage() for r in caplog.records if "may be deleted" in r.getMessage()]
+    assert train.folder.name in line and val.folder.name in line and "MB)" in line
+
+
+def shorten(folder):
+    path = folder / "level2.npy"
+    os.truncate(path, path.stat().st_size - 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shorten, "level2.npy has .* bytes instead of"),
+        (lambda folder: (folder / "targets.npz").unlink(), "targets.npz is missing"),
+        (lambda folder: (folder / "cache.json").unlink(), "has no cache.json"),
+        (lambda folder: (folder / "cache.json").write_text("{"), "cache.json is damaged"),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(model, dataset, folder, damage, message, caplog):
+    crops = Crops([dataset], SIZE)
+    cache = cache_features(folder, model, crops)
+    expected = np.array(cache.maps[2])
+    damage(cache.folder)
+    with pytest.raises(CacheError, match=message):
+        FeatureCache.open(cache.folder)
+    again = cache_features(folder, model, crops)
+    assert "cache features is made anew" in caplog.text
+    np.testing.assert_array_equal(again.maps[2], expected)
+
+
+# -------------------------------------------------------------------------------------- what fails
+def nothing_but_locks(folder):
+    return all(path.suffix == ".lock" for path in folder.iterdir())
+
+
+def test_the_estimate_is_the_size(model, dataset, folder):
+    cache = cache_features(folder, model, Crops([dataset], SIZE))
+    shapes = feature_shapes(model, SIZE)
+    assert [array.shape[1:] for array in cache.maps] == shapes
+    files = sum(path.stat().st_size for path in cache.folder.glob("level*.npy"))
+    assert estimate_bytes(shapes, len(dataset)) == cache.nbytes == files - 4 * 128
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_small_a_disk(cfg, model, folder, monkeypatch):
+    """The two caches have to fit together, and leave a little room."""
+    train, val = (len(build_dataset(cfg, f"train_{part}")) for part in ("train", "val"))
+    needed = estimate_bytes(feature_shapes(model, SIZE), 2 * train + val)
+    free = int(needed / 0.95) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    with pytest.raises(CacheError) as error:
+        build_caches(cfg, model, folder)
+    for part in (
+        *(f"{2 * train} (meta-train) and {val} (meta-val)", f"{needed / 1e6:.1f} MB"),
+        *("SEARCH.CACHE.SIZE", "SEARCH.CACHE.CROPS", "SEARCH.CACHE.FOLDER", str(folder)),
+    ):
+        assert part in str(error.value)
+    assert nothing_but_locks(folder)
+    free += 2
+    build_caches(cfg, model, folder)
+    free = 0
+    build_caches(cfg, model, folder)  # they are there
+
+
+def test_maps_beyond_half_precision(model, dataset, folder):
+    with torch.no_grad():
+        for layer in model.backbone.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.mul_(1000)
+    with pytest.raises(CacheError, match=r"map \d reaches .*half precision"):
+        cache_features(folder, model, Crops([dataset], SIZE), workers=1)
+    assert nothing_but_locks(folder)
+    assert not multiprocessing.active_children()
+
+
+def test_unreadable_images_are_left_out(model, own_copy, tmp_path, folder, caplog):
+    expected = cache_features(folder, model, Crops([own_copy()], SIZE, crops=2))
+    for name in ("002.png", "007.png"):
+        (tmp_path / "copy/images" / name).write_bytes(b"no picture")
+    dataset = own_copy()
+    cache = cache_features(folder, model, Crops([dataset], SIZE, crops=2), workers=1)
+    assert cache.folder != expected.folder
+    assert len(cache) == len(expected) - 4 == len(cache.maps[0])
+    keep = [row for row in range(len(expected)) if row // 2 not in (1, 6)]
+    # Batches are composed otherwise, so sums may be rounded otherwise.
+    for a, b in zip(cache.maps, expected.maps, strict=True):
+        np.testing.assert_allclose(a.astype(float), b[keep].astype(float), rtol=2e-3, atol=1e-3)
+    for target, row in zip(cache.targets, keep, strict=True):
+        assert torch.equal(target["boxes"], expected.targets[row]["boxes"])
+    assert "4 of 14 crops are missing" in caplog.text
+    assert len(FeatureCache.open(cache.folder)) == 10
+
+    dataset.max_bad_images = 1
+    with pytest.raises(DataError, match="MAX_BAD_IMAGES = 1"):
+        cache_features(folder / "other", model, Crops([dataset], SIZE))
+    assert nothing_but_locks(folder / "other")
+
+
+def test_no_readable_image(model, own_copy, tmp_path, folder):
+    for path in (tmp_path / "copy/images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the images can be read"):
+        cache_features(folder, model, Crops([own_copy()], SIZE))
+    assert nothing_but_locks(folder)
+
+
+# --------------------------------------------------------------------------------------- processes
+FORK = multiprocessing.get_context("fork")
+
+
+def test_what_a_killed_build_leaves_is_removed(model, dataset, folder, caplog):
+    def build_and_die():
+        model.backbone.register_forward_hook(
+            lambda *_: (
+                os.kill(os.getpid(), signal.SIGKILL)
+                if list(folder.glob("*.partial/level0.npy"))
+                else None
+            )
+        )
+        cache_features(folder, model, Crops([dataset], SIZE), batch_size=2)
+
+    process = FORK.Process(target=build_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (partial,) = folder.glob("*.partial")
+    caplog.set_level(logging.INFO)
+    cache = cache_features(folder, model, Crops([dataset], SIZE, crops=1))  # another one
+    assert not partial.exists() and f"removing {partial}" in caplog.text
+    assert [path for path in folder.iterdir() if path.is_dir()] == [cache.folder]
+
+
+def test_two_processes_make_it_once(model, dataset, folder):
+    counter = folder.parent / "batches"
+
+    def build():
+        def count(*_):
+            with counter.open("a") as file:
+                file.write("x")
+
+        model.backbone.register_forward_hook(count)
+        cache = cache_features(folder, model, Crops([dataset], SIZE), batch_size=2)
+        assert len(cache) == len(dataset)
+
+    processes = [FORK.Process(target=build) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    # One of them is for the shapes.
+    assert len(counter.read_text()) == 1 + -(-len(dataset) // 2)
+
+
+def test_progress_in_the_log(model, dataset, folder, caplog, monkeypatch):
+    monkeypatch.setattr(module, "LOG_EVERY", 0.0)
+    caplog.set_level(logging.INFO)
+    cache_features(folder, model, Crops([dataset], SIZE), batch_size=4, title="meta-val")
+    lines = [r.getMessage() for r in caplog.records if getattr(r, "periodic", False)]
+    assert lines[0].startswith(f"cache meta-val: 4 of {len(dataset)} crops, ")
+    assert lines[0].endswith(" to go")
+
+
+# ------------------------------------------------------------------------------------- the pyramid
+CELLS = [[[1, 2, 4, 3, 1]], [[2, 3, 0, 3, 0]], [[3, 3, 0, 0, 0]]]
+
+
+def make_neck(model, cells=CELLS):
+    torch.manual_seed(1)
+    return NASFPN(model.backbone.out_channels, 16, Genotype.parse(cells))
+
+
+def test_the_pyramid_is_the_neck_s(model, dataset, folder):
+    source = cache_features(folder, model, Crops([dataset], SIZE))
+    neck = make_neck(model).train()
+    pyramid = cache_pyramid(folder, neck, source, batch_size=4)
+    assert neck.training and len(pyramid) == len(source) and pyramid.size == SIZE
+    maps, _ = source.batch(range(len(source)))
+    with torch.no_grad():
+        expected = neck.eval()(maps)
+    assert len(pyramid.maps) == 5
+    for array, level in zip(pyramid.maps, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(np.array(array)).float(), level, rtol=2e-3, atol=1e-3
+        )
+    for one, other in zip(pyramid.targets, source.targets, strict=True):
+        assert torch.equal(one["boxes"], other["boxes"])
+        assert torch.equal(one["labels"], other["labels"])
+
+
+def test_what_makes_another_pyramid(model, dataset, folder, caplog):
+    caplog.set_level(logging.INFO)
+    source = cache_features(folder, model, Crops([dataset], SIZE))
+    first = cache_pyramid(folder, make_neck(model), source)
+    before = stamps(folder)
+    assert cache_pyramid(folder, make_neck(model), source).folder == first.folder
+    assert stamps(folder) == before
+    assert "may be deleted" not in caplog.text
+    # The same layers and weights, connected otherwise.
+    rewired = make_neck(model, [[[2, 1, 4, 3, 1]], *CELLS[1:]])
+    others = [
+        cache_pyramid(folder, rewired, source),
+        cache_pyramid(
+            folder, make_neck(model), cache_features(folder, model, Crops([dataset], 96))
+        ),
+    ]
+    assert len({first.folder, *(other.folder for other in others)}) == 3
+    (line,) = [r.getMessage() for r in caplog.records if "may be deleted" in r.getMessage()]
+    assert first.folder.name in line and Path(source.folder).name not in line
