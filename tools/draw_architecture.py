@@ -1,0 +1,62 @@
+"""Draw the searched architecture of a config.
+
+python tools/draw_architecture.py --config-file FILE --output picture.png
+python tools/draw_architecture.py --config-file FILE --output picture.svg MODEL.GENOTYPE "[...]"
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+from nasfcos.config import ConfigError, load_config
+from nasfcos.drawing import FORMATS, save_architecture
+from nasfcos.engine.launch import USER_ERRORS, argument_parser
+from nasfcos.engine.logging import log_to_console
+from nasfcos.genotype import Genotype
+
+logger = logging.getLogger("nasfcos.draw_architecture")
+
+
+def main() -> int:
+    parser = argument_parser(
+        "Draw the architecture of a config's MODEL.GENOTYPE: the cells of its pyramid, and the "
+        "layers of its head where MODEL.HEAD.TOWER is searched."
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE",
+        help=f"the picture, ending in {', '.join(FORMATS)}",
+    )  # fmt: skip
+    args = parser.parse_intermixed_args()
+    if args.output.suffix.lower() not in FORMATS:
+        parser.error(f"--output must end in one of {', '.join(FORMATS)}, not {args.output.name!r}")
+
+    log_to_console()
+    try:
+        cfg = load_config(args.config_file, args.overrides)
+        if not cfg.MODEL.GENOTYPE:
+            raise ConfigError(
+                f"{args.config_file} has no searched architecture to draw: its MODEL.GENOTYPE is "
+                "empty. Name a config with a searched pyramid, or give MODEL.GENOTYPE after the "
+                "options"
+            )
+        genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
+        if cfg.MODEL.HEAD.TOWER == "plain" and genotype.head_ops:
+            logger.info("the head is not drawn: MODEL.HEAD.TOWER is plain, so it is not searched")
+            genotype = dataclasses.replace(genotype, head_split=None, head_ops=())
+        if cfg.MODEL.NECK.NAME != "nas_fpn":
+            logger.warning(
+                "MODEL.NECK.NAME is %s, so the detector of this config does not use the cells",
+                cfg.MODEL.NECK.NAME,
+            )
+        save_architecture(genotype, args.output, title=Path(args.config_file).stem)
+    except USER_ERRORS as error:
+        logger.error("%s", error)
+        return 2
+    logger.info("%s", genotype.describe())
+    logger.info("drawn to %s", args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
