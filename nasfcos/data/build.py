@@ -121,7 +121,7 @@ def _end_with_parent(parent: int) -> None:
     """Wait for a SIGTERM that the process `parent` sent (or one that came after its end)."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # to the loader any other code means that a worker failed
 
 
 def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:
