@@ -1,0 +1,225 @@
+"""How a search stands, in words: for its log, and for another terminal.
+
+What the trials say is in the journal; what else the search does (its phase, its process) it writes
+to `progress.json` in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..evaluation.files import write_json
+from .records import COMPLETE, FAILED, PRUNED, TrialRecord
+
+PROGRESS_FILE = "progress.json"
+
+RECENT = 20
+"""Trials that the rate is taken from."""
+
+SILENT = 15 * 60
+"""Seconds without a word after which a living process may hang."""
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a search was doing when it last said so.
+
+    Attributes:
+        phase: in words; empty once it has ended.
+        pid, host: of its main process.
+        updated: seconds since the epoch.
+        figures: of the phase; `done` and `total` are those of its steps.
+    """
+
+    phase: str
+    pid: int
+    host: str
+    updated: float
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+
+def write_progress(folder: str | Path, phase: str, **figures: float | str) -> None:
+    """Say what this process does: ``write_progress(folder, "select", done=3, total=20)``.
+
+    An empty phase says that the search has ended.
+    """
+    write_json(
+        Path(folder) / PROGRESS_FILE,
+        {
+            "phase": phase,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": time.time(),
+            "figures": figures,
+        },
+    )
+
+
+def read_progress(folder: str | Path) -> Progress | None:
+    """What `write_progress` wrote last; None where there is none that can be read."""
+    try:
+        content = json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))
+        return Progress(
+            str(content["phase"]), int(content["pid"]), str(content["host"]),
+            float(content["updated"]), dict(content["figures"]),
+        )  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def is_running(progress: Progress) -> bool | None:
+    """Whether its process is alive; None where that cannot be seen from this machine."""
+    if progress.host != socket.gethostname():
+        return None
+    try:
+        os.kill(progress.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+# ----------------------------------------------------------------------------------------- trials
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of a search: its name ("fpn" or "head"), its finished and its planned trials."""
+
+    stage: str
+    records: Sequence[TrialRecord]
+    planned: int
+
+    def own(self) -> list[TrialRecord]:
+        """The trials that were run, not reused."""
+        return [record for record in self.records if record.reused is None]
+
+    def count(self, status: str) -> int:
+        """Trials of their own that ended so."""
+        return sum(record.result.status == status for record in self.own())
+
+    @property
+    def reused(self) -> int:
+        """Proposals of a graph that had been tried."""
+        return len(self.records) - len(self.own())
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """Of the trials that were trained to the end the one with the largest objective."""
+        return max(
+            (
+                record
+                for record in self.own()
+                if record.result.status == COMPLETE and math.isfinite(record.objective)
+            ),
+            key=lambda record: record.objective,
+            default=None,
+        )
+
+
+def trials_per_hour(records: Sequence[TrialRecord]) -> float:
+    """Pace of the last trials, nan for fewer than two.
+
+    A gap between two ends that is more than twice as long as the longest of these trials was a stop
+    of the search: it counts as one such trial.
+    """
+    recent = sorted(records, key=lambda record: record.finished)[-RECENT:]
+    if len(recent) < 2:
+        return math.nan
+    longest = max(record.result.seconds for record in recent)
+    gaps = [after.finished - before.finished
+            for before, after in zip(recent, recent[1:], strict=False)]  # fmt: skip
+    elapsed = sum(gap if gap <= 2 * longest else longest for gap in gaps)
+    return 3600 * len(gaps) / elapsed if elapsed > 0 else math.nan
+
+
+def format_stage(stage: StageStatus) -> str:
+    """A stage in a line: trials, best so far, pace and how the trials ended."""
+    done = len(stage.records)
+    parts = [f"{stage.stage}: {done:,} of {stage.planned:,} trials"]
+    if best := stage.best:
+        parts.append(f"best {best.result.reward:.4f} (trial {best.index})")
+    if done < stage.planned:
+        # Reused ones take no time, but they are a part of the way.
+        rate, pace = trials_per_hour(stage.own()), trials_per_hour(stage.records)
+        if math.isfinite(rate):
+            parts.append(f"{rate:.3g} trials/h")
+        if math.isfinite(pace):
+            parts.append(f"{format_seconds(3600 * (stage.planned - done) / pace)} left")
+    counts = (
+        ("failed", stage.count(FAILED)),
+        ("pruned", stage.count(PRUNED)),
+        ("reused", stage.reused),
+    )
+    parts += [f"{count:,} {name}" for name, count in counts if count]
+    return ", ".join(parts)
+
+
+def format_status(
+    stages: Sequence[StageStatus], progress: Progress | None, now: float | None = None
+) -> str:
+    """The whole search, a line for the process, the phase and each stage.
+
+    Args:
+        stages: in the order in which they are searched.
+        progress: `read_progress` of the search's folder.
+        now: seconds since the epoch; None is the present.
+    """
+    lines = []
+    if progress is None:
+        lines.append("no search has written its progress here")
+    else:
+        lines.append(_format_process(progress, time.time() if now is None else now))
+        if progress.phase:
+            lines.append(f"phase: {_format_phase(progress)}")
+    return "\n".join(lines + [format_stage(stage) for stage in stages])
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration to two units: ``42 s``, ``5 min 10 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    for large, small, size, below in (("min", "s", 1, 60), ("h", "min", 60, 24)):
+        whole, rest = divmod(round(seconds / size), 60)
+        if whole < below:
+            return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def _format_process(progress: Progress, now: float) -> str:
+    age = now - progress.updated
+    said = f"last word {format_seconds(age)} ago"
+    if not progress.phase:
+        return f"finished {format_seconds(age)} ago"
+    process = f"process {progress.pid} on {progress.host}"
+    running = is_running(progress)
+    if running is None:
+        return f"{process}: another machine, so it cannot be seen whether it runs; {said}"
+    if not running:
+        return f"stopped: {process} is gone, {said}; --resume goes on"
+    if age > SILENT:
+        return f"{process} exists, but {said}: it may hang, or be another program by now"
+    return f"running: {process}, {said}"
+
+
+def _format_phase(progress: Progress) -> str:
+    figures = dict(progress.figures)
+    text = progress.phase
+    if "done" in figures and "total" in figures:
+        text += f" {figures.pop('done')} of {figures.pop('total')}"
+    for name, value in figures.items():
+        text += f", {name} {value:.4g}" if isinstance(value, float) else f", {name} {value}"
+    return text
