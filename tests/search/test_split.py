@@ -49,11 +49,12 @@ def test_every_class_is_on_both_sides_where_that_is_possible():
     assert solvable > 50
 
 
-def test_a_chain_of_pairs_needs_moves_that_lead_uphill():
-    presence = np.zeros((41, 40), bool)
-    for k in range(40):
-        presence[[k, k + 1], k] = True
-    for seed in range(5):
+def test_hard_cases_need_moves_that_lead_uphill():
+    """Each class in three images only, and more classes than images."""
+    for seed in range(8):
+        presence = np.zeros((60, 100), bool)
+        for k in range(100):
+            presence[rng([seed, k]).choice(60, 3, replace=False), k] = True
         assert lacking(presence, stratified_split(presence, 0.3, rng(seed))) == 0
 
 
