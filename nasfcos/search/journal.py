@@ -1,0 +1,536 @@
+"""The journal of a search: every proposal and every finished trial, durable in one SQLite file.
+
+The file is an Optuna storage with a study per stage, so ``optuna-dashboard sqlite:///search.db``
+and Optuna's plots and importances work on it. Of a proposal it keeps the decisions as categorical
+parameters, of a finished trial the objective as its value (to be maximised), the rewards at the
+rungs as intermediate values, and the rest as user attributes.
+
+What can happen to a trial::
+
+    propose -> WAITING -> start -> RUNNING -> finish -> COMPLETE, PRUNED or FAIL (finished)
+                  ^                   |
+                  +------- FAIL <-----+   its worker died, or the search was killed: tried again
+
+A trial that is tried again becomes a new trial of Optuna's, linked to the failed one by Optuna's
+own callback for that. So a proposal, known by its ``index``, may stand in several of them, of
+which at most one is finished: a FAIL that carries no ``status`` is none.
+
+Two things differ from how a study of Optuna's is mostly used. Trials are written through the
+storage's own interface, not by ``enqueue_trial``, ``ask`` and ``tell``: these write each of the
+decisions in a transaction of its own, and give out trials in their order only. And stale trials
+are found without a heartbeat: whoever opens a journal for writing holds the lock of OUTPUT_DIR, so
+a trial that is RUNNING at that moment belongs to a process that is gone.
+
+Writes go through SQLite's rollback journal in its safest mode. It is slower than a write-ahead log,
+but a crash of the machine loses nothing either, and a search on a network file system can be
+watched from another machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import logging
+import math
+import sqlite3
+import warnings
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+try:
+    import optuna
+except ImportError as error:
+    raise ImportError(
+        "the architecture search keeps its journal with Optuna, which is not installed: "
+        "pip install 'nasfcos[search]'"
+    ) from error
+from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, get_storage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..evaluation.files import replacing
+from .records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
+from .space import Space
+
+logger = logging.getLogger(__name__)
+
+# Otherwise there would be a line for each study that is made.
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+# Seconds that a process waits while another one (the dashboard, a reader) holds the file.
+LOCK_TIMEOUT = 60.0
+
+# User attributes of an Optuna trial that a further attempt at the same proposal inherits.
+PROPOSAL = ("index", "batch", "batch_size", "key", "genotype", "deaths")
+
+# `_engine` says which file is opened: in a URL some characters of its path would have a meaning.
+URL = "sqlite:///journal"
+
+STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+
+SETTINGS, FIGURES = "settings", "figures of batch "
+"""User attributes of a study: what must not change, and (with the number) what a batch taught."""
+
+
+class JournalError(RuntimeError):
+    """A journal that cannot be opened, or that belongs to a different search."""
+
+
+@dataclass
+class _Trial:
+    """The newest Optuna trial of a proposal."""
+
+    id: int
+    batch: int
+    choices: tuple[int, ...]
+    deaths: tuple[str, ...]
+
+
+class Journal:
+    """The journal of one stage, opened by the one process that writes it.
+
+    That process must hold the lock of OUTPUT_DIR: trials that are still running in the file are
+    taken for stale, and wait to be tried again.
+
+    Args:
+        path: of the SQLite file; made when missing.
+        space: of the stage; its `stage` is the name of the study.
+        retries: how often a trial is tried again whose worker died.
+        settings: what must not change between the runs of one search, JSON values by name.
+
+    Raises:
+        JournalError: the file is no journal, or its settings are others; the message names them.
+    """
+
+    def __init__(
+        self, path: str | Path, space: Space, retries: int, settings: Mapping[str, Any]
+    ) -> None:
+        self.path = Path(path)
+        self.space = space
+        self.retries = retries
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _readable(self.path):
+            self._storage = get_storage(RDBStorage(URL, _engine(self.path, "rwc")))
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=space.stage,
+                direction="maximize",
+                load_if_exists=True,
+            )
+        self._study_id = self._storage.get_study_id_from_name(space.stage)
+        self._distributions = {
+            decision.name: CategoricalDistribution(decision.choices) for decision in space.decisions
+        }
+        attributes = self._study.user_attrs
+        self._check_settings(
+            {**settings, "decisions": [[d.name, list(d.choices)] for d in space.decisions]},
+            attributes.get(SETTINGS),
+        )
+        self._figures = _batch_figures(attributes)
+        self._trials: dict[int, _Trial] = {}
+        self._batch_sizes: dict[int, int] = {}
+        self._records: list[TrialRecord] = []
+        self._recover()
+
+    # -------------------------------------------------------------------------------- reading
+    def records(self) -> list[TrialRecord]:
+        """The finished trials, ordered by index."""
+        return list(self._records)
+
+    def batch_size(self, batch: int) -> int:
+        """How many proposals a batch has; 0 where it has not been proposed yet."""
+        return self._batch_sizes.get(batch, 0)
+
+    def batch_figures(self) -> list[dict[str, float]]:
+        """What `note_batch` stored, by batch."""
+        return list(self._figures)
+
+    # -------------------------------------------------------------------------------- writing
+    def propose(self, batch: int, proposals: Sequence[tuple[int, ...]]) -> None:
+        """Note the proposals of a batch, before any of them runs.
+
+        Their indices follow those of the batch before. A batch that is in the journal already is
+        compared with it, and completed where a kill had cut it short.
+
+        Raises:
+            JournalError: the journal has other proposals, so the search would not go on as it
+                began.
+        """
+        first = sum(self._batch_sizes[earlier] for earlier in range(batch))
+        if self.batch_size(batch) not in (0, len(proposals)):
+            raise JournalError(
+                f"{self.path}: batch {batch} has {self.batch_size(batch)} proposals, and now "
+                f"{len(proposals)}"
+            )
+        for index, choices in enumerate(proposals, start=first):
+            choices = tuple(int(choice) for choice in choices)
+            if index in self._trials:
+                self._check_proposal(index, choices)
+                continue
+            trial = optuna.trial.create_trial(
+                state=TrialState.WAITING,
+                params={
+                    decision.name: decision.choices[choice]
+                    for decision, choice in zip(self.space.decisions, choices, strict=True)
+                },
+                distributions=self._distributions,
+                user_attrs={
+                    "index": index,
+                    "batch": batch,
+                    "batch_size": len(proposals),
+                    "key": self.space.key(choices),
+                    "genotype": self.space.genotype(choices).to_list(),
+                },
+            )
+            trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
+            self._trials[index] = _Trial(trial_id, batch, choices, ())
+            self._batch_sizes[batch] = len(proposals)
+
+    def start(self, index: int) -> None:
+        """Note that a proposed trial runs now.
+
+        Raises:
+            ValueError: it is not waiting.
+        """
+        if not self._storage.set_trial_state_values(self._trials[index].id, TrialState.RUNNING):
+            raise ValueError(f"trial {index} is not waiting to be run")
+
+    def finish(
+        self, index: int, result: TrialResult, objective: float, reused: int | None = None
+    ) -> TrialRecord:
+        """Note the end of a started trial: all of it, or nothing if a kill comes between.
+
+        Args:
+            index: of the trial.
+            result: how it ended.
+            objective: what the strategy learns from it; nan for a failed trial.
+            reused: index of the trial that `result` was taken from.
+
+        Raises:
+            ValueError: a trial that did not fail has no objective.
+        """
+        objective = float(objective)
+        if result.status != FAILED and math.isnan(objective):
+            raise ValueError(f"trial {index} is {result.status}, but its objective is nan")
+        trial_id = self._trials[index].id
+        for iteration, reward in result.curve:
+            self._storage.set_trial_intermediate_value(trial_id, int(iteration), float(reward))
+        # The status is the last: a trial that has it has everything (`_recover`).
+        attributes = _result_attributes(result) | {"objective": objective}
+        if reused is not None:
+            attributes["reused"] = reused
+        for name, value in (attributes | {"status": result.status}).items():
+            self._storage.set_trial_user_attr(trial_id, name, value)
+        return self._settle(trial_id, result.status, objective)
+
+    def retry(self, index: int, reason: str) -> bool:
+        """Note that the worker of a running trial died.
+
+        Args:
+            index: of the trial.
+            reason: how the worker died.
+
+        Returns:
+            True when the trial waits to be started again. False when it has been tried again
+            often enough: then it has failed, and is finished.
+        """
+        trial = self._trials[index]
+        deaths = (*trial.deaths, reason)
+        if len(deaths) > self.retries:
+            times = "once" if len(deaths) == 1 else f"{len(deaths)} times"
+            self.finish(
+                index,
+                TrialResult(FAILED, reason=f"the worker died {times}, at last: {reason}"),
+                math.nan,
+            )
+            return False
+        self._storage.set_trial_user_attr(trial.id, "deaths", list(deaths))
+        self._fail(trial.id)
+        self._try_again(trial.id)
+        return True
+
+    def note_batch(self, batch: int, figures: Mapping[str, float]) -> None:
+        """Store what the strategy tells of a batch it has learnt from.
+
+        A batch that a resumed search learns from again is not stored twice.
+        """
+        if batch < len(self._figures):
+            return
+        if batch > len(self._figures):
+            raise ValueError(f"batch {batch} is learnt from before batch {len(self._figures)}")
+        figures = {name: float(value) for name, value in figures.items()}
+        self._study.set_user_attr(f"{FIGURES}{batch}", figures)
+        self._figures.append(figures)
+
+    def export_csv(self, path: str | Path) -> None:
+        """Write the finished trials as CSV with a header, a line per trial; all of it or nothing.
+
+        The decisions are the last columns, with their names and by their names.
+        """
+        losses = sorted({name for record in self._records for name in record.result.losses})
+        plain = [f.name for f in fields(TrialResult) if f.name not in ("losses", "curve")]
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(
+                ["index", "batch", *plain, "objective", "reused", "finished", "curve"]
+                + [f"loss.{name}" for name in losses]
+                + ["key", "genotype", *(decision.name for decision in self.space.decisions)]
+            )
+            for record in self._records:
+                result = record.result
+                writer.writerow(
+                    [record.index, record.batch, *(getattr(result, name) for name in plain)]
+                    + [record.objective, record.reused, record.finished]
+                    + [json.dumps(result.curve)]
+                    + [result.losses.get(name) for name in losses]
+                    + [record.key, json.dumps(record.genotype)]
+                    + [
+                        decision.choices[choice]
+                        for decision, choice in zip(
+                            self.space.decisions, record.choices, strict=True
+                        )
+                    ]
+                )
+
+    # -------------------------------------------------------------------------------- inner parts
+    def _check_settings(self, settings: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Store the settings in a new journal; refuse others in an old one."""
+        settings = json.loads(json.dumps(settings))
+        if before is None:
+            self._study.set_user_attr(SETTINGS, settings)
+            return
+        missing = object()
+        different = [
+            name
+            for name in sorted({*settings, *before})
+            if settings.get(name, missing) != before.get(name, missing)
+        ]
+        if different:
+            changes = "; ".join(
+                f"{name} was {_brief(before.get(name, '(nothing)'))} and is now "
+                f"{_brief(settings.get(name, '(nothing)'))}"
+                for name in different
+            )
+            raise JournalError(
+                f"{self.path} holds a search of the {self.space.stage} stage with other settings: "
+                f"{changes}. Set them as they were to go on with it, or name another OUTPUT_DIR "
+                "(and leave out --resume)"
+            )
+
+    def _check_proposal(self, index: int, choices: tuple[int, ...]) -> None:
+        before = self._trials[index].choices
+        if choices != before:
+            raise JournalError(
+                f"{self.path}: trial {index} of the {self.space.stage} stage was proposed as "
+                f"{self._words(before)}, but would now be {self._words(choices)}. The search "
+                "cannot go on as it began: its code or libraries have changed. Go on with the "
+                "versions it began with, or name another OUTPUT_DIR (and leave out --resume)"
+            )
+
+    def _words(self, choices: tuple[int, ...]) -> str:
+        return " ".join(
+            decision.choices[choice]
+            for decision, choice in zip(self.space.decisions, choices, strict=True)
+        )
+
+    def _recover(self) -> None:
+        """Read the file, and put in order what a kill left in it.
+
+        Every step may itself be cut off by a kill: the next opening takes it up again.
+        """
+        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        # Of a proposal the last one counts: it is tried again only after an attempt was cut off.
+        newest = {t.user_attrs["index"]: t for t in trials if "index" in t.user_attrs}
+        for index, trial in newest.items():
+            self._note_trial(trial)
+            trial_id = self._trials[index].id
+            if _is_finished(trial):
+                self._add_record(trial)
+            elif trial.state == TrialState.RUNNING and "status" in trial.user_attrs:
+                # Cut off in the last step of `finish`: only the state is missing.
+                attributes = trial.user_attrs
+                self._settle(trial_id, attributes["status"], attributes["objective"])
+            elif trial.state == TrialState.RUNNING:
+                kills = len(trial.system_attrs.get("retry_history", ())) + 1
+                logger.warning(
+                    "trial %d was running when the search was ended; it is tried again%s",
+                    index,
+                    f" for the {kills}th time: if it is this trial that ends the search, with its "
+                    "memory perhaps, SEARCH.EXECUTOR local keeps it apart"
+                    if kills > 3
+                    else "",
+                )
+                self._fail(trial_id)
+                self._try_again(trial_id)
+            elif trial.state == TrialState.FAIL:
+                # Cut off between these two steps, here or in `retry`.
+                self._try_again(trial_id)
+
+    def _note_trial(self, trial: FrozenTrial) -> None:
+        """Remember an Optuna trial as the newest of its proposal."""
+        attributes = trial.user_attrs
+        self._trials[attributes["index"]] = _Trial(
+            self._id(trial),
+            attributes["batch"],
+            _choices(trial),
+            tuple(attributes.get("deaths", ())),
+        )
+        self._batch_sizes[attributes["batch"]] = attributes["batch_size"]
+
+    def _id(self, trial: FrozenTrial) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+
+    def _settle(self, trial_id: int, status: str, objective: float) -> TrialRecord:
+        """Give a trial, whose attributes are written, its final state: now it is finished."""
+        values = None if status == FAILED else [objective]
+        self._storage.set_trial_state_values(trial_id, STATES[status], values)
+        return self._add_record(self._storage.get_trial(trial_id))
+
+    def _add_record(self, trial: FrozenTrial) -> TrialRecord:
+        record = _record(trial)
+        insort(self._records, record, key=lambda other: other.index)
+        return record
+
+    def _fail(self, trial_id: int) -> None:
+        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+    def _try_again(self, trial_id: int) -> None:
+        """Add a waiting trial for the proposal of a failed one."""
+        # A copy, for the callback changes it; without what `finish` had begun to write.
+        failed = copy.deepcopy(self._storage.get_trial(trial_id))
+        failed.user_attrs = {k: v for k, v in failed.user_attrs.items() if k in PROPOSAL}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            again = RetryHeartbeatStaleTrialCallback()
+        again(self._study, failed)
+        waiting = self._storage.get_all_trials(
+            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
+        )
+        index = failed.user_attrs["index"]
+        self._note_trial(next(t for t in waiting if t.user_attrs.get("index") == index))
+
+
+def read_records(path: str | Path, stage: str) -> list[TrialRecord]:
+    """The finished trials of a stage, ordered by index, from a search that may be running.
+
+    Changes nothing and needs no lock.
+
+    Raises:
+        JournalError: there is no such file, or it is no journal. A stage that has not begun has no
+            trials.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise JournalError(f"there is no search in {path.parent}: {path.name} is missing")
+    finished = tuple(state for state in TrialState if state.is_finished())
+    with _readable(path):
+        storage = RDBStorage(URL, _engine(path, "rw"), skip_table_creation=True)
+        try:
+            study_id = storage.get_study_id_from_name(stage)
+            trials = storage.get_all_trials(study_id, deepcopy=False, states=finished)
+        except KeyError:
+            return []
+        finally:
+            storage.engine.dispose()
+    records = [_record(trial) for trial in trials if _is_finished(trial)]
+    return sorted(records, key=lambda record: record.index)
+
+
+def _engine(path: Path, mode: str) -> dict[str, Any]:
+    """How SQLAlchemy is to open a file, in a mode of SQLite's URIs.
+
+    A reader needs "rw", too: after a kill in the middle of a transaction it is the next one to
+    open the file that takes back the half of it.
+    """
+
+    def connect() -> sqlite3.Connection:
+        uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
+        return sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, check_same_thread=False)
+
+    return {"creator": connect}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what is raised at a file that is no journal into `JournalError`."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise JournalError(f"{path} cannot be read as a journal: {cause}") from error
+
+
+def _is_finished(trial: FrozenTrial) -> bool:
+    """Whether an Optuna trial is the end of a proposal, not an attempt that was cut off."""
+    attributes = trial.user_attrs
+    return "index" in attributes and "status" in attributes and trial.state.is_finished()
+
+
+def _choices(trial: FrozenTrial) -> tuple[int, ...]:
+    return tuple(
+        int(trial.distributions[name].to_internal_repr(value))
+        for name, value in trial.params.items()
+    )
+
+
+def _result_attributes(result: TrialResult) -> dict[str, Any]:
+    """The fields of a result that differ from their defaults, in types that JSON knows."""
+    values = {
+        "reward": float(result.reward),
+        "losses": {name: float(value) for name, value in result.losses.items()},
+        "params": int(result.params),
+        "flops": float(result.flops),
+        "latency": float(result.latency),
+        "seconds": float(result.seconds),
+        "reason": result.reason,
+    }
+    default = TrialResult(result.status)
+    return {
+        name: value
+        for name, value in values.items()
+        if value != getattr(default, name) and value == value  # a nan is the default
+    }
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    """A finished trial as the search knows it; the only reading of what `finish` writes."""
+    attributes = trial.user_attrs
+    names = ("reward", "losses", "params", "flops", "latency", "seconds", "reason", "status")
+    return TrialRecord(
+        index=attributes["index"],
+        batch=attributes["batch"],
+        choices=_choices(trial),
+        key=attributes["key"],
+        genotype=attributes["genotype"],
+        result=TrialResult(
+            **{name: attributes[name] for name in names if name in attributes},
+            curve=tuple(sorted(trial.intermediate_values.items())),
+        ),
+        objective=attributes["objective"],
+        reused=attributes.get("reused"),
+        finished=trial.datetime_complete.timestamp(),
+    )
+
+
+def _batch_figures(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The figures of the batches, in their order, from a study's attributes."""
+    figures = []
+    while f"{FIGURES}{len(figures)}" in attributes:
+        figures.append(attributes[f"{FIGURES}{len(figures)}"])
+    return figures
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
