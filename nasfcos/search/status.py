@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..engine.metrics import format_duration
 from ..evaluation.files import write_json
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord
 
@@ -22,6 +23,9 @@ PROGRESS_FILE = "progress.json"
 
 RECENT = 20
 """Trials that the rate is taken from."""
+
+FINISHED = "finished"
+"""The phase of a search that has come to its end."""
 
 SILENT = 15 * 60
 """Seconds without a word after which a living process may hang."""
@@ -35,7 +39,7 @@ class Progress:
     """What a search was doing when it last said so.
 
     Attributes:
-        phase: in words; empty once it has ended.
+        phase: in words; `FINISHED` at the end.
         pid, host: of its main process.
         updated: seconds since the epoch.
         figures: of the phase; `done` and `total` are those of its steps.
@@ -49,10 +53,7 @@ class Progress:
 
 
 def write_progress(folder: str | Path, phase: str, **figures: float | str) -> None:
-    """Say what this process does: ``write_progress(folder, "select", done=3, total=20)``.
-
-    An empty phase says that the search has ended.
-    """
+    """Say what this process does: ``write_progress(folder, "select", done=3, total=20)``."""
     write_json(
         Path(folder) / PROGRESS_FILE,
         {
@@ -114,18 +115,14 @@ class StageStatus:
         """Proposals of a graph that had been tried."""
         return len(self.records) - len(self.own())
 
-    @property
-    def best(self) -> TrialRecord | None:
-        """Of the trials that were trained to the end the one with the largest objective."""
-        return max(
-            (
-                record
-                for record in self.own()
-                if record.result.status == COMPLETE and math.isfinite(record.objective)
-            ),
-            key=lambda record: record.objective,
-            default=None,
-        )
+    def ranked(self) -> list[TrialRecord]:
+        """The trials of their own that were trained to the end, by objective, best first."""
+        complete = [
+            record
+            for record in self.own()
+            if record.result.status == COMPLETE and math.isfinite(record.objective)
+        ]
+        return sorted(complete, key=lambda record: (-record.objective, record.index))
 
 
 def trials_per_hour(records: Sequence[TrialRecord]) -> float:
@@ -148,15 +145,15 @@ def format_stage(stage: StageStatus) -> str:
     """A stage in a line: trials, best so far, pace and how the trials ended."""
     done = len(stage.records)
     parts = [f"{stage.stage}: {done:,} of {stage.planned:,} trials"]
-    if best := stage.best:
-        parts.append(f"best {best.result.reward:.4f} (trial {best.index})")
+    if ranked := stage.ranked():
+        parts.append(f"best {ranked[0].result.reward:.4f} (trial {ranked[0].index})")
     if done < stage.planned:
         # Reused ones take no time, but they are a part of the way.
         rate, pace = trials_per_hour(stage.own()), trials_per_hour(stage.records)
         if math.isfinite(rate):
             parts.append(f"{rate:.3g} trials/h")
         if math.isfinite(pace):
-            parts.append(f"{format_seconds(3600 * (stage.planned - done) / pace)} left")
+            parts.append(f"{format_duration(3600 * (stage.planned - done) / pace)} left")
     counts = (
         ("failed", stage.count(FAILED)),
         ("pruned", stage.count(PRUNED)),
@@ -167,43 +164,33 @@ def format_stage(stage: StageStatus) -> str:
 
 
 def format_status(
-    stages: Sequence[StageStatus], progress: Progress | None, now: float | None = None
+    folder: str | Path,
+    stages: Sequence[tuple[str, Sequence[TrialRecord], int]],
+    now: float | None = None,
 ) -> str:
-    """The whole search, a line for the process, the phase and each stage.
+    """The whole search: a line for its process, its phase and each stage.
 
     Args:
-        stages: in the order in which they are searched.
-        progress: `read_progress` of the search's folder.
+        folder: of the search.
+        stages: name, finished and planned trials of each, in the order of the search.
         now: seconds since the epoch; None is the present.
     """
-    lines = []
+    progress = read_progress(folder)
     if progress is None:
-        lines.append("no search has written its progress here")
+        lines = [f"no search has run in {folder}, or it has not got as far as saying so"]
     else:
-        lines.append(_format_process(progress, time.time() if now is None else now))
-        if progress.phase:
+        lines = [_format_process(progress, time.time() if now is None else now)]
+        if progress.phase != FINISHED:
             lines.append(f"phase: {_format_phase(progress)}")
-    return "\n".join(lines + [format_stage(stage) for stage in stages])
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration to two units: ``42 s``, ``5 min 10 s``, ``3 h 20 min``, ``2 d 4 h``."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    for large, small, size, below in (("min", "s", 1, 60), ("h", "min", 60, 24)):
-        whole, rest = divmod(round(seconds / size), 60)
-        if whole < below:
-            return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
+    return "\n".join(lines + [format_stage(StageStatus(*stage)) for stage in stages])
 
 
 def _format_process(progress: Progress, now: float) -> str:
-    age = now - progress.updated
-    said = f"last word {format_seconds(age)} ago"
-    if not progress.phase:
-        return f"finished {format_seconds(age)} ago"
+    # Clocks of machines differ.
+    age = max(0.0, now - progress.updated)
+    said = f"last word {format_duration(age)} ago"
+    if progress.phase == FINISHED:
+        return f"finished {format_duration(age)} ago"
     process = f"process {progress.pid} on {progress.host}"
     running = is_running(progress)
     if running is None:

@@ -1,5 +1,6 @@
 """The state of a search in words, from its progress file and its finished trials."""
 
+import json
 import math
 import os
 import socket
@@ -10,10 +11,9 @@ import pytest
 
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from nasfcos.search.status import (
+    FINISHED,
     PROGRESS_FILE,
-    Progress,
     StageStatus,
-    format_seconds,
     format_stage,
     format_status,
     is_running,
@@ -41,8 +41,17 @@ def gone():
     return process.pid
 
 
-def progress(phase="search fpn", pid=None, host=None, updated=1000.0, **figures):
-    return Progress(phase, pid or os.getpid(), host or socket.gethostname(), updated, figures)
+@pytest.fixture
+def said(tmp_path):
+    """Write what a search said at second 1000; gives its folder."""
+
+    def write(phase="search fpn", pid=None, host=None, updated=1000.0, **figures):
+        content = {"phase": phase, "pid": pid or os.getpid(), "updated": updated}
+        content |= {"host": host or socket.gethostname(), "figures": figures}
+        (tmp_path / PROGRESS_FILE).write_text(json.dumps(content))
+        return tmp_path
+
+    return write
 
 
 # --------------------------------------------------------------------------------------- progress
@@ -65,11 +74,11 @@ def test_progress_that_cannot_be_read_is_none(tmp_path, content):
     assert read_progress(tmp_path) is None
 
 
-def test_whether_the_process_is_alive(gone):
-    assert is_running(progress()) is True
-    assert is_running(progress(pid=gone)) is False
-    assert is_running(progress(host="elsewhere")) is None
-    assert is_running(progress(pid=1)) is True  # also where it belongs to another user
+def test_whether_the_process_is_alive(said, gone):
+    assert is_running(read_progress(said())) is True
+    assert is_running(read_progress(said(pid=gone))) is False
+    assert is_running(read_progress(said(host="elsewhere"))) is None
+    assert is_running(read_progress(said(pid=1))) is True  # also where it is another user's
 
 
 # ----------------------------------------------------------------------------------------- trials
@@ -105,7 +114,7 @@ def test_a_stage_in_a_line():
     records[6] = trial(6, -1.5, finished=1360, reused=3)
     line = format_stage(StageStatus("fpn", records, 40))
     assert line == (
-        "fpn: 10 of 40 trials, best -1.5000 (trial 3), 53.3 trials/h, 30 min left, "
+        "fpn: 10 of 40 trials, best -1.5000 (trial 3), 53.3 trials/h, 00:30:00 left, "
         "1 failed, 1 pruned, 1 reused"
     )
 
@@ -113,7 +122,7 @@ def test_a_stage_in_a_line():
 def test_the_best_is_that_of_the_objective():
     records = [trial(0, -1.0, objective=-3.0), trial(1, -2.0, objective=-2.0)]
     stage = StageStatus("head", records, 2)
-    assert stage.best.index == 1
+    assert [record.index for record in stage.ranked()] == [1, 0]
     assert format_stage(stage) == "head: 2 of 2 trials, best -2.0000 (trial 1)"
 
 
@@ -125,50 +134,46 @@ def test_the_best_is_that_of_the_objective():
 )  # fmt: skip
 def test_a_stage_without_a_reward(records):
     stage = StageStatus("fpn", records, 5)
-    assert stage.best is None
+    assert stage.ranked() == []
     assert format_stage(stage).startswith(f"fpn: {len(records)} of 5 trials")
 
 
 # --------------------------------------------------------------------------------------- together
 
 
-def test_a_running_search():
+def test_a_running_search(said):
     text = format_status(
-        [StageStatus("fpn", steady(40), 40), StageStatus("head", [], 20)],
-        progress("search head", done=0, total=20),
+        said("search head", done=0, total=20),
+        [("fpn", steady(40), 40), ("head", [], 20)],
         now=1030.0,
     )
     process, phase, fpn, head = text.splitlines()
     here = f"process {os.getpid()} on {socket.gethostname()}"
-    assert process == f"running: {here}, last word 30 s ago"
+    assert process == f"running: {here}, last word 00:00:30 ago"
     assert phase == "phase: search head 0 of 20"
     assert fpn == "fpn: 40 of 40 trials, best -2.0000 (trial 0)"
     assert head == "head: 0 of 20 trials"
 
 
-def test_a_stopped_silent_finished_or_distant_search(gone):
-    def first(*args, **kwargs):
-        return format_status([], *args, **kwargs).splitlines()[0]
+def test_a_stopped_silent_finished_or_distant_search(said, gone, tmp_path):
+    def first(folder, now):
+        return format_status(folder, [], now).splitlines()[0]
 
-    assert first(progress(pid=gone), now=4600.0) == (
-        f"stopped: process {gone} on {socket.gethostname()} is gone, last word 1 h ago; "
+    assert first(said(pid=gone), 4600.0) == (
+        f"stopped: process {gone} on {socket.gethostname()} is gone, last word 01:00:00 ago; "
         "--resume goes on"
     )
-    assert "it may hang" in first(progress(), now=8200.0)
-    assert first(progress("", pid=gone), now=1060.0) == "finished 1 min ago"
-    assert "cannot be seen whether it runs" in first(progress(host="elsewhere"), now=1060.0)
-    assert first(None) == "no search has written its progress here"
+    assert "it may hang" in first(said(), 8200.0)
+    assert first(said(FINISHED, pid=gone), 1060.0) == "finished 00:01:00 ago"
+    assert "cannot be seen whether it runs" in first(said(host="elsewhere"), 1060.0)
+    assert "no search has run" in first(tmp_path / "none", 1000.0)
 
 
-def test_figures_of_a_phase():
-    text = format_status([], progress("prepare", iteration=200, loss=1.23456), now=1000.0)
+def test_a_process_that_says_so_itself_runs(tmp_path):
+    write_progress(tmp_path, "neck")
+    assert format_status(tmp_path, []).startswith("running")
+
+
+def test_figures_of_a_phase(said):
+    text = format_status(said("prepare", iteration=200, loss=1.23456), [], now=1000.0)
     assert text.splitlines()[1] == "phase: prepare, iteration 200, loss 1.235"
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(-3, "0 s"), (0.4, "0 s"), (59.6, "1 min"), (310, "5 min 10 s"), (3599.7, "1 h"),
-     (12_000, "3 h 20 min"), (86_390, "1 d"), (187_200, "2 d 4 h"), (86_400 * 30, "30 d")],
-)  # fmt: skip
-def test_durations(seconds, text):
-    assert format_seconds(seconds) == text
