@@ -1,0 +1,508 @@
+"""The proxy task: a decoder is trained for a moment on cached maps, and judged by its losses.
+
+As in the paper (section 4): the backbone is frozen and its maps are cached, a trial trains the
+decoder only, with Adam and Polyak averaging, and the reward is the negative sum of the losses on
+meta-val. Where the paper is silent:
+
+- The weights that are judged are a running average: those after the first iteration, then
+  ``avg = POLYAK * avg + (1 - POLYAK) * w`` after each one. Running statistics of batch norms are
+  copied, not averaged again: with their momentum of 0.1 they are such an average over the same
+  last iterations already. They too start from the first batch, not from zero mean and unit
+  variance, of which ten iterations would leave a third.
+- All trials of a search see the same batches in the same order; only the weights that they start
+  from follow from the genotype.
+- Meta-val is judged as if it were one batch: the sum of a loss over all of it, divided by what that
+  loss is normalised by over all of it. So the reward does not depend, but for rounding, on how
+  meta-val is cut into batches.
+- The learning rate is constant and gradients are not clipped.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from yacs.config import CfgNode
+
+from ..evaluation.files import replacing
+from ..genotype import Cell, Genotype
+from ..models import HEADS, NECKS
+from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
+from .cache import FeatureCache
+from .cost import latency_ms, multiply_adds
+from .records import COMPLETE, FAILED, PRUNED, TrialJob, TrialResult
+
+logger = logging.getLogger(__name__)
+
+# Iterations between two looks at the losses; each makes the host wait for the GPU.
+CHECK_EVERY = 10
+# Characters of an error's message that a trial's reason quotes.
+REASON_LENGTH = 300
+# How often the reward is logged while the neck of the head stage is trained.
+NECK_REPORTS = 5
+
+
+class NonFinite(ArithmeticError):
+    """A loss that is infinite or not a number."""
+
+
+# --------------------------------------------------------------------------------------- decoders
+def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
+    """The config from which the ordinary builders make a trial's decoder.
+
+    Args:
+        cfg: of the search.
+        stage: "fpn" (the genotype's cells and the plain head) or "head" (the genotype's head; the
+            neck's outputs are cached).
+        genotype: the whole decoder, as a nested list.
+
+    Raises:
+        GenotypeError: it cannot be built.
+        ValueError: another stage, or "head" for a genotype without a head.
+    """
+    parsed = Genotype.parse(genotype)
+    if stage == "head" and not parsed.head_ops:
+        raise ValueError(f"the head stage needs a genotype with a head, not {genotype}")
+    config = stage_config(cfg, stage)
+    config.defrost()
+    config.MODEL.GENOTYPE = genotype
+    config.freeze()
+    return config
+
+
+def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
+    """What `proxy_config` gives for every genotype of a stage."""
+    widths = {"fpn": cfg.SEARCH.PROXY.FPN_CHANNELS, "head": cfg.SEARCH.PROXY.HEAD_CHANNELS}
+    if stage not in widths:
+        raise ValueError(f"the stages are 'fpn' and 'head', not {stage!r}")
+    # The size ranges shrink with the images, from those of testing to the crops.
+    scale = cfg.SEARCH.CACHE.SIZE / cfg.INPUT.MIN_SIZE_TEST
+    config = cfg.clone()
+    config.defrost()
+    config.MODEL.NECK.NAME = "nas_fpn"
+    config.MODEL.NECK.CHANNELS = widths[stage]
+    config.MODEL.HEAD.TOWER = {"fpn": "plain", "head": "searched"}[stage]
+    config.MODEL.FCOS.SIZE_LIMITS = [limit * scale for limit in cfg.MODEL.FCOS.SIZE_LIMITS]
+    config.MODEL.RETINANET.ANCHOR_SIZE = cfg.MODEL.RETINANET.ANCHOR_SIZE * scale
+    config.freeze()
+    return config
+
+
+class Decoder(nn.Module):
+    """What a trial trains: ``head(neck(maps))``, or the head alone on the maps of a cached neck."""
+
+    def __init__(self, neck: nn.Module | None, head: DenseHead) -> None:
+        super().__init__()
+        self.neck = nn.Identity() if neck is None else neck
+        self.head = head
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        """Maps [N, C, H, W] by level to the head's raw outputs."""
+        return self.head(self.neck(maps))
+
+
+def build_decoder(
+    cfg: CfgNode, in_channels: Sequence[int] | None, num_classes: int, seed: int
+) -> Decoder:
+    """A fresh decoder on the CPU, in training mode.
+
+    Args:
+        cfg: as `proxy_config` gives it.
+        in_channels: of C2..C5; None: without a neck.
+        num_classes: object classes, background not counted.
+        seed: of the weights. The global random state is neither used nor changed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        neck = None if in_channels is None else NECKS[cfg.MODEL.NECK.NAME](cfg, in_channels)
+        return Decoder(neck, HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, PostProcess()))
+
+
+def weight_seed(seed: int, genotype: list) -> int:
+    """The seed of a trial's weights, from the search's seed and the genotype as it is written."""
+    text = json.dumps([seed, genotype])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# --------------------------------------------------------------------------------------- examples
+class Examples:
+    """Cached maps with what a head should predict for them.
+
+    The boxes of a cached crop never change, so each is assigned to the head's places once, not in
+    every iteration.
+
+    Args:
+        cache: of the maps.
+        head: assigns; any head of the search will do.
+        device: of the batches.
+    """
+
+    def __init__(self, cache: FeatureCache, head: DenseHead, device: torch.device) -> None:
+        self.cache = cache
+        self.device = device
+        shapes = [(math.ceil(cache.size / stride),) * 2 for stride in STRIDES]
+        head = head.to(device)
+        assigned = []
+        for target in cache.targets:
+            one = head.assign(shapes, [{key: x.to(device) for key, x in target.items()}])
+            # Half a million labels an image (RetinaNet at 800 pixels) deserve less than int64.
+            assigned.append((one.labels.to(torch.int16), one.positive, one.wanted))
+        labels, positive, wanted = zip(*assigned, strict=True)
+        self._labels = torch.cat(labels)
+        self._positive, self._wanted = list(positive), list(wanted)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the maps, by level."""
+        return [level.shape[1] for level in self.cache.maps]
+
+    def batch(self, indices: Tensor) -> tuple[list[Tensor], Assignment]:
+        """Some crops (indices on the CPU): maps [B, C, H, W] by level, channels last, on the
+        device, and the assignment. Nothing waits for a GPU."""
+        maps, _ = self.cache.batch(indices.numpy(), self.device)
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+        rows = indices.tolist()
+        counts = torch.tensor([len(self._positive[row]) for row in rows])
+        first = torch.arange(len(rows)) * self._labels.shape[1]
+        offset = first.repeat_interleave(counts).to(self.device, non_blocking=True)
+        assignment = Assignment(
+            self._labels[indices.to(self.device, non_blocking=True)].long(),
+            torch.cat([self._positive[row] for row in rows]) + offset,
+            torch.cat([self._wanted[row] for row in rows]),
+        )
+        return maps, assignment
+
+
+def open_examples(
+    cfg: CfgNode, folder: Path, num_classes: int, device: torch.device
+) -> Examples:
+    """The examples of a cache folder, held in the GPU's memory where they fit.
+
+    Args:
+        cfg: as `stage_config` gives it.
+    """
+    cache = FeatureCache.open(folder)
+    cache.to_device(device)
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.HEAD.TOWER = "plain"
+    return Examples(cache, build_decoder(plain, None, num_classes, 0).head, device)
+
+
+def batch_order(count: int, iterations: int, batch: int, seed: int) -> Tensor:
+    """Indices [iterations, batch] below `count`: one permutation after another."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(iterations * batch / count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+    return order[: iterations * batch].view(iterations, batch)
+
+
+# --------------------------------------------------------------------------------------- training
+class Training:
+    """Trains a decoder step by step, and judges the average of its weights at any time.
+
+    Args:
+        decoder: is trained in place, on the examples' device.
+        examples: to train on.
+        order: [iterations, batch] indices of the examples.
+        lr: of Adam.
+        polyak: factor of the running average of the weights.
+        bf16: mixed precision.
+
+    Attributes:
+        done: finished iterations.
+        averaged: the decoder with averaged weights.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        examples: Examples,
+        order: Tensor,
+        lr: float,
+        polyak: float,
+        bf16: bool = False,
+    ) -> None:
+        self.decoder = decoder.to(examples.device, memory_format=torch.channels_last).train()
+        self.examples = examples
+        self.order = order
+        self.done = 0
+        self._bf16 = bf16
+        trained = [p for p in self.decoder.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+        self._average = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(polyak))
+        self._losses = torch.zeros(len(order), device=examples.device)
+
+    @property
+    def averaged(self) -> Decoder:
+        return self._average.module
+
+    def advance(self, until: int) -> None:
+        """Train until so many iterations are done.
+
+        Raises:
+            NonFinite: the loss was infinite or not a number.
+        """
+        while self.done < until:
+            with _momentum(self.decoder, 1.0 if self.done == 0 else None):
+                loss = self._step(self.order[self.done])
+            self._losses[self.done] = loss
+            self.done += 1
+            if self.done % CHECK_EVERY == 0 or self.done == until:
+                self._check()
+
+    def _step(self, indices: Tensor) -> Tensor:
+        maps, assignment = self.examples.batch(indices)
+        with self._autocast():
+            terms = self.decoder.head.loss_terms(self.decoder(maps), assignment)
+            loss = sum(term.loss for term in terms.values())
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._average.update_parameters(self.decoder)
+        return loss.detach()
+
+    def _check(self) -> None:
+        finite = self._losses[: self.done].isfinite()
+        if not finite.all():
+            first = int(finite.long().argmin())
+            value = self._losses[first].item()
+            raise NonFinite(f"the loss is {value} at iteration {first + 1}")
+
+    @torch.no_grad()
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """The averaged decoder's loss terms on all of the examples.
+
+        Raises:
+            NonFinite: one of them is infinite or not a number.
+        """
+        model = self.averaged.eval()
+        totals: dict[str, Tensor] = {}
+        for indices in torch.arange(len(examples)).split(self.order.shape[1]):
+            maps, assignment = examples.batch(indices)
+            with self._autocast():
+                terms = model.head.loss_terms(model(maps), assignment)
+            for name, (loss, weight) in terms.items():
+                weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device)
+                totals[name] = totals.get(name, 0) + torch.stack((loss * weight, weight))
+        sums = {name: total.tolist() for name, total in totals.items()}
+        losses = {name: loss / weight if weight else 0.0 for name, (loss, weight) in sums.items()}
+        if not math.isfinite(sum(losses.values())):
+            parts = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise NonFinite(f"after iteration {self.done} the losses on meta-val are: {parts}")
+        return losses
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.examples.device.type, torch.bfloat16, enabled=self._bf16)
+
+
+@contextmanager
+def _momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
+    """Batch norms with this momentum; None: with their own."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and momentum is not None]
+    own = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = momentum
+    yield
+    for norm, value in zip(norms, own, strict=True):
+        norm.momentum = value
+
+
+def build_training(
+    cfg: CfgNode, decoder: Decoder, examples: Examples, iterations: int, seed: int
+) -> Training:
+    """As the config's proxy task says, for so many iterations."""
+    proxy = cfg.SEARCH.PROXY
+    order = batch_order(len(examples), iterations, proxy.BATCH, seed)
+    return Training(decoder, examples, order, proxy.LR, proxy.POLYAK, proxy.AMP == "bf16")
+
+
+# ------------------------------------------------------------------------------------------ trials
+@dataclass
+class ProxyTask:
+    """All that a worker needs to run trials of a stage; picklable.
+
+    Attributes:
+        cfg: of the search.
+        stage: "fpn" or "head".
+        train, val: folders of the caches of meta-train and meta-val: of C2..C5, in the head stage
+            of P3..P7.
+        num_classes: object classes, background not counted.
+        device: that the trials run on.
+        seed: of the search.
+    """
+
+    cfg: CfgNode
+    stage: str
+    train: Path
+    val: Path
+    num_classes: int
+    device: str
+    seed: int
+    _examples: tuple[Examples, Examples] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_examples": None}
+
+    def run(self, job: TrialJob) -> TrialResult:
+        """Run one trial. Its result follows from the seed, the genotype, the caches and, on CPUs,
+        the number of threads, to the last bit (GPUs add in varying order).
+
+        Trouble of the trial is a result. What no other trial could run with either is raised: a
+        cache that does not open, a GPU that has failed.
+        """
+        started = time.perf_counter()
+        device = torch.device(self.device)
+        if self._examples is None:
+            cfg = stage_config(self.cfg, self.stage)
+            self._examples = tuple(
+                open_examples(cfg, folder, self.num_classes, device)
+                for folder in (self.train, self.val)
+            )
+        result = self._try(job, *self._examples)
+        if result.status == FAILED and device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        return replace(result, seconds=time.perf_counter() - started)
+
+    def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult:
+        training = None
+        try:
+            decoder = build_decoder(
+                proxy_config(self.cfg, self.stage, job.genotype),
+                train.channels if self.stage == "fpn" else None,
+                self.num_classes,
+                weight_seed(self.seed, job.genotype),
+            )
+            iterations = self.cfg.SEARCH.PROXY.ITERATIONS
+            training = build_training(self.cfg, decoder, train, iterations, self.seed)
+            status, reward, losses, curve = _judge(training, val, iterations, job.thresholds)
+            maps, _ = val.batch(torch.zeros(1, dtype=torch.int64))
+            return TrialResult(
+                status,
+                reward,
+                losses,
+                curve,
+                params=sum(p.numel() for p in decoder.parameters() if p.requires_grad),
+                flops=multiply_adds(decoder, maps),
+                latency=self._latency(decoder, maps),
+            )
+        except Exception as error:
+            if train.device.type == "cuda":
+                torch.cuda.synchronize(train.device)  # raises if the GPU itself has failed
+            message = " ".join(str(error).split())
+            reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
+            if training is not None:
+                reason += f" (after {training.done} iterations)"
+            expected = isinstance(error, (NonFinite, torch.OutOfMemoryError))
+            logger.warning("trial %d: %s", job.index, reason, exc_info=not expected)
+            return TrialResult(FAILED, reason=reason)
+
+    def _latency(self, decoder: Decoder, maps: list[Tensor]) -> float:
+        if self.cfg.SEARCH.OBJECTIVE.COST != "latency":
+            return math.nan
+        return latency_ms(decoder.eval(), maps)
+
+
+def _judge(
+    training: Training, val: Examples, iterations: int, thresholds: Sequence[tuple[int, float]]
+) -> tuple[str, float, dict[str, float], tuple[tuple[int, float], ...]]:
+    """Train to the end, or to the first threshold that is missed; each is judged on all of val.
+
+    Returns:
+        Status, reward, losses and the curve.
+    """
+    curve = []
+    rungs = [rung for rung in thresholds if rung[0] < iterations]
+    for iteration, threshold in (*rungs, (iterations, -math.inf)):
+        training.advance(iteration)
+        losses = training.evaluate(val)
+        reward = -sum(losses.values())
+        if iteration < iterations:
+            curve.append((iteration, reward))
+        if reward < threshold:
+            return PRUNED, reward, losses, tuple(curve)
+    return COMPLETE, reward, losses, tuple(curve)
+
+
+def train_neck(
+    cfg: CfgNode,
+    caches: tuple[FeatureCache, FeatureCache],
+    cells: Sequence[Cell],
+    num_classes: int,
+    device: torch.device,
+    folder: Path,
+) -> nn.Module:
+    """The neck of the head stage: an FPN trained with the plain head, as a trial but at the width
+    of the head stage, for SEARCH.PROXY.NECK_ITERATIONS.
+
+    Args:
+        cfg: of the search.
+        caches: C2..C5 of meta-train and meta-val.
+        cells: of the FPN.
+        num_classes: object classes, background not counted.
+        device: to train on; the neck is left there.
+        folder: the neck is kept there as ``neck.pth``, and taken from there if the one that is
+            asked for was trained before.
+
+    Returns:
+        The neck with averaged weights, in evaluation mode.
+
+    Raises:
+        NonFinite: the training failed.
+    """
+    genotype = Genotype(tuple(cells)).to_list()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEARCH.PROXY.FPN_CHANNELS = cfg.SEARCH.PROXY.HEAD_CHANNELS
+    cfg.freeze()
+    config = proxy_config(cfg, "fpn", genotype)
+    # Handles of its own, so that what they hold on a GPU is free again afterwards.
+    train, val = (
+        open_examples(config, cache.folder, num_classes, device) for cache in caches
+    )
+    decoder = build_decoder(config, train.channels, num_classes, weight_seed(cfg.SEED, genotype))
+    path = Path(folder) / "neck.pth"
+    made_from = {
+        "genotype": genotype,
+        "caches": [cache.folder.name for cache in caches],
+        "seed": cfg.SEED,
+        "num_classes": num_classes,
+        "head": config.MODEL.HEAD.dump(),
+        "proxy": cfg.SEARCH.PROXY.dump(),
+    }
+    if path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["made_from"] == made_from:
+            logger.info("the FPN of the head stage is taken from %s", path)
+            decoder.neck.load_state_dict(saved["neck"])
+            return decoder.neck.to(device, memory_format=torch.channels_last).eval()
+    iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
+    logger.info("training the FPN of the head stage for %d iterations", iterations)
+    training = build_training(cfg, decoder, train, iterations, cfg.SEED)
+    for part in range(1, NECK_REPORTS + 1):
+        training.advance(iterations * part // NECK_REPORTS)
+        logger.info(
+            "FPN of the head stage: iteration %d, reward %.4f",
+            training.done, -sum(training.evaluate(val).values()),
+        )  # fmt: skip
+    neck = training.averaged.neck.eval()
+    with replacing(path) as temporary:
+        torch.save({"neck": neck.state_dict(), "made_from": made_from}, temporary)
+    return neck

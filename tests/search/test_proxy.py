@@ -1,0 +1,332 @@
+"""A trial on tiny caches: what it trains, what it returns, and that it repeats itself."""
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from nasfcos.config.defaults import get_defaults
+from nasfcos.genotype import Genotype, GenotypeError
+from nasfcos.models.heads.dense import STRIDES
+from nasfcos.search import proxy
+from nasfcos.search.cache import FeatureCache
+from nasfcos.search.proxy import (
+    ProxyTask,
+    batch_order,
+    build_decoder,
+    build_training,
+    open_examples,
+    proxy_config,
+    stage_config,
+    train_neck,
+    weight_seed,
+)
+from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialJob
+
+CPU = torch.device("cpu")
+SIZE, CLASSES, WIDTHS = 64, 3, (4, 6, 8, 10)
+CELLS = [[[2, 3, 0, 1, 0]], [[1, 3, 2, 4, 1]], [[0, 2, 3, 3, 1]]]
+OTHER = [[[1, 1, 4, 0, 1]], [[3, 2, 3, 3, 0]], [[2, 2, 1, 0, 1]]]
+HEAD = [*CELLS, [1], [0, 5]]
+MAPS = [(width, SIZE // 4 >> i, SIZE // 4 >> i) for i, width in enumerate(WIDTHS)]
+PYRAMID = [(8, math.ceil(SIZE / stride), math.ceil(SIZE / stride)) for stride in STRIDES]
+
+
+def write_cache(folder, count, shapes, seed, empty=False):
+    """A cache as `nasfcos.search.cache` lays it out, of random maps and boxes."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for level, shape in enumerate(shapes):
+        maps = rng.standard_normal((count, *shape)).astype(np.float16)
+        np.save(folder / f"level{level}.npy", maps)
+    counts = np.zeros(count, np.int64) if empty else np.arange(count, dtype=np.int64) % 3
+    corner = rng.random((counts.sum(), 2)) * 0.5 * SIZE
+    boxes = np.concatenate([corner, corner + 4 + rng.random(corner.shape) * 0.4 * SIZE], 1)
+    labels = rng.integers(1, CLASSES + 1, counts.sum())
+    np.savez(
+        folder / "targets.npz", boxes=boxes.astype(np.float32), labels=labels, counts=counts
+    )
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    meta = {"count": count, "size": SIZE, "shapes": shapes, "files": files}
+    (folder / "cache.json").write_text(json.dumps(meta))
+    return folder
+
+
+def config(head="fcos", **settings):
+    cfg = get_defaults()
+    cfg.MODEL.HEAD.NAME = head
+    cfg.MODEL.HEAD.NUM_CONVS = 1
+    cfg.INPUT.MIN_SIZE_TEST = 128
+    cfg.SEARCH.CACHE.SIZE = SIZE
+    for key, value in {
+        "FPN_CHANNELS": 8, "HEAD_CHANNELS": 8, "ITERATIONS": 6, "BATCH": 4, "NECK_ITERATIONS": 5,
+        "LR": 0.01, **settings,
+    }.items():  # fmt: skip
+        cfg.SEARCH.PROXY[key] = value
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("caches")
+    return {
+        stage: (
+            write_cache(root / stage / "train", 10, shapes, 0),
+            write_cache(root / stage / "val", 7, shapes, 1),
+        )
+        for stage, shapes in (("fpn", MAPS), ("head", PYRAMID))
+    }
+
+
+def task(folders, stage="fpn", head="fcos", seed=3, **settings):
+    return ProxyTask(config(head, **settings), stage, *folders[stage], CLASSES, "cpu", seed)
+
+
+# ------------------------------------------------------------------------------------------ config
+def test_config_of_the_fpn_stage():
+    cfg = config()
+    found = proxy_config(cfg, "fpn", CELLS)
+    assert (found.MODEL.NECK.NAME, found.MODEL.NECK.CHANNELS) == ("nas_fpn", 8)
+    assert found.MODEL.HEAD.TOWER == "plain"
+    assert found.MODEL.FCOS.SIZE_LIMITS == [32, 64, 128, 256]
+    assert found.MODEL.RETINANET.ANCHOR_SIZE == 16
+    assert cfg.MODEL.FCOS.SIZE_LIMITS == [64, 128, 256, 512]
+    decoder = build_decoder(found, WIDTHS, CLASSES, 0)
+    assert len(decoder.head.cls_tower.layers) == cfg.MODEL.HEAD.NUM_CONVS
+    assert decoder.head.size_ranges[1] == (32, 64)
+
+
+def test_config_of_the_head_stage():
+    found = proxy_config(config(HEAD_CHANNELS=16), "head", HEAD)
+    assert (found.MODEL.NECK.CHANNELS, found.MODEL.HEAD.TOWER) == (16, "searched")
+    with pytest.raises(ValueError, match="needs a genotype with a head"):
+        proxy_config(config(), "head", CELLS)
+    with pytest.raises(GenotypeError):
+        proxy_config(config(), "fpn", CELLS[:2])
+
+
+# ---------------------------------------------------------------------------------------- examples
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_assigned_once_gives_the_losses_of_every_time(folders, head):
+    cfg = proxy_config(config(head), "fpn", CELLS)
+    examples = open_examples(cfg, folders["fpn"][0], CLASSES, CPU)
+    decoder = build_decoder(cfg, WIDTHS, CLASSES, 0)
+    cache = FeatureCache.open(folders["fpn"][0])
+    for rows in ([5, 2, 9, 2], [0, 3], [1]):  # with and without boxes, one twice
+        maps, assignment = examples.batch(torch.tensor(rows))
+        outputs = decoder(maps)
+        once = decoder.head.loss_terms(outputs, assignment)
+        every_time = decoder.head.losses(outputs, cache.batch(rows)[1])
+        assert {name: term.loss.item() for name, term in once.items()} == {
+            name: loss.item() for name, loss in every_time.items()
+        }
+
+
+def test_order_goes_through_all_images_again_and_again():
+    order = batch_order(10, 5, 4, seed=1)
+    assert order.shape == (5, 4)
+    flat = order.flatten().tolist()
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert torch.equal(order, batch_order(10, 5, 4, seed=1))
+    assert not torch.equal(order, batch_order(10, 5, 4, seed=2))
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_reward_does_not_depend_on_the_batches_of_meta_val(folders, head):
+    """Uneven batches, some of them without a box, against all images as one."""
+    losses = []
+    for batch in (1, 3, 7):
+        cfg = config(head, BATCH=batch, ITERATIONS=1)
+        decoder = build_decoder(proxy_config(cfg, "fpn", CELLS), WIDTHS, CLASSES, 0)
+        val = open_examples(stage_config(cfg, "fpn"), folders["fpn"][1], CLASSES, CPU)
+        training = build_training(cfg, decoder, val, 1, 0)
+        losses.append(training.evaluate(val))
+        if batch == 7:
+            with torch.no_grad():
+                maps, assignment = val.batch(torch.arange(7))
+                terms = decoder.eval().head.loss_terms(decoder(maps), assignment)
+            expected = {name: term.loss.item() for name, term in terms.items()}
+            assert losses[-1] == pytest.approx(expected, rel=1e-6)
+    for other in losses[:2]:
+        assert other == pytest.approx(losses[2], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- training
+def test_the_averaged_weights_are_judged(folders):
+    """Against a plain loop with the running average written out."""
+    cfg = config(POLYAK=0.7)
+    build = lambda: build_decoder(proxy_config(cfg, "fpn", CELLS), WIDTHS, CLASSES, 5)  # noqa: E731
+    examples = open_examples(stage_config(cfg, "fpn"), folders["fpn"][0], CLASSES, CPU)
+    training = build_training(cfg, build(), examples, 4, seed=2)
+    training.advance(4)
+
+    decoder = build().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(
+        [p for p in decoder.parameters() if p.requires_grad], lr=cfg.SEARCH.PROXY.LR, fused=True
+    )
+    average = None
+    for indices in batch_order(len(examples), 4, 4, seed=2):
+        maps, assignment = examples.batch(indices)
+        for norm in decoder.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = 1.0 if average is None else 0.1
+        terms = decoder.head.loss_terms(decoder(maps), assignment)
+        optimizer.zero_grad()
+        sum(term.loss for term in terms.values()).backward()
+        optimizer.step()
+        now = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+        if average is None:
+            average = now
+        average = {name: 0.7 * average[name] + 0.3 * p for name, p in now.items()}
+    for name, parameter in training.averaged.named_parameters():
+        torch.testing.assert_close(parameter, average[name], msg=name)
+    for (name, mine), other in zip(
+        training.averaged.named_buffers(), decoder.buffers(), strict=True
+    ):
+        assert torch.equal(mine, other), name
+
+
+def test_training_helps(folders):
+    def reward(iterations):
+        return task(folders, ITERATIONS=iterations).run(TrialJob(0, CELLS)).reward
+
+    assert reward(30) > reward(3)
+
+
+# ------------------------------------------------------------------------------------------ trials
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize("stage, genotype", [("fpn", CELLS), ("head", HEAD)])
+def test_result(folders, stage, genotype, head):
+    result = task(folders, stage, head).run(TrialJob(0, genotype))
+    assert result.status == COMPLETE, result.reason
+    assert result.reward == -sum(result.losses.values())
+    assert len(result.losses) == (3 if head == "fcos" else 2)
+    decoder = build_decoder(
+        proxy_config(config(head), stage, genotype), WIDTHS if stage == "fpn" else None, CLASSES, 0
+    )
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    assert result.params == sum(p.numel() for p in trained)
+    assert result.flops > 0 and math.isnan(result.latency) and result.seconds > 0
+
+
+def test_repeats_to_the_last_bit(folders):
+    """Whatever ran before, in this process or in one that got the task by pickle, and whatever the
+    global random state."""
+    one = task(folders)
+    first = one.run(TrialJob(0, CELLS))
+    other = one.run(TrialJob(1, OTHER))
+    torch.manual_seed(99)
+    state = torch.random.get_rng_state()
+    again = one.run(TrialJob(7, CELLS))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    elsewhere = pickle.loads(pickle.dumps(one)).run(TrialJob(0, CELLS))
+    assert first.losses == again.losses == elsewhere.losses
+    assert other.reward != first.reward
+    assert task(folders, seed=4).run(TrialJob(0, CELLS)).reward != first.reward
+
+
+def test_seed_of_the_weights():
+    assert weight_seed(0, CELLS) == weight_seed(0, [list(map(list, cell)) for cell in CELLS])
+    assert len({weight_seed(s, g) for s in (0, 1) for g in (CELLS, OTHER)}) == 4
+    assert weight_seed(0, CELLS) == 7265537962440769494
+
+
+def test_thresholds(folders):
+    one = task(folders)
+    full = one.run(TrialJob(0, CELLS))
+    watched = one.run(TrialJob(0, CELLS, ((2, -math.inf), (4, -math.inf), (6, math.inf))))
+    assert watched.status == COMPLETE and watched.losses == full.losses
+    assert [iteration for iteration, _ in watched.curve] == [2, 4]
+    reward = watched.curve[1][1]
+    stopped = one.run(TrialJob(0, CELLS, ((2, -math.inf), (4, math.nextafter(reward, 0)))))
+    assert stopped.status == PRUNED
+    assert stopped.curve == watched.curve and stopped.reward == reward
+    assert one.run(TrialJob(0, CELLS, ((4, reward),))).status == COMPLETE
+
+
+def test_bf16_is_near(folders):
+    exact = task(folders).run(TrialJob(0, CELLS)).reward
+    rough = task(folders, AMP="bf16").run(TrialJob(0, CELLS))
+    assert rough.status == COMPLETE, rough.reason
+    assert rough.reward != exact and rough.reward == pytest.approx(exact, rel=0.1)
+
+
+def test_latency_on_request(folders):
+    one = task(folders)
+    one.cfg.SEARCH.OBJECTIVE.COST = "latency"
+    assert one.run(TrialJob(0, CELLS)).latency > 0
+
+
+# ---------------------------------------------------------------------------------------- failures
+def test_divergence_fails_the_trial(folders):
+    result = task(folders, LR=1e30).run(TrialJob(0, CELLS))
+    assert result.status == FAILED and math.isnan(result.reward)
+    assert "iteration" in result.reason and "NonFinite" in result.reason
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried 7 GiB"), ZeroDivisionError("odd")]
+)
+def test_any_error_fails_the_trial_alone(folders, monkeypatch, error):
+    one = task(folders)
+    expected = one.run(TrialJob(0, CELLS))
+
+    def broken(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy.Training, "_step", broken)
+        result = one.run(TrialJob(0, CELLS))
+    assert result.status == FAILED and result.seconds > 0
+    assert result.reason.startswith(type(error).__name__) and "\n" not in result.reason
+    assert str(error).split()[-1] in result.reason
+    assert one.run(TrialJob(0, CELLS)).losses == expected.losses
+
+
+def test_an_impossible_genotype_fails(folders):
+    result = task(folders).run(TrialJob(0, CELLS[:2]))
+    assert result.status == FAILED and "GenotypeError" in result.reason
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_interrupts_pass_through(folders, monkeypatch, signal):
+    def interrupted(*args):
+        raise signal
+
+    monkeypatch.setattr(proxy.Training, "_step", interrupted)
+    with pytest.raises(signal):
+        task(folders).run(TrialJob(0, CELLS))
+
+
+def test_images_without_boxes(tmp_path):
+    """Meta-train and meta-val may have none at all."""
+    both = [write_cache(tmp_path / name, 5, MAPS, 0, empty=True) for name in ("a", "b")]
+    result = ProxyTask(config(), "fpn", *both, CLASSES, "cpu", 0).run(TrialJob(0, CELLS))
+    assert result.status == COMPLETE, result.reason
+    assert result.losses["loss_box"] == 0 and result.losses["loss_cls"] > 0
+
+
+# -------------------------------------------------------------------------------------------- neck
+def test_neck_of_the_head_stage(folders, tmp_path, monkeypatch):
+    cfg = config(HEAD_CHANNELS=16)
+    caches = tuple(map(FeatureCache.open, folders["fpn"]))
+    cells = Genotype.parse(CELLS).cells
+    neck = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+    assert not neck.training
+    levels = neck(caches[0].batch([0, 1])[0])
+    assert [tuple(x.shape[1:]) for x in levels] == [(16, *shape[1:]) for shape in PYRAMID]
+
+    def broken(*args):
+        raise AssertionError("is trained again")
+
+    monkeypatch.setattr(proxy.Training, "_step", broken)
+    again = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+    for name, value in neck.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    cfg.SEARCH.PROXY.NECK_ITERATIONS += 1
+    with pytest.raises(AssertionError, match="trained again"):
+        train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
