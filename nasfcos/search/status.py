@@ -120,7 +120,9 @@ class StageStatus:
         complete = [
             record
             for record in self.own()
-            if record.result.status == COMPLETE and math.isfinite(record.objective)
+            if record.result.status == COMPLETE
+            and math.isfinite(record.result.reward)
+            and math.isfinite(record.objective)
         ]
         return sorted(complete, key=lambda record: (-record.objective, record.index))
 
