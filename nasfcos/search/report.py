@@ -176,12 +176,13 @@ def _with_style(draw: Callable[..., Figure]) -> Callable[..., bytes]:
     return png
 
 
-def _to_png(figure: Figure) -> bytes:
+def _to_png(figure: Figure, colors: int | None = None) -> bytes:
+    """The figure as a PNG, with a palette of so many colours, or all that it has."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # A palette takes a third of the bytes. Median cut keeps the pale shades apart.
-    picture = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    if colors is not None:  # of the methods this one keeps pale shades apart
+        picture = picture.quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     picture.save(buffer, format="png")
     return buffer.getvalue()
@@ -468,7 +469,8 @@ def _draw_costs(records: Sequence[TrialRecord]) -> Figure:
 def _draw_architecture(genotype: Genotype) -> bytes:
     figure = draw_architecture(genotype)
     figure.set_dpi(105)
-    return _to_png(figure)
+    # They are most of the report's bytes, and a palette, enough for even areas, takes a third.
+    return _to_png(figure, colors=256)
 
 
 @_with_style
