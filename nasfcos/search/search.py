@@ -1,0 +1,406 @@
+"""A whole search: prepare, search each stage, select; stopped and resumed anywhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from ..config import ConfigError, load_config
+from ..data.catalog import class_names
+from ..engine import distributed
+from ..engine.logging import PERIODIC, on_terminal
+from ..engine.metrics import format_duration, tensorboard_writer
+from ..engine.signals import StopRequest
+from ..evaluation.files import replacing
+from ..genotype import Cell, Genotype
+from .cache import FeatureCache, build_caches, cache_pyramid
+from .executors import build_executor
+from .journal import Journal, read_records
+from .prepare import prepare_backbone, prepare_config
+from .proxy import ProxyTask, train_neck
+from .records import COMPLETE, TrialRecord
+from .report import StageReport, write_report
+from .select import Selected, full_config, select, weights_of, write_ranking
+from .space import Space, build_space
+from .split import split_training_data
+from .stage import Objective, Pruning, run_stage
+from .status import FINISHED, StageStatus, format_status, write_progress
+from .strategies import build_strategy
+
+logger = logging.getLogger(__name__)
+
+TRIALS = {"fpn": "FPN", "head": "HEAD"}
+"""Keys of SEARCH.TRIALS and SEARCH.SELECT by stage."""
+
+
+def search(
+    cfg: CfgNode,
+    device: torch.device,
+    config_file: str | os.PathLike[str],
+    overrides: Sequence[Any] = (),
+    resume: bool = False,
+) -> Path:
+    """Search an architecture as the config says.
+
+    Args:
+        cfg: the config tree.
+        device: of the preparation, of trials in this process, and of the full trainings.
+        config_file: that `cfg` was loaded from; ``best.yaml`` inherits from it.
+        overrides: KEY VALUE pairs that `cfg` has on top of it.
+        resume: go on with the search in OUTPUT_DIR, if there is one.
+
+    Returns:
+        The path of ``best.yaml``; its weights lie beside it as ``best.pth``.
+
+    Raises:
+        ConfigError, DataError, JournalError: what was asked for cannot be done.
+        Interrupted: by SIGTERM or SIGINT; nothing that was finished is lost.
+    """
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            "a search is started as one process; SEARCH.EXECUTOR local or ray runs its trials on "
+            "several GPUs or machines"
+        )
+    folder = Path(cfg.OUTPUT_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder), StopRequest() as stop, stop.heeded_at_once():
+        if (folder / "search.db").exists() and not resume:
+            raise ConfigError(
+                f"OUTPUT_DIR {folder} holds a search: go on with it by --resume, or name another "
+                "folder"
+            )
+        return _Search(cfg, device, Path(config_file), overrides).run()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"another search is running in OUTPUT_DIR {folder}; see it with --status"
+        ) from None
+
+
+class _Search:
+    """The stages of one search, and what they hand on."""
+
+    def __init__(
+        self, cfg: CfgNode, device: torch.device, config_file: Path, overrides: Sequence[Any]
+    ) -> None:
+        self.cfg = cfg
+        self.device = device
+        self.config_file = config_file
+        self.overrides = overrides
+        self.folder = Path(cfg.OUTPUT_DIR)
+        self.reports: dict[str, StageReport] = {}
+        self.ranking: list[Selected] = []
+        self._reported = 0.0
+
+    def run(self) -> Path:
+        cfg, folder = self.cfg, self.folder
+        cells = self._given_cells()
+        self._check_configs()
+        with replacing(folder / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
+
+        write_progress(folder, "splitting the training data")
+        proxy_cfg = split_training_data(cfg, folder / "split", cfg.SEED)
+        write_progress(folder, "preparing the backbone")
+        detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
+        write_progress(folder, "caching the backbone's features")
+        caches = build_caches(proxy_cfg, detector, self._cache_folder())
+        del detector
+
+        best: Selected | None = None
+        for stage in cfg.SEARCH.STAGES:
+            stage_caches = caches
+            if stage == "head":
+                write_progress(folder, "training the FPN of the head stage")
+                stage_caches = self._cache_pyramids(proxy_cfg, caches, cells)
+            space = build_space(cfg, stage, cells)
+            self._search_stage(proxy_cfg, stage, space, stage_caches)
+            best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
+            cells = Genotype.parse(best.genotype).cells
+        path = self._write_best(best)
+        write_progress(folder, FINISHED)
+        self._report(force=True)
+        logger.info("the best architecture is in %s, the report in %s", path, folder / "report")
+        return path
+
+    def _given_cells(self) -> tuple[Cell, ...] | None:
+        """The FPN of the head stage where the FPN is not searched."""
+        if "fpn" in self.cfg.SEARCH.STAGES:
+            return None
+        if not self.cfg.MODEL.GENOTYPE:
+            raise ConfigError(
+                "SEARCH.STAGES has the head only, so MODEL.GENOTYPE must name the cells of its FPN"
+            )
+        return Genotype.parse(self.cfg.MODEL.GENOTYPE).cells
+
+    def _check_configs(self) -> None:
+        """Find mistakes in the settings of later stages now, not after days."""
+        prepare_config(self.cfg, self.folder)
+        for stage in self.cfg.SEARCH.STAGES:
+            example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
+            full_config(self.cfg, stage, example, self.folder)
+        class_names(self.cfg)
+
+    def _cache_folder(self) -> Path:
+        return Path(self.cfg.SEARCH.CACHE.FOLDER or self.folder / "cache")
+
+    def _cache_pyramids(
+        self,
+        cfg: CfgNode,
+        caches: tuple[FeatureCache, FeatureCache],
+        cells: tuple[Cell, ...],
+    ) -> tuple[FeatureCache, FeatureCache]:
+        """The outputs of the FPN of the head stage, trained once with the plain head."""
+        classes = len(class_names(cfg))
+        neck = train_neck(cfg, caches, cells, classes, self.device, self.folder / "neck")
+        return tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
+
+    def _search_stage(
+        self,
+        cfg: CfgNode,
+        stage: str,
+        space: Space,
+        caches: tuple[FeatureCache, FeatureCache],
+    ) -> None:
+        settings = cfg.SEARCH
+        trials = settings.TRIALS[TRIALS[stage]]
+        logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
+                    space.describe())  # fmt: skip
+        train, val = caches
+        task = ProxyTask(
+            cfg=cfg,
+            stage=stage,
+            train=train.folder,
+            val=val.folder,
+            num_classes=len(class_names(cfg)),
+            device=str(self.device),
+            seed=cfg.SEED,
+        )
+        journal = Journal(
+            self.folder / "search.db",
+            space,
+            retries=settings.RETRIES,
+            settings=_fixed_settings(cfg, stage, space, caches),
+        )
+        self.reports[stage] = StageReport(
+            stage, [], space.decisions, [], settings.STRATEGY, trials
+        )
+        with build_executor(cfg, task) as executor, _Progress(self, journal, stage, trials) as note:
+            run_stage(
+                journal,
+                space,
+                build_strategy(cfg, space, cfg.SEED),
+                executor,
+                trials,
+                settings.BATCH,
+                Objective(
+                    settings.OBJECTIVE.COST, settings.OBJECTIVE.TARGET, settings.OBJECTIVE.WEIGHT
+                ),
+                Pruning(
+                    tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
+                ),
+                note,
+            )
+        journal.export_csv(self.folder / f"trials_{stage}.csv")
+
+    def _select(self, stage: str, last: bool) -> Selected:
+        count = self.cfg.SEARCH.SELECT[TRIALS[stage]]
+        train_them = last or count > 1
+        rows = select(
+            self.cfg,
+            self.device,
+            self.folder,
+            stage,
+            self.reports[stage].records,
+            count,
+            train_them,
+        )
+        self.ranking = sorted(
+            self.ranking + rows, key=lambda row: (row.AP is None, -(row.AP or 0.0), row.rank)
+        )
+        write_ranking(self.folder / "ranking.json", self.ranking)
+        self._report(force=True)
+        return rows[0] if not last else self.ranking[0]
+
+    def _report(self, force: bool = False) -> None:
+        """Refresh the report, unless it is younger than SEARCH.REPORT_PERIOD."""
+        if not force and time.monotonic() - self._reported < self.cfg.SEARCH.REPORT_PERIOD:
+            return
+        try:
+            write_report(self.folder / "report", list(self.reports.values()), self.ranking)
+        except Exception:  # a picture is no reason to end a search
+            logger.exception("the report could not be written")
+        self._reported = time.monotonic()
+
+    def _write_best(self, best: Selected) -> Path:
+        """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work."""
+        cfg = full_config(self.cfg, best.stage, best.genotype, self.folder / "best")
+        keys = ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
+        keys += [*map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
+        tree: dict[str, Any] = {
+            "_BASE_": os.path.relpath(self.config_file.resolve(), self.folder.resolve())
+        }
+        for key in keys:
+            if not key.startswith("SEARCH."):
+                _set(tree, key.split("."), _plain(_get(cfg, key.split("."))))
+        path = self.folder / "best.yaml"
+        found = f"{best.stage} stage, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}"
+        title = f"# Found by a search: {found}.\n"
+        with replacing(path) as temporary:
+            temporary.write_text(title + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        load_config(path)
+        with replacing(self.folder / "best.pth") as temporary:
+            shutil.copyfile(weights_of(self.folder, best), temporary)
+        return path
+
+
+class _Progress:
+    """Shows a stage's progress: bar, log, TensorBoard, progress.json and the report."""
+
+    def __init__(self, run: _Search, journal: Journal, stage: str, trials: int) -> None:
+        self.run = run
+        self.journal = journal
+        self.stage = stage
+        self.trials = trials
+        self.shown = self.batches = 0
+
+    def __enter__(self) -> _Progress:
+        self.shown = len(self.journal.records())
+        self.batches = len(self.journal.batch_figures())
+        self.began, self.before = time.monotonic(), self.shown
+        self.bar = tqdm(
+            total=self.trials, initial=self.shown, unit="trial", disable=not on_terminal()
+        )
+        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, self.shown)
+        self._note_phase()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._refresh()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def __call__(self, journal: Journal) -> None:
+        records = journal.records()
+        new, self.shown = records[self.shown :], max(self.shown, len(records))
+        if new:
+            self._log(records, new)
+            self.bar.update(len(new))
+        figures = journal.batch_figures()
+        if self.board is not None:
+            for number in range(self.batches, len(figures)):
+                for name, value in figures[number].items():
+                    self.board.add_scalar(f"{self.stage}/{name}", value, number)
+        self.batches = len(figures)
+        self._note_phase()
+        self._refresh()
+        self.run._report()
+
+    def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
+        best = StageStatus(self.stage, records, self.trials).ranked()[:1]
+        per_trial = (time.monotonic() - self.began) / max(1, len(records) - self.before)
+        for record in new:
+            result = record.result
+            logger.info(
+                "%s trial %d  reward %.4f%s  best %s  %.1f s  (%d/%d done, %.0f/h, %s to go)",
+                self.stage, record.index, result.reward, _remark(record),
+                f"{best[0].objective:.4f} ({best[0].index})" if best else "-",
+                result.seconds, len(records), self.trials, 3600 / per_trial,
+                format_duration(per_trial * (self.trials - len(records))),
+                extra=PERIODIC,
+            )  # fmt: skip
+            if self.board is not None:
+                self.board.add_scalar(f"{self.stage}/reward", result.reward, record.index)
+        if best:
+            self.bar.set_postfix(best=f"{best[0].objective:.4f}", refresh=False)
+            if self.board is not None:
+                self.board.add_scalar(f"{self.stage}/best", best[0].objective, len(records) - 1)
+
+    def _note_phase(self) -> None:
+        phase = f"trials of the {self.stage} stage"
+        write_progress(self.run.folder, phase, done=self.shown, total=self.trials)
+
+    def _refresh(self) -> None:
+        report = self.run.reports[self.stage]
+        report.records = list(self.journal.records())
+        report.batch_figures = list(self.journal.batch_figures())
+
+
+def _remark(record: TrialRecord) -> str:
+    if record.reused is not None:
+        return f" (of trial {record.reused}, the same graph)"
+    return "" if record.result.status == COMPLETE else f" ({record.result.status})"
+
+
+def search_status(cfg: CfgNode) -> str:
+    """How far the search in OUTPUT_DIR is, in words; it may be running or not."""
+    folder = Path(cfg.OUTPUT_DIR)
+    path = folder / "search.db"
+    stages = []
+    for stage in cfg.SEARCH.STAGES:
+        records = read_records(path, stage) if path.exists() else []
+        stages.append((stage, records, cfg.SEARCH.TRIALS[TRIALS[stage]]))
+    return format_status(folder, stages)
+
+
+def _fixed_settings(
+    cfg: CfgNode, stage: str, space: Space, caches: tuple[FeatureCache, FeatureCache]
+) -> dict[str, Any]:
+    """What must stay the same as long as a stage is resumed: all that its trials depend on."""
+    settings = cfg.SEARCH
+    sections = ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
+    fixed = {
+        f"SEARCH.{section}.{key}": _plain(value)
+        for section in sections
+        for key, value in settings[section].items()
+    }
+    fixed |= {f"SEARCH.{key}": settings[key] for key in ("STRATEGY", "BATCH")}
+    fixed |= {
+        "SEED": cfg.SEED,
+        "MODEL.HEAD.NAME": cfg.MODEL.HEAD.NAME,
+        "MODEL.HEAD.NUM_CONVS": cfg.MODEL.HEAD.NUM_CONVS,
+        "features of meta-train": caches[0].folder.name,
+        "features of meta-val": caches[1].folder.name,
+    }
+    return fixed
+
+
+def _get(node: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        node = node[part]
+    return node
+
+
+def _set(tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[parts[-1]] = value
+
+
+def _plain(value: Any) -> Any:
+    """As YAML and JSON have it: lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

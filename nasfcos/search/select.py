@@ -1,0 +1,159 @@
+"""The last stage of a search: the best architectures trained in full, and compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from ..config import ConfigError, override_config
+from ..engine.checkpoint import FINAL
+from ..engine.train import train
+from ..evaluation.files import write_json
+from ..genotype import Genotype
+from .records import TrialRecord
+from .status import StageStatus, write_progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One architecture of a ranking.
+
+    Attributes:
+        stage: in which it was found.
+        rank: by the search's objective in its stage, from 1.
+        genotype: the whole decoder, as a nested list.
+        objective, reward: of its trial.
+        params, flops: of its trial's decoder (see `TrialResult`).
+        AP, AP50: after full training, on the first of DATASETS.TEST; None: not trained in full.
+        folder: of the full training, relative to the search's; "" without one.
+    """
+
+    stage: str
+    rank: int
+    genotype: list
+    objective: float
+    reward: float
+    params: int
+    flops: float
+    AP: float | None = None
+    AP50: float | None = None
+    folder: str = ""
+
+
+def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> CfgNode:
+    """The config of a full training of a genotype, SEARCH.SELECT.OVERRIDES on top.
+
+    Args:
+        cfg: the search's config, with the whole training data.
+        stage: "fpn" (the head is the plain one) or "head".
+        genotype: the decoder.
+        folder: of the training run.
+    """
+    tower = "searched" if stage == "head" else "plain"
+    searched = [
+        *("MODEL.NECK.NAME", "nas_fpn", "MODEL.HEAD.TOWER", tower),
+        *("MODEL.GENOTYPE", list(genotype), "OUTPUT_DIR", str(folder)),
+    ]
+    full = override_config(cfg, searched, "the search")
+    return override_config(full, cfg.SEARCH.SELECT.OVERRIDES, "SEARCH.SELECT.OVERRIDES")
+
+
+def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
+    """Train and test a config's detector, or read what an earlier call found out.
+
+    Returns:
+        AP and AP50 on the first of DATASETS.TEST.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: the selection needs data to compare on")
+    summary = Path(cfg.OUTPUT_DIR) / "selected.json"
+    if summary.exists():
+        return json.loads(summary.read_text(encoding="utf-8"))
+    metrics = train(cfg, device, resume=True)[cfg.DATASETS.TEST[0]]
+    if not isinstance(metrics.get("AP"), float):
+        raise ConfigError(
+            f"DATASETS.TEST {cfg.DATASETS.TEST[0]} has no annotations to select the best on"
+        )
+    found = {name: metrics[name] for name in ("AP", "AP50")}
+    write_json(summary, found)
+    return found
+
+
+def select(
+    cfg: CfgNode,
+    device: torch.device,
+    folder: Path,
+    stage: str,
+    records: Sequence[TrialRecord],
+    count: int,
+    train_them: bool,
+) -> list[Selected]:
+    """Rank a stage's best architectures, after full training unless `train_them` is False.
+
+    Args:
+        cfg: the search's config, with the whole training data.
+        device: of the training.
+        folder: of the search.
+        stage: whose best are wanted.
+        records: its finished trials.
+        count: how many are looked at.
+
+    Returns:
+        The best first: by AP where they were trained, else by the search's objective.
+
+    Raises:
+        ConfigError: no trial of the stage is complete.
+    """
+    best = StageStatus(stage, records, len(records)).ranked()[:count]
+    if not best:
+        raise ConfigError(
+            f"no trial of the {stage} stage is complete: see the reasons in trials_{stage}.csv; "
+            "a lower SEARCH.PROXY.LR or a smaller SEARCH.PROXY.BATCH may help"
+        )
+    rows = []
+    for rank, record in enumerate(best, 1):
+        found: dict = {}
+        if train_them:
+            place = Path("select") / stage / str(rank)
+            phase = f"training the best of the {stage} stage in full"
+            write_progress(folder, phase, done=rank - 1, total=len(best))
+            logger.info(
+                "full training %d of %d (%s stage, trial %d, reward %.4f):\n%s",
+                rank, len(best), stage, record.index, record.result.reward,
+                Genotype.parse(record.genotype).describe(),
+            )  # fmt: skip
+            metrics = train_in_full(
+                full_config(cfg, stage, record.genotype, folder / place), device
+            )
+            found = {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
+        rows.append(
+            Selected(
+                stage,
+                rank,
+                record.genotype,
+                record.objective,
+                record.result.reward,
+                record.result.params,
+                record.result.flops,
+                **found,
+            )
+        )
+    return sorted(rows, key=lambda row: -(row.AP if row.AP is not None else row.objective))
+
+
+def write_ranking(path: Path, rows: Sequence[Selected]) -> None:
+    """All architectures that were selected, best first, as JSON."""
+    write_json(path, [asdict(row) for row in rows], indent=2)
+
+
+def weights_of(folder: Path, row: Selected) -> Path:
+    """The file with a fully trained row's weights."""
+    return folder / row.folder / FINAL

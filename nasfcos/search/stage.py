@@ -1,0 +1,198 @@
+"""The loop of one stage: propose a batch, try it, learn from it; resumable at any moment.
+
+The journal is the only state. A resumed stage runs the same loop from its start: the strategy
+proposes what it proposed before (which the journal checks), finished trials are not run again, and
+what the strategy learns from them brings it to the state it was in.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .executors import Executor, WorkerLost
+from .journal import Journal
+from .records import COMPLETE, FAILED, PRUNED, TrialJob, TrialRecord, TrialResult
+from .space import Space
+from .strategies import Strategy
+
+logger = logging.getLogger(__name__)
+
+COSTS = {"none": None, "flops": "flops", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a strategy maximises: the reward, less ``weight * max(0, cost / target - 1)``.
+
+    Attributes:
+        cost: "none", "flops" or "latency" (see `TrialResult`).
+        target: cost above which there is a penalty.
+        weight: of the penalty.
+    """
+
+    cost: str = "none"
+    target: float = 1.0
+    weight: float = 0.0
+
+    def __call__(self, result: TrialResult) -> float:
+        """The objective of a result; nan for a failed trial."""
+        if result.status == FAILED or COSTS[self.cost] is None:
+            return result.reward
+        cost = getattr(result, COSTS[self.cost])
+        return result.reward - self.weight * max(0.0, cost / self.target - 1)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Successive halving: at each rung the worse part of the trials stops.
+
+    A trial is compared with all that reached the rung in finished batches, by thresholds that go
+    with its job. So what is stopped does not depend on which worker was faster, workers need not
+    ask, and a repeated search repeats itself; Optuna's pruners, asked in the middle of a trial,
+    could not promise that.
+
+    Attributes:
+        rungs: iterations at which a trial is judged.
+        keep: share that goes on.
+        startup: trials that must have reached a rung before any is stopped there.
+    """
+
+    rungs: tuple[int, ...] = ()
+    keep: float = 0.5
+    startup: int = 20
+
+    def thresholds(self, records: Sequence[TrialRecord]) -> tuple[tuple[int, float], ...]:
+        """For a batch's jobs, from the trials of the batches before."""
+        curves = [dict(r.result.curve) for r in records if r.reused is None]
+        found = []
+        for rung in self.rungs:
+            rewards = [curve[rung] for curve in curves if rung in curve]
+            enough = len(rewards) >= self.startup
+            found.append((rung, np.quantile(rewards, 1 - self.keep) if enough else -math.inf))
+        return tuple((rung, float(reward)) for rung, reward in found)
+
+
+def run_stage(
+    journal: Journal,
+    space: Space,
+    strategy: Strategy,
+    executor: Executor,
+    trials: int,
+    batch_size: int,
+    objective: Objective,
+    pruning: Pruning,
+    on_progress: Callable[[Journal], None] = lambda journal: None,
+) -> None:
+    """Run a stage to its end, from wherever the journal says it is.
+
+    Args:
+        journal: of the stage.
+        space, strategy: what is proposed, and by whom (fresh: it has learnt nothing yet).
+        executor: runs the trials.
+        trials: of the whole stage, repeated proposals of a known graph included.
+        batch_size: proposals between two lessons of the strategy.
+        objective: what the strategy learns from.
+        pruning: when trials stop early.
+        on_progress: called after each finished trial and each lesson.
+    """
+    done = batch = 0
+    while done < trials:
+        size = journal.batch_size(batch) or min(batch_size, trials - done)
+        proposals = strategy.propose(size)
+        journal.propose(batch, proposals)
+        before = [r for r in journal.records() if r.batch < batch]
+        _run_batch(
+            journal,
+            space,
+            executor,
+            range(done, done + size),
+            proposals,
+            objective,
+            pruning.thresholds(before),
+            on_progress,
+        )
+        done += size
+        records = journal.records()[:done]
+        worst = min((r.objective for r in records if math.isfinite(r.objective)), default=-1.0)
+        rewards = [
+            r.objective if math.isfinite(r.objective) else worst for r in records[done - size :]
+        ]
+        journal.note_batch(batch, strategy.learn(proposals, rewards))
+        on_progress(journal)
+        batch += 1
+
+
+def _run_batch(
+    journal: Journal,
+    space: Space,
+    executor: Executor,
+    indices: range,
+    proposals: Sequence[tuple[int, ...]],
+    objective: Objective,
+    thresholds: tuple[tuple[int, float], ...],
+    on_progress: Callable[[Journal], None],
+) -> None:
+    """Finish the trials of a batch that are not finished yet."""
+    finished = {record.index for record in journal.records()}
+    known = _by_key(journal.records())
+    jobs: dict[str, TrialJob] = {}
+    repeats: list[tuple[int, str]] = []
+    for index, choices in zip(indices, proposals, strict=True):
+        if index in finished:
+            continue
+        key = space.key(choices)
+        if key in known or key in jobs:
+            repeats.append((index, key))
+        else:
+            jobs[key] = TrialJob(index, space.genotype(choices).to_list(), thresholds)
+    _try_all(journal, executor, list(jobs.values()), objective, on_progress)
+    known = _by_key(journal.records())
+    for index, key in repeats:
+        if key not in known:  # its first trial failed, and so would this one
+            reason = "the same architecture failed in another trial of this batch"
+            journal.start(index)
+            journal.finish(index, TrialResult(FAILED, reason=reason), math.nan)
+            continue
+        original = known[key]
+        journal.start(index)
+        journal.finish(index, original.result, original.objective, reused=original.index)
+    if repeats:
+        on_progress(journal)
+
+
+def _by_key(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+    """The trials whose result holds for every other trial of the same graph."""
+    usable = (COMPLETE, PRUNED)
+    return {r.key: r for r in records if r.reused is None and r.result.status in usable}
+
+
+def _try_all(
+    journal: Journal,
+    executor: Executor,
+    jobs: list[TrialJob],
+    objective: Objective,
+    on_progress: Callable[[Journal], None],
+) -> None:
+    """Run jobs; those whose worker died are run again, as often as the journal allows."""
+    while jobs:
+        again = []
+        for job in jobs:
+            journal.start(job.index)
+        for job, outcome in executor.run(jobs):
+            if isinstance(outcome, WorkerLost):
+                if journal.retry(job.index, outcome.reason):
+                    logger.warning("trial %d is tried again: %s", job.index, outcome.reason)
+                    again.append(job)
+                else:
+                    logger.warning("trial %d failed: %s", job.index, outcome.reason)
+            else:
+                if outcome.status == FAILED:
+                    logger.warning("trial %d failed: %s", job.index, outcome.reason)
+                journal.finish(job.index, outcome, objective(outcome))
+            on_progress(journal)
+        jobs = again

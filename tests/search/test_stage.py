@@ -1,0 +1,226 @@
+"""The loop of a stage: killed and resumed, repeated graphs, failures, objectives, thresholds."""
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from nasfcos.search.executors import InlineExecutor, WorkerLost  # noqa: E402
+
+from nasfcos.search.journal import Journal  # noqa: E402
+from nasfcos.search.records import COMPLETE, FAILED, TrialRecord, TrialResult  # noqa: E402
+from nasfcos.search.stage import Objective, Pruning, run_stage  # noqa: E402
+from nasfcos.search.strategies import PPO, RandomSearch  # noqa: E402
+from tests.search import table_search  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "search" / "table_search.py"
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, folder, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def succeed(process, timeout=120):
+    _, error = process.communicate(timeout=timeout)
+    assert process.returncode == 0, error
+
+
+def rows(folder):
+    """The exported trials, without what a clock says."""
+    with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        del row["finished"], row["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    succeed(start(folder))
+    return rows(folder)
+
+
+def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, tmp_path):
+    rng = random.Random(0)
+    kills = 0
+    while kills < 6:
+        process = start(tmp_path)
+        log = tmp_path / "runs.txt"
+        before = log.read_text().count("\n") if log.exists() else 0
+        deadline = time.monotonic() + 60
+        # Somewhere in the next few trials; the start of Python is no moment of the search.
+        target = before + rng.randint(1, 5)
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("\n") >= target:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.03)
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills >= 4
+    succeed(start(tmp_path))
+    assert rows(tmp_path) == undisturbed
+    own = sum(row["reused"] == "" for row in undisturbed)
+    runs = Counter((tmp_path / "runs.txt").read_text().split())
+    # Only the trial that a kill cut off is run again.
+    assert len(runs) == own and sum(runs.values()) <= own + kills
+
+
+def test_killed_workers_change_nothing(undisturbed, tmp_path):
+    process = start(tmp_path, "local")
+    rng = random.Random(1)
+    killed = 0
+    deadline = time.monotonic() + 100
+    while process.poll() is None and killed < 3 and time.monotonic() < deadline:
+        runs = tmp_path / "runs.txt"
+        if runs.exists() and runs.read_text().count("\n") > 10 * killed:
+            found = subprocess.run(
+                ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+                capture_output=True, text=True, check=False,
+            ).stdout.split()  # fmt: skip
+            if len(found) == 2:
+                os.kill(int(rng.choice(found)), signal.SIGKILL)
+                killed += 1
+        time.sleep(0.05)
+    succeed(process)
+    assert killed >= 1
+    assert rows(tmp_path) == undisturbed
+
+
+def test_equal_seeds_propose_equal_architectures_and_others_do_not(undisturbed, tmp_path):
+    succeed(start(tmp_path))
+    assert rows(tmp_path) == undisturbed
+    space = table_search.space()
+    first = [tuple(PPO(space, seed).propose(5)) for seed in (3, 3, 4)]
+    assert first[0] == first[1] != first[2]
+
+
+class Recorded(RandomSearch):
+    """Proposes what it is told, and keeps what it is taught."""
+
+    def __init__(self, proposals):
+        self.proposals = list(proposals)
+        self.lessons = []
+
+    def propose(self, count):
+        place = sum(len(rewards) for _, rewards in self.lessons)
+        return self.proposals[place : place + count]
+
+    def learn(self, batch, rewards):
+        self.lessons.append((list(batch), list(rewards)))
+        return {}
+
+
+class Scripted:
+    """A task whose results are given by index."""
+
+    def __init__(self, results):
+        self.results = results
+        self.ran = []
+
+    def run(self, job):
+        self.ran.append(job.index)
+        return self.results[job.index]
+
+
+def run(tmp_path, proposals, task, batch=2, objective=None, pruning=None, executor=InlineExecutor):
+    strategy = Recorded(proposals)
+    journal = Journal(tmp_path / "s.db", table_search.space(), retries=1, settings={})
+    with executor(task) as runner:
+        run_stage(
+            journal, table_search.space(), strategy, runner, len(proposals), batch,
+            objective or Objective(), pruning or Pruning(),
+        )  # fmt: skip
+    return journal, strategy
+
+
+def done(reward, **kwargs):
+    return TrialResult(COMPLETE, reward, {"loss": -reward}, **kwargs)
+
+
+def test_a_graph_written_twice_is_tried_once(tmp_path):
+    # A skip moved along the layers: the same graph, in the same batch and in a later one.
+    same = [(1, 0, 1, 2), (1, 0, 2, 1), (1, 0, 1, 2), (0, 0, 0, 0)]
+    task = Scripted({0: done(-2.0), 3: done(-1.0)})
+    journal, strategy = run(tmp_path, same, task)
+    assert task.ran == [0, 3]
+    records = journal.records()
+    assert [r.reused for r in records] == [None, 0, 0, None]
+    assert [r.objective for r in records] == [-2.0, -2.0, -2.0, -1.0]
+    assert [rewards for _, rewards in strategy.lessons] == [[-2.0, -2.0], [-2.0, -1.0]]
+
+
+def test_a_failed_trial_teaches_the_worst_so_far(tmp_path):
+    proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 2, 0), (0, 2, 0, 0)]
+    failed = TrialResult(FAILED, reason="out of memory")
+    results = {0: failed, 1: done(-3.0), 2: done(-5.0), 3: failed}
+    journal, strategy = run(tmp_path, proposals, Scripted(results))
+    assert [rewards for _, rewards in strategy.lessons] == [[-3.0, -3.0], [-5.0, -5.0]]
+    assert journal.records()[0].result.reason == "out of memory"
+    assert math.isnan(journal.records()[3].objective)
+
+
+class Fragile(InlineExecutor):
+    """Loses the worker of trial 1 as often as the task says."""
+
+    def run(self, jobs):
+        for job, outcome in super().run(jobs):
+            lost = job.index == 1 and self.task.losses > 0
+            self.task.losses -= lost
+            yield job, WorkerLost("killed by SIGKILL") if lost else outcome
+
+
+@pytest.mark.parametrize("losses, status", [(1, COMPLETE), (2, FAILED)])
+def test_a_lost_worker_costs_its_own_trial_an_attempt(tmp_path, losses, status):
+    task = Scripted({0: done(-3.0), 1: done(-5.0)})
+    task.losses = losses
+    journal, _ = run(tmp_path, [(0, 0, 0, 0), (0, 0, 0, 2)], task, executor=Fragile)
+    assert [r.result.status for r in journal.records()] == [COMPLETE, status]
+    assert task.ran == [0, 1, 1]
+    if status == FAILED:
+        assert "killed by SIGKILL" in journal.records()[1].result.reason
+
+
+def test_the_second_objective_takes_off_what_is_above_the_target():
+    objective = Objective("flops", target=2.0, weight=0.5)
+    assert objective(done(-1.0, flops=1.5)) == -1.0
+    assert objective(done(-1.0, flops=3.0)) == -1.25
+    assert Objective("latency", 10.0, 1.0)(done(-1.0, latency=15.0)) == -1.5
+    assert Objective()(done(-1.0, flops=99.0)) == -1.0
+    assert math.isnan(objective(TrialResult(FAILED)))
+
+
+def record(index, curve, reused=None):
+    result = TrialResult(COMPLETE, curve[-1][1], curve=curve)
+    return TrialRecord(index, 0, (), str(index), [], result, result.reward, reused)
+
+
+def test_thresholds_are_the_quantiles_of_those_that_reached_a_rung():
+    pruning = Pruning((10, 20), keep=0.5, startup=3)
+    records = [record(i, ((10, -float(i)), (20, -0.5 * i))[: 2 - i % 2]) for i in range(5)]
+    records.append(record(5, ((10, 100.0), (20, 100.0)), reused=0))
+    assert pruning.thresholds(records) == ((10, -2.0), (20, -1.0))
+    assert pruning.thresholds(records[:2]) == ((10, -math.inf), (20, -math.inf))
+    assert Pruning().thresholds(records) == ()
