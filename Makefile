@@ -1,4 +1,5 @@
-# make demo: install, generate data, train, evaluate, draw. make test: install and run the tests.
+# make demo: install, generate data, train, evaluate, draw. make search-demo: the same with an
+# architecture search. make test: install and run the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,8 +8,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 BIN := $(VENV)/bin
 DEMO := configs/demo/nas_fcos.yaml
+SEARCH_DEMO := configs/nas/demo.yaml
 
-.PHONY: install demo test lint clean
+.PHONY: install demo search-demo test lint clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +31,11 @@ demo: install
 	$(BIN)/python tools/predict.py --config-file $(DEMO) \
 		--input datasets/demo/val --output output/demo/pictures DATASETS.ROOT datasets
 	@echo "Detections: output/demo/pictures  Curves: output/demo/training.png"
+
+search-demo: install
+	$(BIN)/python tools/make_demo_data.py --output datasets/demo
+	$(BIN)/python tools/search_net.py --config-file $(SEARCH_DEMO) --resume DATASETS.ROOT datasets
+	@echo "Found: output/nas/demo/best.yaml  Report: output/nas/demo/report/report.html"
 
 test: install
 	$(BIN)/python -m pytest

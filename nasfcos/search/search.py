@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from yacs.config import CfgNode
 from ..config import ConfigError, load_config
 from ..data.catalog import class_names
 from ..engine import distributed
+from ..engine.checkpoint import FINAL, load_checkpoint
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration, tensorboard_writer
 from ..engine.signals import StopRequest
@@ -32,7 +32,7 @@ from .prepare import prepare_backbone, prepare_config
 from .proxy import ProxyTask, train_neck
 from .records import COMPLETE, TrialRecord
 from .report import StageReport, write_report
-from .select import Selected, full_config, select, weights_of, write_ranking
+from .select import Selected, full_config, select, write_ranking
 from .space import Space, build_space
 from .split import split_training_data
 from .stage import Objective, Pruning, run_stage
@@ -266,10 +266,12 @@ class _Search:
         found = f"{best.stage} stage, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}"
         title = f"# Found by a search: {found}.\n"
         with replacing(path) as temporary:
-            temporary.write_text(title + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+            temporary.write_text(title + text, encoding="utf-8")
         load_config(path)
+        trained = load_checkpoint(self.folder / best.folder / FINAL)
         with replacing(self.folder / "best.pth") as temporary:
-            shutil.copyfile(weights_of(self.folder, best), temporary)
+            torch.save({key: trained[key] for key in ("model", "classes", "config")}, temporary)
         return path
 
 

@@ -12,7 +12,6 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
-from ..engine.checkpoint import FINAL
 from ..engine.train import train
 from ..evaluation.files import write_json
 from ..genotype import Genotype
@@ -152,8 +151,3 @@ def select(
 def write_ranking(path: Path, rows: Sequence[Selected]) -> None:
     """All architectures that were selected, best first, as JSON."""
     write_json(path, [asdict(row) for row in rows], indent=2)
-
-
-def weights_of(folder: Path, row: Selected) -> Path:
-    """The file with a fully trained row's weights."""
-    return folder / row.folder / FINAL

@@ -1,0 +1,185 @@
+"""Whole searches through the command line: to best.yaml, killed and resumed, with bad settings."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("optuna")
+
+from nasfcos.config import load_config  # noqa: E402
+from nasfcos.genotype import Genotype  # noqa: E402
+from nasfcos.search.journal import read_records  # noqa: E402
+from nasfcos.search.records import COMPLETE  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+SEARCH = {
+    "CACHE": {"SIZE": 64},
+    "SPACE": {"CELLS": 4, "HEAD_LAYERS": 2, "HEAD_OPS": ["conv3x3", "skip_connect"]},
+    "PROXY": {
+        "FPN_CHANNELS": 8,
+        "HEAD_CHANNELS": 8,
+        "ITERATIONS": 3,
+        "BATCH": 4,
+        "LR": 0.004,
+        "NECK_ITERATIONS": 5,
+    },
+    "TRIALS": {"FPN": 6, "HEAD": 6},
+    "BATCH": 3,
+    "PREPARE": {"OVERRIDES": ["SOLVER.MAX_ITER", 4]},
+    "SELECT": {"FPN": 1, "HEAD": 2, "OVERRIDES": ["SOLVER.MAX_ITER", 6]},
+}
+
+
+@pytest.fixture
+def search_file(config_file):
+    """The tiny job's config as a search."""
+    tree = yaml.safe_load(config_file.read_text())
+    path = config_file.with_name("search.yaml")
+    path.write_text(yaml.safe_dump({**tree, "SEARCH": SEARCH}))
+    return path
+
+
+def start(tool, config, *arguments):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tools" / tool, "--config-file", config, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(tool, config, *arguments, code=0):
+    process = start(tool, config, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def trials(folder, stage):
+    """What a search found out in a stage, without what a clock says."""
+    return [
+        (r.index, r.choices, r.result.status, r.result.reward, r.result.losses, r.reused)
+        for r in read_records(folder / "search.db", stage)
+    ]
+
+
+def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
+    out = tmp_path / "out"
+    whole = run("search_net.py", search_file)
+    assert "2.6e+" not in whole and re.search(r"head layers: 2", whole)
+    assert [len(trials(out, stage)) for stage in ("fpn", "head")] == [6, 6]
+    assert {t[2] for stage in ("fpn", "head") for t in trials(out, stage)} == {COMPLETE}
+
+    # best.yaml is an ordinary config: what it names is what was trained.
+    cfg = load_config(out / "best.yaml")
+    genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
+    assert len(genotype.cells) == 4 and len(genotype.head_ops) == 2
+    assert cfg.MODEL.NECK.NAME == "nas_fpn" and cfg.MODEL.HEAD.TOWER == "searched"
+    ranking = json.loads((out / "ranking.json").read_text())
+    assert ranking[0]["genotype"] == cfg.MODEL.GENOTYPE
+    trained = [row for row in ranking if row["AP"] is not None]
+    assert len(trained) == 2 and trained[0]["AP"] >= trained[1]["AP"]
+    assert [row["stage"] for row in ranking] == ["head", "head", "fpn"]
+    # Both heads stand on the best FPN.
+    assert ranking[0]["genotype"][:4] == ranking[2]["genotype"]
+
+    tested = run("test_net.py", out / "best.yaml", "MODEL.WEIGHT", out / "best.pth")
+    metrics = json.loads((out / "best" / "inference" / "val" / "metrics.json").read_text())
+    assert metrics["AP"] == pytest.approx(ranking[0]["AP"], abs=1e-6), tested
+    run("train_net.py", out / "best.yaml", "--skip-test", "SOLVER.MAX_ITER", 2)
+    assert (out / "best" / "model_final.pth").exists()
+
+    page = (out / "report" / "report.html").read_text()
+    assert "<img" in page and "http" not in re.sub(r"http://www\.w3\.org\S*", "", page)
+    status = run("search_net.py", search_file, "--status")
+    assert "finished" in status and "fpn: 6 of 6 trials" in status
+
+    # Nothing of a finished search is done again, and nothing is overwritten unasked.
+    before = {stage: trials(out, stage) for stage in ("fpn", "head")}
+    assert "another folder" in run("search_net.py", search_file, code=2)
+    again = run("search_net.py", search_file, "--resume")
+    assert "training from iteration" not in again and "/h, " not in again
+    assert {stage: trials(out, stage) for stage in ("fpn", "head")} == before
+
+    # A search with other settings is another search.
+    other = run("search_net.py", search_file, "--resume", "SEARCH.PROXY.LR", 0.001, code=2)
+    assert "SEARCH.PROXY.LR was 0.004 and is now 0.001" in other
+
+
+def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path):
+    run("search_net.py", search_file, "OUTPUT_DIR", tmp_path / "whole")
+    rng = random.Random(int(os.environ.get("NASFCOS_KILL_SEED", 0)))
+    wanted = int(os.environ.get("NASFCOS_KILLS", 3))
+    seconds = float(os.environ.get("NASFCOS_KILL_WITHIN", 12))
+    kills = 0
+    killed = ("search_net.py", search_file, "--resume", "OUTPUT_DIR", tmp_path / "cut")
+    while kills < wanted:
+        process = start(*killed)
+        time.sleep(3 + rng.random() * seconds)
+        if process.poll() is not None:
+            process.communicate()
+            break
+        before = {stage: finished(tmp_path / "cut", stage) for stage in ("fpn", "head")}
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for stage, records in before.items():  # no finished trial is lost
+            assert finished(tmp_path / "cut", stage)[: len(records)] == records
+        kills += 1
+    assert kills
+    run(*killed)
+    for stage in ("fpn", "head"):
+        assert trials(tmp_path / "cut", stage) == trials(tmp_path / "whole", stage)
+    one, other = (json.loads((tmp_path / f / "ranking.json").read_text()) for f in ("whole", "cut"))
+    assert one == other
+
+
+def finished(folder, stage):
+    return trials(folder, stage) if (folder / "search.db").exists() else []
+
+
+def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path):
+    run(
+        "search_net.py", search_file, "SEARCH.STAGES", "('head',)", "MODEL.HEAD.NAME", "retinanet",
+        "SEARCH.EXECUTOR", "local", "SEARCH.WORKERS", 2, "SEARCH.SELECT.HEAD", 1,
+        "SEARCH.STRATEGY", "evolution", "SEARCH.PRUNING.RUNGS", "(1, 2)",
+        "SEARCH.PRUNING.STARTUP", 2, "SEARCH.OBJECTIVE.COST", "flops",
+        "SEARCH.OBJECTIVE.TARGET", 0.001, "SEARCH.OBJECTIVE.WEIGHT", 0.1,
+    )  # fmt: skip
+    records = read_records(tmp_path / "out" / "search.db", "head")
+    assert len(records) == 6
+    cfg = load_config(tmp_path / "out" / "best.yaml")
+    given = load_config(search_file).MODEL.GENOTYPE
+    assert cfg.MODEL.GENOTYPE[: len(given)] == given and cfg.MODEL.HEAD.NAME == "retinanet"
+    own = [r for r in records if r.reused is None]
+    assert all(len(r.result.curve) >= 1 for r in own)
+    assert all(r.objective < r.result.reward for r in own if r.result.flops > 0.001)
+    assert set(own[0].result.losses) == {"loss_cls", "loss_box"}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITR', 3]"), r"SELECT\.OVERRIDES.*SOLVER\.MAX_IT"),
+        (("SEARCH.PREPARE.OVERRIDES", "['SOLVER.MAX_ITER']"), r"PREPARE\.OVERRIDES.*pairs"),
+        (("SEARCH.STAGES", "('head',)", "MODEL.GENOTYPE", "[]", "MODEL.NECK.NAME", "fpn"),
+         r"MODEL\.GENOTYPE must name the cells"),
+        (("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty"),
+        (("SEARCH.PREPARE.WEIGHT", "nowhere.pth"), r"nowhere\.pth"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_the_search_begins(search_file, tmp_path, overrides, message):
+    output = run("search_net.py", search_file, *overrides, code=2)
+    assert re.search(message, output), output
+    assert not (tmp_path / "out" / "search.db").exists()
