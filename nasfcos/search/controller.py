@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .space import Choices, Space
 
-ROUNDS = 30
-"""Batches that are sampled to fill one with new graphs before known ones are proposed again."""
+ROUNDS, WARMING = 40, 1.2
+"""Batches that are sampled at most to fill one with new graphs, each at a higher temperature."""
 
 
 class Encoded(NamedTuple):
@@ -39,8 +39,7 @@ class Controller(nn.Module):
 
     Decisions of a kind (inputs, operations, aggregations, the split) share an embedding of their
     choices and an output layer, which for input nodes has the size of the last cell's choice. All
-    is in double precision, on the CPU: it is
-    tiny, and a resumed search must take the same choices.
+    is in double precision, on the CPU: it is tiny, and a resumed search must make the same choices.
 
     Args:
         space: whose sequences are written.
@@ -65,8 +64,13 @@ class Controller(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
 
-    def sample(self, count: int, generator: torch.Generator) -> list[Choices]:
-        """Sequences drawn from the policy; all valid."""
+    def sample(
+        self, count: int, generator: torch.Generator, temperature: float = 1.0
+    ) -> list[Choices]:
+        """Sequences drawn from the policy, or from a more even one (`temperature` above 1).
+
+        All are valid.
+        """
         sequences: list[Choices] = [()] * count
         uniform = torch.rand(
             count, len(self.space.decisions), generator=generator, dtype=torch.double
@@ -77,8 +81,10 @@ class Controller(nn.Module):
             for step, decision in enumerate(self.space.decisions):
                 features, state = self.lstm(inputs, state)
                 mask = self._padded([self.space.mask(prefix) for prefix in sequences])
-                probabilities = self._log_probs(features[:, 0], step, mask).exp()
-                # Inverse of the distribution function; never at a choice of probability zero.
+                log_probs = self._log_probs(features[:, 0], step, mask)
+                probabilities = (log_probs / temperature).exp()
+                # Inverse of the distribution function, which need not end at one; it does not grow
+                # at masked choices, so that they are never hit.
                 below = probabilities.cumsum(1)
                 chosen = (below <= uniform[:, step, None] * below[:, -1:]).sum(1)
                 sequences = [(*prefix, int(c)) for prefix, c in zip(sequences, chosen, strict=True)]
@@ -143,11 +149,10 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float)
 class PPO:
     """Proposes what the controller samples, and teaches it by PPO. A strategy (`strategies`).
 
-    Samples that write a graph learnt before are drawn again: its trial would not be run, and in a
-    small space the policy would settle on the best of the first batches and find nothing new. So
-    what is learnt from is the policy's distribution over new graphs; in a large space that is its
-    own until it has all but converged. Where the policy gives known graphs only, they are proposed:
-    with no advantage left in them the entropy bonus widens it again.
+    A sample that writes a graph known already is drawn again: its trial would not be run, and in a
+    small space the policy would settle on the best of the first batches and find nothing new. Each
+    new draw is at a higher temperature, up to all but uniform. In a large space this hardly ever
+    happens before the policy has converged, and what is learnt from are its own samples.
 
     Args:
         space: of the architectures.
@@ -196,8 +201,8 @@ class PPO:
         proposals: list[Choices] = []
         repeats: list[Choices] = []
         with _one_thread():
-            for _ in range(ROUNDS):
-                for choices in self.controller.sample(count, generator):
+            for attempt in range(ROUNDS):
+                for choices in self.controller.sample(count, generator, WARMING**attempt):
                     key = self.space.key(choices)
                     (repeats if key in known else proposals).append(choices)
                     known.add(key)

@@ -1,0 +1,208 @@
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from nasfcos.genotype import PUBLISHED
+from nasfcos.search.controller import PPO, Controller, policy_loss
+from nasfcos.search.space import FPNSpace, HeadSpace
+
+FPN = FPNSpace(3, ["skip_connect"], ["psum"])
+HEAD = HeadSpace(PUBLISHED.cells, 2, ["def_conv_3x3", "skip_connect", "conv1x1"])
+SPACES = pytest.mark.parametrize("space", [FPN, HEAD], ids=["fpn", "head"])
+
+
+def controller(space, scale=10.0):
+    """One with opinions: fresh weights are so small that every choice is about as likely."""
+    controller = Controller(space, 8, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in controller.parameters():
+            parameter *= scale
+    return controller
+
+
+def enumerated(controller):
+    """All sequences, their log-probabilities, and the entropies along each: [N], [N], [N, T]."""
+    sequences = list(controller.space)
+    with torch.no_grad():
+        log_probs, entropies = controller(controller.encode(sequences))
+    return sequences, log_probs.sum(1), entropies
+
+
+@SPACES
+def test_probabilities_of_all_valid_sequences_sum_to_one(space):
+    sequences, log_probs, _ = enumerated(controller(space))
+    assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    assert log_probs.exp().max() > 2 / len(sequences)  # not merely uniform
+
+
+@SPACES
+def test_entropy_is_that_of_the_enumerated_distribution(space):
+    _, log_probs, entropies = enumerated(controller(space))
+    probabilities = log_probs.exp()
+    expected = -(probabilities * log_probs).sum()
+    assert (probabilities * entropies.sum(1)).sum().item() == pytest.approx(expected.item())
+
+
+def test_samples_follow_the_probabilities():
+    policy = controller(HEAD)
+    sequences, log_probs, _ = enumerated(policy)
+    drawn = Counter(policy.sample(5000, torch.Generator().manual_seed(1)))
+    assert drawn.keys() <= set(sequences)
+    chi2 = freedom = 0
+    for sequence, p in zip(sequences, log_probs.exp().tolist(), strict=True):
+        if 5000 * p > 5:
+            chi2 += (drawn[sequence] - 5000 * p) ** 2 / (5000 * p)
+            freedom += 1
+    assert freedom > 5
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def test_samples_of_a_large_space_are_valid():
+    space = FPNSpace(7)
+    for sequence in controller(space).sample(50, torch.Generator().manual_seed(0)):
+        space.genotype(sequence)  # raises where it is not
+
+
+def test_hot_samples_are_even():
+    policy = controller(HEAD)
+    drawn = Counter(policy.sample(3600, torch.Generator().manual_seed(1), temperature=1e6))
+    assert len(drawn) == 27 and min(drawn.values()) > 90 and max(drawn.values()) < 180
+    for sequence in controller(FPN).sample(100, torch.Generator().manual_seed(0), 1e6):
+        FPN.genotype(sequence)
+
+
+def test_masked_choices_have_no_share():
+    """After C2 for all inputs of the first cell, three cells must not take N4 or N5."""
+    policy = controller(FPN)
+    start = torch.zeros(1, 15, dtype=torch.int64)
+    choices, masks = policy.encode([tuple(start[0].tolist())])
+    assert masks[0, 5].tolist() == [True] * 4 + [False] * 2
+    assert masks[0, 10].tolist() == [True] * 4 + [False] * 2
+    features = torch.randn(1, 8, dtype=torch.double)
+    probabilities = policy._log_probs(features, 10, masks[:, 10]).exp()
+    assert (probabilities[0, 4:] == 0).all()
+    assert probabilities.sum().item() == pytest.approx(1)
+    # Decided by the mask alone (operations and aggregations of one choice): no entropy.
+    log_probs, entropy = policy((choices, masks))
+    assert (entropy[0, 2:5] == 0).all() and (log_probs[0, 2:5] == 0).all()
+    assert 0 < entropy[0, 10] <= math.log(4)
+    (log_probs.sum() + entropy.sum()).backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_gradient_of_the_loss():
+    policy = controller(HEAD, scale=3.0)
+    encoded = policy.encode([(0, 0, 1), (2, 1, 2), (1, 2, 2)])
+    old = policy(encoded)[0].detach() + 0.05 * torch.tensor([[1.0], [-1.0], [9.0]])
+    advantages = torch.tensor([1.0, -0.5, 2.0], dtype=torch.double)
+
+    def loss():
+        log_probs, entropy = policy(encoded)
+        return policy_loss(log_probs, old, advantages, 0.2) - 0.1 * entropy.mean()
+
+    loss().backward()
+    rng = random.Random(0)
+    for parameter in policy.parameters():
+        i = rng.randrange(parameter.numel())
+        analytic = parameter.grad.flatten()[i].item()
+        with torch.no_grad():
+            flat = parameter.data.view(-1)
+            centre = flat[i].item()
+            flat[i] = centre + 1e-6
+            above = loss().item()
+            flat[i] = centre - 1e-6
+            below = loss().item()
+            flat[i] = centre
+        assert analytic == pytest.approx((above - below) / 2e-6, rel=1e-4, abs=1e-8)
+
+
+def test_clipped_objective_by_hand():
+    ratios = torch.tensor([[1.5, 0.5], [1.5, 0.5], [1.1, 0.9]], dtype=torch.double)
+    old = torch.full_like(ratios, -1.0)
+    log_probs = (old + ratios.log()).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 3.0], dtype=torch.double)
+    loss = policy_loss(log_probs, old, advantages, 0.2)
+    # min(1.5, 1.2), min(0.5, 0.8); min(-3, -2.4), min(-1, -1.6); 3.3, 2.7
+    assert loss.item() == pytest.approx(-(1.2 + 0.5 - 3.0 - 1.6 + 3.3 + 2.7) / 6)
+    loss.backward()
+    # Where the ratio has gone far enough the way of the advantage there is nothing to gain.
+    assert (log_probs.grad == 0).tolist() == [[True, False], [False, True], [False, False]]
+
+
+def test_advantages_are_measured_from_the_moving_baseline():
+    ppo = PPO(HEAD, 0, baseline_decay=0.5)
+    first = ppo._advantages(torch.tensor([1.0, 3.0], dtype=torch.double))
+    assert first.tolist() == pytest.approx([-1, 1])
+    assert ppo.baseline == 2
+    second = ppo._advantages(torch.tensor([4.0, 4.0], dtype=torch.double))
+    assert ppo.baseline == 3
+    # Better than before, though alike: squared deviations 1 (first) and 4 (now), by halves.
+    assert second.tolist() == pytest.approx([2 / 2.5**0.5] * 2)
+
+
+def lessons(ppo, batches=4, count=6):
+    for _ in range(batches):
+        batch = ppo.propose(count)
+        figures = ppo.learn(batch, [float(sum(choices)) for choices in batch])
+    return ppo.propose(count), figures
+
+
+def test_a_strategy_of_its_seed_and_its_lessons_alone():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    proposals, figures = lessons(PPO(HEAD, 7))
+    assert torch.equal(torch.random.get_rng_state(), before)  # and others draw undisturbed
+    torch.manual_seed(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        ppo = PPO(HEAD, 7)
+        ppo.propose(11)  # proposing is no lesson
+        assert lessons(ppo) == (proposals, figures)
+    finally:
+        torch.set_num_threads(threads)
+    assert lessons(PPO(HEAD, 8))[0] != proposals
+
+
+def test_no_graph_twice_while_there_are_others():
+    """27 sequences of two weighted operations and skips in two layers: 1 + 2 * 2 + 4 * 3 graphs."""
+    ppo = PPO(HEAD, 0)
+    graphs = {HEAD.key(choices) for choices in HEAD}
+    assert len(graphs) == 17
+    tried = set()
+    while tried != graphs:
+        batch = ppo.propose(4)
+        new = {HEAD.key(choices) for choices in batch} - tried
+        assert len(batch) == 4 and len(new) == min(4, len(graphs) - len(tried))
+        tried |= new
+        ppo.learn(batch, [0.0] * 4)
+    assert len(ppo.propose(4)) == 4  # exhausted: known ones
+
+
+def test_it_learns_the_best_choice():
+    """One operation is worth more wherever it stands: the policy comes to prefer it."""
+    space = HeadSpace(PUBLISHED.cells, 6)
+    ppo = PPO(space, 0)
+    for _ in range(25):
+        batch = ppo.propose(10)
+        figures = ppo.learn(batch, [choices[1:].count(5) for choices in batch])
+    share = sum(c[1:].count(5) for c in ppo.controller.sample(100, torch.Generator())) / 600
+    assert share > 0.6  # of 1/6 at first
+    assert figures["entropy"] < 1.2  # of log 6 = 1.79 at first
+    assert figures.keys() == {"policy_loss", "entropy", "kl", "clipped", "baseline"}
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["kl"] >= 0 and 0 <= figures["clipped"] <= 1
+
+
+def test_rewards_that_are_not_finite_teach_nothing():
+    ppo, other = PPO(HEAD, 0), PPO(HEAD, 0)
+    assert ppo.learn(ppo.propose(2), [math.nan, -math.inf]) == {}
+    assert ppo.learn([(0, 0, 0), (0, 1, 0), (1, 2, 2)], [1.0, math.nan, 2.0])["baseline"] == 1.5
+    other.learn(other.propose(2), [math.nan, -math.inf])
+    other.learn([(0, 0, 0), (1, 2, 2)], [1.0, 2.0])
+    for a, b in zip(ppo.controller.parameters(), other.controller.parameters(), strict=True):
+        assert torch.equal(a, b)
