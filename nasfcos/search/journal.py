@@ -56,6 +56,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, get_st
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..config import ConfigError
 from ..evaluation.files import replacing
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from .space import Space
@@ -80,7 +81,7 @@ SETTINGS, FIGURES = "settings", "figures of batch "
 """User attributes of a study: what must not change, and (with the number) what a batch taught."""
 
 
-class JournalError(RuntimeError):
+class JournalError(ConfigError):
     """A journal that cannot be opened, or that belongs to a different search."""
 
 

@@ -154,6 +154,8 @@ class _Search:
 
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""
+        if not self.cfg.DATASETS.TEST:
+            raise ConfigError("DATASETS.TEST is empty: the selection needs data to compare on")
         prepare_config(self.cfg, self.folder)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
