@@ -263,7 +263,8 @@ _C.SEARCH.PRUNING.STARTUP = 20
 
 # Where trials run: "inline" (this process), "local" (worker processes) or "ray" (a Ray cluster).
 _C.SEARCH.EXECUTOR = "inline"
-_C.SEARCH.WORKERS = 1
+# Trials at a time. 0: one for each GPU, or where there is none, for each core.
+_C.SEARCH.WORKERS = 0
 # How often a trial is tried again whose worker died.
 _C.SEARCH.RETRIES = 2
 # Seconds between refreshed reports.

@@ -285,16 +285,17 @@ class _Progress:
         self.journal = journal
         self.stage = stage
         self.trials = trials
-        self.shown = self.batches = 0
+        self.shown: set[int] = set()
+        self.batches = 0
 
     def __enter__(self) -> _Progress:
-        self.shown = len(self.journal.records())
+        self.shown = {record.index for record in self.journal.records()}
         self.batches = len(self.journal.batch_figures())
-        self.began, self.before = time.monotonic(), self.shown
+        self.began, self.before = time.monotonic(), len(self.shown)
         self.bar = tqdm(
-            total=self.trials, initial=self.shown, unit="trial", disable=not on_terminal()
+            total=self.trials, initial=self.before, unit="trial", disable=not on_terminal()
         )
-        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, self.shown)
+        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, self.before)
         self._note_phase()
         return self
 
@@ -306,8 +307,9 @@ class _Progress:
 
     def __call__(self, journal: Journal) -> None:
         records = journal.records()
-        new, self.shown = records[self.shown :], max(self.shown, len(records))
+        new = [record for record in records if record.index not in self.shown]
         if new:
+            self.shown.update(record.index for record in new)
             self._log(records, new)
             self.bar.update(len(new))
         figures = journal.batch_figures()
@@ -342,7 +344,7 @@ class _Progress:
 
     def _note_phase(self) -> None:
         phase = f"trials of the {self.stage} stage"
-        write_progress(self.run.folder, phase, done=self.shown, total=self.trials)
+        write_progress(self.run.folder, phase, done=len(self.shown), total=self.trials)
 
     def _refresh(self) -> None:
         report = self.run.reports[self.stage]

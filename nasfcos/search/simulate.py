@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+
+from matplotlib.figure import Figure
 
 from .space import Space
 from .strategies import Strategy
@@ -63,3 +66,29 @@ def _first_hit(
         strategy.learn(proposals, [table[key] for key in keys])
         stalled = stalled + 1 if len(tried) == before else 0
     return max_trials + 1
+
+
+def plot_first_hits(hits: Mapping[str, Sequence[int]], size: int, goal: int) -> Figure:
+    """How many of the searches of each strategy have found one of the best, against their trials.
+
+    Args:
+        hits: trials of each search until then, by strategy.
+        size: graphs in the space.
+        goal: how many of them are the best.
+    """
+    figure = Figure(figsize=(6.2, 4.2), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for name, trials in hits.items():
+        trials = sorted(trials)
+        shares = [(i + 1) / len(trials) for i in range(len(trials))]
+        axis.step([0, *trials], [0, *shares], where="post", linewidth=2,
+                  label=f"{name}: median {median(trials):g}")  # fmt: skip
+    axis.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_xlim(0, size)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel(f"different architectures tried, of {size}")
+    axis.set_ylabel(f"searches that found one of the best {goal}")
+    axis.legend(frameon=False, loc="lower right")
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,11 +179,16 @@ def _try_all(
     on_progress: Callable[[Journal], None],
 ) -> None:
     """Run jobs; those whose worker died are run again, as often as the journal allows."""
-    while jobs:
-        again = []
+
+    def started(jobs: Sequence[TrialJob]) -> Iterator[TrialJob]:
+        """Each job as soon as a worker is free for it."""
         for job in jobs:
             journal.start(job.index)
-        for job, outcome in executor.run(jobs):
+            yield job
+
+    while jobs:
+        again = []
+        for job, outcome in executor.run(started(jobs)):
             if isinstance(outcome, WorkerLost):
                 if journal.retry(job.index, outcome.reason):
                     logger.warning("trial %d is tried again: %s", job.index, outcome.reason)

@@ -171,7 +171,7 @@ def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (("SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITR', 3]"), r"SELECT\.OVERRIDES.*SOLVER\.MAX_IT"),
+        (("SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITR', 3]"), r"SELECT\.OVERRIDES.*SOLVER\.MAX_"),
         (("SEARCH.PREPARE.OVERRIDES", "['SOLVER.MAX_ITER']"), r"PREPARE\.OVERRIDES.*pairs"),
         (("SEARCH.STAGES", "('head',)", "MODEL.GENOTYPE", "[]", "MODEL.NECK.NAME", "fpn"),
          r"MODEL\.GENOTYPE must name the cells"),

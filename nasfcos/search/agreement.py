@@ -1,0 +1,80 @@
+"""How well the reward of a short trial foretells the AP of a full training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from ..evaluation.files import replacing, write_json
+from .journal import read_records
+from .records import TrialRecord
+from .report import kendall_tau
+from .select import full_config, train_in_full
+from .status import StageStatus
+
+logger = logging.getLogger(__name__)
+
+
+def spread(records: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
+    """`count` of the complete trials, at even distances by rank from the worst to the best."""
+    ranked = StageStatus("", records, 0).ranked()[::-1]
+    if len(ranked) < count:
+        raise ConfigError(f"only {len(ranked)} architectures were tried to the end, not {count}")
+    places = np.linspace(0, len(ranked) - 1, count).round().astype(int)
+    return [ranked[place] for place in places]
+
+
+def check_agreement(
+    cfg: CfgNode, device: torch.device, folder: Path, stage: str, count: int
+) -> float:
+    """Train `count` architectures of a search in full, spread over the range of its rewards.
+
+    Leaves ``agreement/<stage>.json`` and ``.png`` in `folder`; a training that is finished is not
+    done again, so a check that was stopped goes on.
+
+    Args:
+        cfg: of the search; the full trainings have SEARCH.SELECT.OVERRIDES on top.
+        device: of the trainings.
+        folder: of the search.
+        stage: whose trials are checked.
+        count: of architectures, at least two.
+
+    Returns:
+        Kendall's tau (b) between reward and AP.
+    """
+    rows = []
+    for record in spread(read_records(folder / "search.db", stage), count):
+        place = folder / "agreement" / stage / str(record.index)
+        metrics = train_in_full(full_config(cfg, stage, record.genotype, place), device)
+        rows.append(
+            {"trial": record.index, "genotype": record.genotype, "reward": record.result.reward}
+            | metrics
+        )
+        logger.info("trial %d: reward %.4f, AP %.4f", record.index, rows[-1]["reward"],
+                    rows[-1]["AP"])  # fmt: skip
+    tau = kendall_tau([row["reward"] for row in rows], [row["AP"] for row in rows])
+    write_json(folder / "agreement" / f"{stage}.json", {"tau": tau, "rows": rows}, indent=2)
+    with replacing(folder / "agreement" / f"{stage}.png") as temporary:
+        plot_agreement(rows, tau, f"{stage} stage, {cfg.DATASETS.TEST[0]}").savefig(temporary)
+    return tau
+
+
+def plot_agreement(rows: Sequence[dict], tau: float, title: str) -> Figure:
+    """Reward of the trials against AP after full training."""
+    figure = Figure(figsize=(5.2, 4.2), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    axis.scatter([row["reward"] for row in rows], [row["AP"] for row in rows], color="#2f6fb5",
+                 zorder=3)  # fmt: skip
+    axis.set_xlabel("reward of the trial")
+    axis.set_ylabel("AP after full training")
+    axis.set_title(f"{title}: Kendall's tau {tau:.2f} over {len(rows)}")
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
