@@ -1,0 +1,123 @@
+"""What the feature cache and a second worker are worth: trials per hour, side by side.
+
+python tools/time_trials.py --config-file configs/nas/demo.yaml --stage fpn --count 6
+"""
+
+import json
+import logging
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nasfcos.data import build_dataset
+from nasfcos.data.catalog import class_names
+from nasfcos.engine.launch import argument_parser, launch
+from nasfcos.search.cache import Crops, FeatureCache, build_caches
+from nasfcos.search.executors import LocalExecutor
+from nasfcos.search.prepare import prepare_backbone
+from nasfcos.search.proxy import Examples, ProxyTask, build_decoder, stage_config
+from nasfcos.search.records import TrialJob
+from nasfcos.search.space import build_space
+from nasfcos.search.split import split_training_data
+
+logger = logging.getLogger("nasfcos.time_trials")
+
+
+class LiveFeatures:
+    """A cache's face without the cache: images are read, and run through the backbone, each time.
+
+    Args:
+        cache: of the same crops, for their targets.
+        crops: where the images come from.
+        model: a detector; its preprocessing and backbone are used.
+    """
+
+    def __init__(self, cache: FeatureCache, crops: Crops, model: torch.nn.Module) -> None:
+        self.targets, self.size, self.maps = cache.targets, cache.size, cache.maps
+        self.crops, self.model = crops, model
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @torch.no_grad()
+    def batch(self, indices, device) -> tuple[list[Tensor], list[dict]]:
+        images = []
+        for index in indices:
+            image, number = divmod(int(index), self.crops.per_image)
+            images.append(self.crops[image][number][0])
+        batch, _ = self.model.preprocess(images)
+        return self.model.backbone(batch), [self.targets[int(index)] for index in indices]
+
+
+def main() -> int:
+    parser = argument_parser("Time trials with and without the feature cache, and with workers.")
+    parser.add_argument("--count", type=int, default=6, help="architectures (default: 6)")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_intermixed_args()
+
+    def job(cfg, device) -> None:
+        folder = Path(cfg.OUTPUT_DIR)
+        cfg = split_training_data(cfg, folder / "split", cfg.SEED)
+        model = prepare_backbone(cfg, device, folder / "backbone")
+        caches = build_caches(cfg, model, folder / "cache")
+        classes = len(class_names(cfg))
+        parts = [caches[0].folder, caches[1].folder, classes, str(device), cfg.SEED]
+        cached, live = (ProxyTask(cfg, "fpn", *parts) for _ in range(2))
+        head = build_decoder(plain_head(cfg), None, classes, 0).head
+        live._examples = tuple(
+            Examples(
+                LiveFeatures(cache, Crops([build_dataset(cfg, n) for n in names],
+                                          cfg.SEARCH.CACHE.SIZE, crops, cfg.SEED), model),
+                head,
+                device,
+            )
+            for cache, names, crops in (
+                (caches[0], cfg.DATASETS.TRAIN, cfg.SEARCH.CACHE.CROPS),
+                (caches[1], cfg.DATASETS.TEST, 0),
+            )
+        )  # fmt: skip
+        space = build_space(cfg, "fpn", None)
+        rng = random.Random(0)
+        jobs = [
+            TrialJob(i, space.genotype(space.sample(rng)).to_list()) for i in range(args.count)
+        ]
+        cached.run(jobs[0])  # opens the caches, warms up
+        ratios = []
+        for trial in jobs:
+            seconds = []
+            for task in (cached, live):
+                started = time.perf_counter()
+                task.run(trial)
+                seconds.append(time.perf_counter() - started)
+            ratios.append(seconds[1] / seconds[0])
+            logger.info("trial %d: cached %.2f s, live %.2f s, ratio %.2f", trial.index, *seconds,
+                        ratios[-1])  # fmt: skip
+        logger.info("without the cache a trial takes %.2f times as long (median; %.2f to %.2f)",
+                    median(ratios), min(ratios), max(ratios))  # fmt: skip
+        rates = {}
+        for workers in (1, args.workers):
+            with LocalExecutor(cached, workers) as executor:
+                list(executor.run(jobs[:workers]))  # starts the workers, opens their caches
+                started = time.perf_counter()
+                list(executor.run(jobs))
+                rates[workers] = 3600 * len(jobs) / (time.perf_counter() - started)
+            logger.info("%d worker(s): %.0f trials/h", workers, rates[workers])
+        print(json.dumps({"ratios": ratios, "trials_per_hour": rates}))
+
+    return launch(args, job)
+
+
+def plain_head(cfg):
+    cfg = stage_config(cfg, "fpn")
+    cfg.defrost()
+    cfg.MODEL.HEAD.TOWER = "plain"
+    return cfg
+
+
+if __name__ == "__main__":
+    sys.exit(main())
