@@ -6,17 +6,27 @@ python tools/compare_strategies.py --config-file configs/nas/demo_table.yaml \
 """
 
 import csv
+import json
 import logging
 import sys
 from statistics import median
 
-from nasfcos.config import load_config, override_config
+from yacs.config import CfgNode
+
+from nasfcos.config import ConfigError, load_config, override_config
 from nasfcos.engine.launch import USER_ERRORS, argument_parser
 from nasfcos.engine.logging import log_to_console
 from nasfcos.evaluation.files import replacing, write_json
 from nasfcos.genotype import Genotype
-from nasfcos.search.simulate import first_hits, plot_first_hits
+from nasfcos.search.simulate import (
+    first_hits,
+    goal_size,
+    plot_first_hits,
+    replay_pruning,
+    uniform_hits,
+)
 from nasfcos.search.space import build_space
+from nasfcos.search.stage import Pruning
 from nasfcos.search.strategies import build_strategy
 
 logger = logging.getLogger("nasfcos.compare")
@@ -40,7 +50,13 @@ def main() -> int:
         cfg = load_config(args.config_file, args.overrides)
         cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells if args.stage == "head" else None
         space = build_space(cfg, args.stage, cells)
-        table = read_table(args.table)
+        rows = read_rows(args.table)
+        table = {row["key"]: float(row["reward"]) for row in rows}
+        if missing := {space.key(c) for c in space} - table.keys():
+            raise ConfigError(
+                f"{args.table} lacks {len(missing)} of the graphs of the {args.stage} space: raise "
+                f"SEARCH.TRIALS.{args.stage.upper()} and go on with the search that made it"
+            )
         hits = {}
         for name in STRATEGIES:
             chosen = override_config(cfg, ["SEARCH.STRATEGY", name], "the comparison")
@@ -53,8 +69,12 @@ def main() -> int:
                 cfg.SEARCH.BATCH,
                 len(table),
             )
-            logger.info("%s: median %g trials %s", name, median(hits[name]), sorted(hits[name]))
-        goal = max(1, int(args.top * len(table)))
+        if cfg.SEARCH.PRUNING.RUNGS:
+            log_early_stopping(cfg, rows)
+        goal = goal_size(len(table), args.top)
+        hits["random over graphs, exact"] = uniform_hits(len(table), goal, args.seeds)
+        for name, trials in hits.items():
+            logger.info("%s: median %g trials, %s", name, median(trials), sorted(trials))
         figure = plot_first_hits(hits, len(table), goal)
         with replacing(args.output) as temporary:
             figure.savefig(temporary)
@@ -65,11 +85,27 @@ def main() -> int:
     return 0
 
 
-def read_table(path: str) -> dict[str, float]:
-    """Reward by key, of the complete trials of a search's CSV."""
+def read_rows(path: str) -> list[dict[str, str]]:
+    """The complete trials of a search's CSV."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "complete"]
-    return {row["key"]: float(row["reward"]) for row in rows}
+        return [row for row in csv.DictReader(file) if row["status"] == "complete"]
+
+
+def log_early_stopping(cfg: CfgNode, rows: list[dict[str, str]]) -> None:
+    """What SEARCH.PRUNING, from its usual start on, would have done to the search of the table."""
+    outcome = replay_pruning(
+        [float(row["reward"]) for row in rows],
+        [dict(json.loads(row["curve"])) for row in rows],
+        Pruning(tuple(cfg.SEARCH.PRUNING.RUNGS), cfg.SEARCH.PRUNING.KEEP),
+        cfg.SEARCH.PROXY.ITERATIONS,
+        cfg.SEARCH.BATCH,
+    )
+    logger.info(
+        "early stopping at %s: %d of %d trials stopped, %.0f%% of the iterations saved; %.0f%% of "
+        "the best tenth kept; the best reward lower by %.4f",
+        tuple(cfg.SEARCH.PRUNING.RUNGS), outcome.stopped, len(rows), 100 * outcome.saved,
+        100 * outcome.best_kept, 0.0 - outcome.best_found,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python tools/search_net.py --config-file configs/nas/demo.yaml --status
 import sys
 
 from nasfcos.config import load_config
-from nasfcos.engine.launch import argument_parser, launch
+from nasfcos.engine.launch import USER_ERRORS, argument_parser, launch
 from nasfcos.search.search import search, search_status
 
 
@@ -22,7 +22,11 @@ def main() -> int:
     )
     args = parser.parse_intermixed_args()
     if args.status:
-        print(search_status(load_config(args.config_file, args.overrides)))
+        try:
+            print(search_status(load_config(args.config_file, args.overrides)))
+        except USER_ERRORS as error:
+            print(error, file=sys.stderr)
+            return 2
         return 0
     return launch(
         args,

@@ -1,6 +1,8 @@
 """What the feature cache and a second worker are worth: trials per hour, side by side.
 
-python tools/time_trials.py --config-file configs/nas/demo.yaml --stage fpn --count 6
+python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6
+
+Without the cache, images are read and run through the backbone in the trial's own process.
 """
 
 import json

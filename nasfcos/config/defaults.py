@@ -231,19 +231,19 @@ _C.SEARCH.STRATEGY = "ppo"
 _C.SEARCH.BATCH = 20
 
 _C.SEARCH.PPO = CN()
-_C.SEARCH.PPO.HIDDEN = 100
-_C.SEARCH.PPO.LR = 3.5e-3
+_C.SEARCH.PPO.HIDDEN = 64
+_C.SEARCH.PPO.LR = 1e-2
 # Passes over each batch, and the clip of the probability ratio.
 _C.SEARCH.PPO.EPOCHS = 5
 _C.SEARCH.PPO.CLIP = 0.2
 # Weight of the entropy bonus, and decay of the moving baseline of the reward.
-_C.SEARCH.PPO.ENTROPY = 0.01
+_C.SEARCH.PPO.ENTROPY = 0.02
 _C.SEARCH.PPO.BASELINE_DECAY = 0.9
 _C.SEARCH.PPO.CLIP_GRAD_NORM = 1.0
 
 _C.SEARCH.EVOLUTION = CN()
 # Youngest architectures that may be parents, and how many of them compete for it.
-_C.SEARCH.EVOLUTION.POPULATION = 50
+_C.SEARCH.EVOLUTION.POPULATION = 20
 _C.SEARCH.EVOLUTION.TOURNAMENT = 10
 
 # A second objective: reward - WEIGHT * max(0, cost / TARGET - 1).

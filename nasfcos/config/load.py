@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "_BASE_"
 COMMAND_LINE = "command line"
 
+# Lists whose entries are of any type: KEY VALUE pairs.
+FREE_LISTS = ("SEARCH.PREPARE.OVERRIDES", "SEARCH.SELECT.OVERRIDES")
+
 CHOICES = {
     "MODEL.NECK.NAME": ("nas_fpn", "fpn"),
     "MODEL.HEAD.NAME": ("fcos", "retinanet"),
@@ -316,7 +319,7 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         value, fits = type(default)(value), True
     else:
         fits = isinstance(value, type(default))
-    if fits and isinstance(default, (list, tuple)) and default:
+    if fits and isinstance(default, (list, tuple)) and default and name not in FREE_LISTS:
         fits = all(_like(item, default[0]) for item in value)
     if not fits:
         wanted = type(default).__name__
@@ -414,6 +417,11 @@ def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
             fail(name, f"is {value!r}, but must lie between 0 and 1")
     if search.OBJECTIVE.TARGET <= 0:
         fail("SEARCH.OBJECTIVE.TARGET", f"is {search.OBJECTIVE.TARGET!r}, but must be positive")
+    if search.OBJECTIVE.COST != "none" and search.OBJECTIVE.WEIGHT == 0:
+        fail(
+            "SEARCH.OBJECTIVE.WEIGHT",
+            f"is 0, so SEARCH.OBJECTIVE.COST {search.OBJECTIVE.COST} would have no effect",
+        )
     rungs = list(search.PRUNING.RUNGS)
     if any(not isinstance(rung, int) for rung in rungs) or rungs != sorted(set(rungs)):
         fail("SEARCH.PRUNING.RUNGS", f"is {rungs!r}, but must be iterations in rising order")

@@ -37,6 +37,8 @@ def write_json(path: str | Path, value: object, indent: int | None = None) -> No
 def _without_nan(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
         return None
     return value

@@ -23,12 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 def spread(records: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
-    """`count` of the complete trials, at even distances by rank from the worst to the best."""
+    """`count` of the complete trials, with rewards as evenly spaced as they come; worst first.
+
+    The range is that of the middle 98 % of the trials, so that no outlier takes half of it.
+    """
     ranked = StageStatus("", records, 0).ranked()[::-1]
     if len(ranked) < count:
         raise ConfigError(f"only {len(ranked)} architectures were tried to the end, not {count}")
-    places = np.linspace(0, len(ranked) - 1, count).round().astype(int)
-    return [ranked[place] for place in places]
+    rewards = np.array([record.result.reward for record in ranked])
+    free = np.ones(len(ranked), dtype=bool)
+    chosen = []
+    for wanted in np.linspace(*np.quantile(rewards, (0.01, 0.99)), count):
+        place = np.where(free, np.abs(rewards - wanted), np.inf).argmin()
+        free[place] = False
+        chosen.append(ranked[place])
+    return sorted(chosen, key=lambda record: record.result.reward)
 
 
 def check_agreement(

@@ -160,7 +160,11 @@ class FeatureCache:
             return False
         held = []
         for array in self.maps:
-            tensor = torch.empty(array.shape, dtype=torch.float16, device=device)
+            try:
+                tensor = torch.empty(array.shape, dtype=torch.float16, device=device)
+            except torch.OutOfMemoryError:  # another worker was faster
+                logger.info("%s stays on the disk: %s is full by now", self.folder.name, device)
+                return False
             step = max(1, _TRANSFER // array[0].nbytes)
             for first in range(0, len(array), step):
                 rows = np.arange(first, min(first + step, len(array)))
@@ -316,13 +320,13 @@ def _module_hash(module: nn.Module) -> str:
 
 
 def _data_hash(datasets: Sequence[DetectionDataset]) -> str:
-    """Of the annotations, and of the name, size and time of each image file."""
+    """Of the annotations, and of the name and size of each image file."""
     digest = hashlib.sha256()
     for dataset in datasets:
         for record in dataset.records:
             try:
-                stat = (dataset.spec.images / record.file_name).stat()
-                file = (stat.st_size, stat.st_mtime_ns)
+                # Not its time, which a copy of the data need not keep.
+                file = (dataset.spec.images / record.file_name).stat().st_size
             except OSError:
                 file = None
             fields = (record.file_name, file, record.height, record.width, len(record.boxes))

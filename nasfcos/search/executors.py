@@ -18,6 +18,7 @@ import pickle
 import queue
 import signal
 import socket
+import sys
 import threading
 import traceback
 from abc import ABC, abstractmethod
@@ -34,7 +35,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..engine.distributed import available_cores
-from .records import TrialJob, TrialResult
+from .records import DeviceLost, TrialJob, TrialResult
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class WorkerLost:
     reason: str
 
 
-class ExecutorError(RuntimeError):
-    """Trials cannot be run; the message says why."""
+class ExecutorError(ConfigError):
+    """Trials cannot be run where SEARCH.EXECUTOR wants them; the message says why."""
 
 
 class Executor(ABC):
@@ -354,6 +355,8 @@ def _work(pipe: Connection, task: bytes, threads: int) -> None:
         _send(pipe, ("ready", None))
         while True:
             _send(pipe, ("result", run(jobs.get())))
+    except DeviceLost as error:
+        sys.exit(f"worker: {error}")  # a new one takes its place
     except Exception:
         _send(pipe, ("error", traceback.format_exc()))
 
@@ -438,7 +441,7 @@ class RayExecutor(_Pool):
         folders: that the task reads; each worker makes sure that it has them.
 
     Raises:
-        ImportError: Ray is not installed.
+        ConfigError: Ray is not installed.
         ExecutorError: no cluster answers at RAY_ADDRESS.
     """
 
@@ -532,7 +535,10 @@ class _RemoteWorker:
         self.task = pickle.loads(task)
 
     def run(self, job: TrialJob) -> TrialResult:
-        return self.task.run(job)
+        try:
+            return self.task.run(job)
+        except DeviceLost as error:
+            sys.exit(f"worker: {error}")
 
 
 def share_out(
@@ -565,7 +571,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError(
+        raise ConfigError(
             "SEARCH.EXECUTOR ray needs Ray, which is not installed: pip install 'nasfcos[ray]'"
         ) from error
     return ray

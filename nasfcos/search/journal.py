@@ -150,6 +150,10 @@ class Journal:
         """How many proposals a batch has; 0 where it has not been proposed yet."""
         return self._batch_sizes.get(batch, 0)
 
+    def proposed(self, batch: int) -> list[tuple[int, ...]]:
+        """The choices of a batch's proposals, as far as they are in the journal, by index."""
+        return [t.choices for _, t in sorted(self._trials.items()) if t.batch == batch]
+
     def batch_figures(self) -> list[dict[str, float]]:
         """What `note_batch` stored, by batch."""
         return list(self._figures)

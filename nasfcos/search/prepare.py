@@ -9,7 +9,7 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
-from ..engine.checkpoint import FINAL, load_checkpoint
+from ..engine.checkpoint import FINAL, differing_keys, load_checkpoint
 from ..engine.train import build_model, train
 from ..models import Detector, load_weights
 
@@ -43,9 +43,10 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
     source = cfg.SEARCH.PREPARE.WEIGHT
     if not source:
         final = folder / FINAL
-        if not _is_finished(final, plain.SOLVER.MAX_ITER):
+        same = is_run_of(plain, folder)
+        if not (same and _is_finished(final, plain.SOLVER.MAX_ITER)):
             logger.info("fine-tuning the backbone with the plain detector in %s", folder)
-            train(plain, device, resume=True, skip_test=True)
+            train(plain, device, resume=same, skip_test=True)
         source = str(final)
     model = build_model(plain, device)
     report = load_weights(model, source, strict=False)
@@ -56,6 +57,24 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
             f"{len(absent)} of its tensors are missing or of another shape, {absent[0]} among them"
         )
     return model.eval().requires_grad_(False)
+
+
+def is_run_of(cfg: CfgNode, folder: Path) -> bool:
+    """Whether the training run in a folder, if there is any, is one of this config.
+
+    The SEARCH section and OUTPUT_DIR may differ. What differs otherwise is logged.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return True
+    changes = [
+        change
+        for change in differing_keys(cfg, path.read_text(encoding="utf-8"))
+        if not change.startswith(("SEARCH.", "OUTPUT_DIR"))
+    ]
+    if changes:
+        logger.warning("%s holds a run of another config: %s", folder, "; ".join(changes))
+    return not changes
 
 
 def _is_finished(final: Path, iterations: int) -> bool:

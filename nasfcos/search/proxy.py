@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
+from ..engine.distributed import resolve_device
 from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
@@ -43,7 +44,7 @@ from ..models.layers import ModulatedDeformConv
 from ..models.necks.nas_fpn import Concat, FPNCell, WeightedSum
 from .cache import FeatureCache
 from .cost import latency_ms, multiply_adds
-from .records import COMPLETE, FAILED, PRUNED, TrialJob, TrialResult
+from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +374,7 @@ class ProxyTask:
         train, val: folders of the caches of meta-train and meta-val: of C2..C5, in the head stage
             of P3..P7.
         num_classes: object classes, background not counted.
-        device: that the trials run on.
+        device: that the trials run on, as MODEL.DEVICE names it: "auto" is for the worker to find.
         seed: of the search.
     """
 
@@ -396,10 +397,10 @@ class ProxyTask:
         the number of threads, to the last bit (GPUs add in varying order).
 
         Trouble of the trial is a result. What no other trial could run with either is raised: a
-        cache that does not open, a GPU that has failed.
+        cache that does not open, a GPU that has failed (`DeviceLost`).
         """
         started = time.perf_counter()
-        device = torch.device(self.device)
+        device = resolve_device(self.device)
         if self._examples is None:
             cfg = stage_config(self.cfg, self.stage)
             self._examples = tuple(
@@ -436,7 +437,7 @@ class ProxyTask:
             )
         except Exception as error:
             if train.device.type == "cuda":
-                torch.cuda.synchronize(train.device)  # raises if the GPU itself has failed
+                _check_gpu(train.device)
             message = " ".join(str(error).split())
             reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
             if training is not None:
@@ -449,6 +450,14 @@ class ProxyTask:
         if self.cfg.SEARCH.OBJECTIVE.COST != "latency":
             return math.nan
         return latency_ms(decoder.eval(), maps)
+
+
+def _check_gpu(device: torch.device) -> None:
+    """Raises `DeviceLost` where nothing will run in this process any more."""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        raise DeviceLost(f"{device} has failed: {error}") from error
 
 
 def _judge(
@@ -515,7 +524,7 @@ def train_neck(
         "caches": [cache.folder.name for cache in caches],
         "seed": cfg.SEED,
         "num_classes": num_classes,
-        "head": config.MODEL.HEAD.dump(),
+        "model": [config.MODEL[key].dump() for key in ("HEAD", "FCOS", "RETINANET")],
         "proxy": cfg.SEARCH.PROXY.dump(),
     }
     if path.exists():

@@ -9,6 +9,10 @@ COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 """How a trial ends: trained to its end, stopped early as hopeless, or without a reward."""
 
 
+class DeviceLost(RuntimeError):
+    """A GPU has failed such that only another process can use it again."""
+
+
 @dataclass(frozen=True)
 class TrialJob:
     """One architecture to be tried.
@@ -64,8 +68,8 @@ class TrialRecord:
         key: the same for every way of writing the same graph.
         genotype: the whole decoder, as a nested list.
         result: as the trial returned it, or, where the graph had been tried, that trial's.
-        objective: what the strategy learns from: the reward less the cost term; of a failed trial
-            the worst objective before it.
+        objective: what the strategy learns from: the reward less the cost term; nan of a failed
+            trial, for which it learns the worst objective so far.
         reused: index of the trial whose result this is; None for a trial of its own.
         finished: time of the end, seconds since the epoch.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError, load_config
+from ..data import build_dataset
 from ..data.catalog import class_names
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
@@ -32,7 +34,7 @@ from .prepare import prepare_backbone, prepare_config
 from .proxy import ProxyTask, train_neck
 from .records import COMPLETE, TrialRecord
 from .report import StageReport, write_report
-from .select import Selected, full_config, select, write_ranking
+from .select import Selected, by_merit, full_config, select, write_ranking
 from .space import Space, build_space
 from .split import split_training_data
 from .stage import Objective, Pruning, run_stage
@@ -115,11 +117,8 @@ class _Search:
         cfg, folder = self.cfg, self.folder
         cells = self._given_cells()
         self._check_configs()
-        with replacing(folder / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
-
         write_progress(folder, "splitting the training data")
-        proxy_cfg = split_training_data(cfg, folder / "split", cfg.SEED)
+        proxy_cfg = split_training_data(cfg, folder / "split" / self._split_key(), cfg.SEED)
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
         write_progress(folder, "caching the backbone's features")
@@ -154,16 +153,35 @@ class _Search:
 
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""
+        if self.cfg.SEED < 0:
+            raise ConfigError("SEED is -1, but a search that can be resumed needs one of its own")
         if not self.cfg.DATASETS.TEST:
             raise ConfigError("DATASETS.TEST is empty: the selection needs data to compare on")
+        for name in self.cfg.DATASETS.TEST:
+            dataset = build_dataset(self.cfg, name)
+            if not any((~record.ignored).any() for record in dataset.records):
+                raise ConfigError(
+                    f"DATASETS.TEST {name} has no object to find: the selection needs annotations"
+                )
         prepare_config(self.cfg, self.folder)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full_config(self.cfg, stage, example, self.folder)
         class_names(self.cfg)
 
+    def _split_key(self) -> str:
+        """Names a split by all it follows from, so that nothing made of another one is taken."""
+        digest = hashlib.sha256(f"{self.cfg.SEED} {self.cfg.SEARCH.META_VAL}".encode())
+        for name in self.cfg.DATASETS.TRAIN:
+            for record in build_dataset(self.cfg, name).records:
+                digest.update(repr((record.file_name, record.height, record.width)).encode())
+                for array in (record.boxes, record.labels, record.ignored):
+                    digest.update(array.tobytes())
+        return digest.hexdigest()[:12]
+
     def _cache_folder(self) -> Path:
-        return Path(self.cfg.SEARCH.CACHE.FOLDER or self.folder / "cache")
+        given = self.cfg.SEARCH.CACHE.FOLDER
+        return Path(given).expanduser() if given else self.folder / "cache"
 
     def _cache_pyramids(
         self,
@@ -174,7 +192,10 @@ class _Search:
         """The outputs of the FPN of the head stage, trained once with the plain head."""
         classes = len(class_names(cfg))
         neck = train_neck(cfg, caches, cells, classes, self.device, self.folder / "neck")
-        return tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
+        pyramids = tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the trials may run in other processes
+        return pyramids
 
     def _search_stage(
         self,
@@ -194,15 +215,18 @@ class _Search:
             train=train.folder,
             val=val.folder,
             num_classes=len(class_names(cfg)),
-            device=str(self.device),
+            # Workers elsewhere have devices of their own.
+            device=str(self.device) if settings.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
             seed=cfg.SEED,
         )
         journal = Journal(
             self.folder / "search.db",
             space,
             retries=settings.RETRIES,
-            settings=_fixed_settings(cfg, stage, space, caches),
+            settings=_fixed_settings(cfg, caches),
         )
+        with replacing(self.folder / "config.yaml") as temporary:
+            temporary.write_text(self.cfg.dump(), encoding="utf-8")
         self.reports[stage] = StageReport(
             stage, [], space.decisions, [], settings.STRATEGY, trials
         )
@@ -236,9 +260,7 @@ class _Search:
             count,
             train_them,
         )
-        self.ranking = sorted(
-            self.ranking + rows, key=lambda row: (row.AP is None, -(row.AP or 0.0), row.rank)
-        )
+        self.ranking = sorted(self.ranking + rows, key=by_merit)
         write_ranking(self.folder / "ranking.json", self.ranking)
         self._report(force=True)
         return rows[0] if not last else self.ranking[0]
@@ -370,23 +392,25 @@ def search_status(cfg: CfgNode) -> str:
 
 
 def _fixed_settings(
-    cfg: CfgNode, stage: str, space: Space, caches: tuple[FeatureCache, FeatureCache]
+    cfg: CfgNode, caches: tuple[FeatureCache, FeatureCache]
 ) -> dict[str, Any]:
     """What must stay the same as long as a stage is resumed: all that its trials depend on."""
     settings = cfg.SEARCH
-    sections = ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
+    sections = [
+        f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
+    ]
+    sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
     fixed = {
-        f"SEARCH.{section}.{key}": _plain(value)
+        f"{section}.{key}": _plain(value)
         for section in sections
-        for key, value in settings[section].items()
+        for key, value in _get(cfg, section.split(".")).items()
     }
     fixed |= {f"SEARCH.{key}": settings[key] for key in ("STRATEGY", "BATCH")}
     fixed |= {
         "SEED": cfg.SEED,
-        "MODEL.HEAD.NAME": cfg.MODEL.HEAD.NAME,
-        "MODEL.HEAD.NUM_CONVS": cfg.MODEL.HEAD.NUM_CONVS,
-        "features of meta-train": caches[0].folder.name,
-        "features of meta-val": caches[1].folder.name,
+        "INPUT.MIN_SIZE_TEST": cfg.INPUT.MIN_SIZE_TEST,
+        "features of meta-train (data, META_VAL, PREPARE, CACHE)": caches[0].folder.name,
+        "features of meta-val (data, META_VAL, PREPARE, CACHE)": caches[1].folder.name,
     }
     return fixed
 

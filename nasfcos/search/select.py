@@ -12,9 +12,11 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
+from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
 from ..evaluation.files import write_json
 from ..genotype import Genotype
+from .prepare import is_run_of
 from .records import TrialRecord
 from .status import StageStatus, write_progress
 
@@ -32,7 +34,8 @@ class Selected:
         objective, reward: of its trial.
         params, flops: of its trial's decoder (see `TrialResult`).
         AP, AP50: after full training, on the first of DATASETS.TEST; None: not trained in full.
-        folder: of the full training, relative to the search's; "" without one.
+        folder: of the full training, relative to the search's; "" where it was not trained, or
+            not to the end.
     """
 
     stage: str
@@ -66,19 +69,19 @@ def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> C
 
 
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
-    """Train and test a config's detector, or read what an earlier call found out.
+    """Train and test a config's detector, or read what an earlier call with it found out.
+
+    A training of another config in the same folder is set aside; SEARCH and OUTPUT_DIR may differ.
 
     Returns:
         AP and AP50 on the first of DATASETS.TEST.
     """
     summary = Path(cfg.OUTPUT_DIR) / "selected.json"
-    if summary.exists():
+    same = is_run_of(cfg, Path(cfg.OUTPUT_DIR))
+    if same and summary.exists():
         return json.loads(summary.read_text(encoding="utf-8"))
-    metrics = train(cfg, device, resume=True)[cfg.DATASETS.TEST[0]]
-    if not isinstance(metrics.get("AP"), float):
-        raise ConfigError(
-            f"DATASETS.TEST {cfg.DATASETS.TEST[0]} has no annotations to select the best on"
-        )
+    summary.unlink(missing_ok=True)
+    metrics = train(cfg, device, resume=same)[cfg.DATASETS.TEST[0]]
     found = {name: metrics[name] for name in ("AP", "AP50")}
     write_json(summary, found)
     return found
@@ -108,6 +111,7 @@ def select(
 
     Raises:
         ConfigError: no trial of the stage is complete.
+        NonFiniteLossError: no full training came to its end.
     """
     best = StageStatus(stage, records, len(records)).ranked()[:count]
     if not best:
@@ -119,7 +123,7 @@ def select(
     for rank, record in enumerate(best, 1):
         found: dict = {}
         if train_them:
-            place = Path("select") / stage / str(rank)
+            place = Path("select") / stage / f"trial_{record.index}"
             phase = f"training the best of the {stage} stage in full"
             write_progress(folder, phase, done=rank - 1, total=len(best))
             logger.info(
@@ -127,10 +131,13 @@ def select(
                 rank, len(best), stage, record.index, record.result.reward,
                 Genotype.parse(record.genotype).describe(),
             )  # fmt: skip
-            metrics = train_in_full(
-                full_config(cfg, stage, record.genotype, folder / place), device
-            )
-            found = {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
+            try:
+                metrics = train_in_full(
+                    full_config(cfg, stage, record.genotype, folder / place), device
+                )
+                found = {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
+            except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+                logger.warning("trial %d is out of the ranking: %s", record.index, error)
         rows.append(
             Selected(
                 stage,
@@ -143,7 +150,17 @@ def select(
                 **found,
             )
         )
-    return sorted(rows, key=lambda row: -(row.AP if row.AP is not None else row.objective))
+    if train_them and all(row.AP is None for row in rows):
+        raise NonFiniteLossError(
+            f"none of the {len(rows)} full trainings of the {stage} stage came to its end; see the "
+            "log, change the solver by SEARCH.SELECT.OVERRIDES, and go on with --resume"
+        )
+    return sorted(rows, key=by_merit)
+
+
+def by_merit(row: Selected) -> tuple[bool, float]:
+    """Sorts the best first: by AP what was trained in full, then the rest by objective."""
+    return (True, -row.objective) if row.AP is None else (False, -row.AP)
 
 
 def write_ranking(path: Path, rows: Sequence[Selected]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from matplotlib.figure import Figure
 
 from .space import Space
+from .stage import Pruning
 from .strategies import Strategy
 
 STALLED = 50
@@ -41,8 +43,29 @@ def first_hits(
         KeyError: a proposed graph is not in the table.
     """
     best = sorted(table, key=table.get, reverse=True)
-    goal = set(best[: max(1, math.floor(top * len(best)))])
+    goal = set(best[: goal_size(len(best), top)])
     return [_first_hit(space, table, build(seed), goal, batch, max_trials) for seed in seeds]
+
+
+def goal_size(size: int, top: float) -> int:
+    """How many of `size` graphs are the best fraction `top`: at least one."""
+    return max(1, math.floor(top * size))
+
+
+def uniform_hits(size: int, goal: int, count: int) -> list[int]:
+    """What `first_hits` gives for draws that are uniform over the graphs, none twice.
+
+    Not drawn, but `count` quantiles of the exact distribution, at even distances.
+
+    `RandomSearch` is uniform over sequences, of which some graphs have many.
+    """
+    hits, missed, trials = [], 1.0, 0
+    for quantile in range(count):
+        while 1 - missed < (quantile + 0.5) / count:
+            missed *= 1 - goal / (size - trials)
+            trials += 1
+        hits.append(trials)
+    return hits
 
 
 def _first_hit(
@@ -66,6 +89,66 @@ def _first_hit(
         strategy.learn(proposals, [table[key] for key in keys])
         stalled = stalled + 1 if len(tried) == before else 0
     return max_trials + 1
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """What early stopping would have done to a search whose trials all ran to the end.
+
+    Attributes:
+        saved: share of the training iterations.
+        stopped: trials.
+        best_kept: of the trials with the best final rewards (a tenth of all), the share that would
+            have been trained to the end.
+        best_found: final reward of the best trial trained to the end, less that of the best of all;
+            0 where the best survives.
+    """
+
+    saved: float
+    stopped: int
+    best_kept: float
+    best_found: float
+
+
+def replay_pruning(
+    rewards: Sequence[float],
+    curves: Sequence[Mapping[int, float]],
+    pruning: Pruning,
+    iterations: int,
+    batch: int,
+) -> EarlyStopping:
+    """Stop the trials of a finished search as `pruning` would have.
+
+    Args:
+        rewards: of the trials at their ends, in the order of the search.
+        curves: of each, its reward at all of the rungs.
+        pruning: the rule.
+        iterations: of a whole trial.
+        batch: trials that share their thresholds.
+    """
+    past: list[Mapping[int, float]] = []
+    spent, survivors = 0, []
+    for first in range(0, len(rewards), batch):
+        thresholds = pruning.thresholds(past)
+        trials = range(first, min(first + batch, len(rewards)))
+        for trial in trials:
+            reached = iterations
+            for rung, threshold in thresholds:
+                if curves[trial][rung] < threshold:
+                    reached = rung
+                    break
+            spent += reached
+            past.append({r: v for r, v in curves[trial].items() if r <= reached})
+            if reached == iterations:
+                survivors.append(trial)
+    ranked = sorted(range(len(rewards)), key=lambda trial: -rewards[trial])
+    tenth = ranked[: max(1, len(ranked) // 10)]
+    return EarlyStopping(
+        saved=1 - spent / (iterations * len(rewards)),
+        stopped=len(rewards) - len(survivors),
+        best_kept=len(set(tenth) & set(survivors)) / len(tenth),
+        best_found=max(rewards[trial] for trial in survivors) - rewards[ranked[0]],
+    )
 
 
 def plot_first_hits(hits: Mapping[str, Sequence[int]], size: int, goal: int) -> Figure:

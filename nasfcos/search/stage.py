@@ -1,15 +1,15 @@
 """The loop of one stage: propose a batch, try it, learn from it; resumable at any moment.
 
 The journal is the only state. A resumed stage runs the same loop from its start: the strategy
-proposes what it proposed before (which the journal checks), finished trials are not run again, and
-what the strategy learns from them brings it to the state it was in.
+is asked only for what the journal does not have, finished trials are not run again, and what the
+strategy learns from them brings it to the state it was in.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,6 @@ from .space import Space
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
-
-COSTS = {"none": None, "flops": "flops", "latency": "latency"}
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -41,9 +38,9 @@ class Objective:
 
     def __call__(self, result: TrialResult) -> float:
         """The objective of a result; nan for a failed trial."""
-        if result.status == FAILED or COSTS[self.cost] is None:
+        if result.status == FAILED or self.cost == "none":
             return result.reward
-        cost = getattr(result, COSTS[self.cost])
+        cost = {"flops": result.flops, "latency": result.latency}[self.cost]
         return result.reward - self.weight * max(0.0, cost / self.target - 1)
 
 
@@ -66,9 +63,12 @@ class Pruning:
     keep: float = 0.5
     startup: int = 20
 
-    def thresholds(self, records: Sequence[TrialRecord]) -> tuple[tuple[int, float], ...]:
-        """For a batch's jobs, from the trials of the batches before."""
-        curves = [dict(r.result.curve) for r in records if r.reused is None]
+    def thresholds(self, curves: Sequence[Mapping[int, float]]) -> tuple[tuple[int, float], ...]:
+        """For a batch's jobs, from the trials of the batches before.
+
+        Args:
+            curves: of each of these, its reward at the rungs it reached.
+        """
         found = []
         for rung in self.rungs:
             rewards = [curve[rung] for curve in curves if rung in curve]
@@ -103,9 +103,14 @@ def run_stage(
     done = batch = 0
     while done < trials:
         size = journal.batch_size(batch) or min(batch_size, trials - done)
-        proposals = strategy.propose(size)
-        journal.propose(batch, proposals)
-        before = [r for r in journal.records() if r.batch < batch]
+        # What was proposed stands, whatever another machine's arithmetic would propose.
+        proposals = journal.proposed(batch)
+        if len(proposals) < size:
+            proposals += strategy.propose(size)[len(proposals) :]
+            journal.propose(batch, proposals)
+        before = [
+            dict(r.result.curve) for r in journal.records() if r.batch < batch and r.reused is None
+        ]
         _run_batch(
             journal,
             space,
@@ -140,13 +145,14 @@ def _run_batch(
     """Finish the trials of a batch that are not finished yet."""
     finished = {record.index for record in journal.records()}
     known = _by_key(journal.records())
+    failed = {r.key for r in journal.records() if r.index in finished & set(indices)} - known.keys()
     jobs: dict[str, TrialJob] = {}
     repeats: list[tuple[int, str]] = []
     for index, choices in zip(indices, proposals, strict=True):
         if index in finished:
             continue
         key = space.key(choices)
-        if key in known or key in jobs:
+        if key in known or key in jobs or key in failed:
             repeats.append((index, key))
         else:
             jobs[key] = TrialJob(index, space.genotype(choices).to_list(), thresholds)

@@ -28,7 +28,7 @@ FINISHED = "finished"
 """The phase of a search that has come to its end."""
 
 SILENT = 15 * 60
-"""Seconds without a word after which a living process may hang."""
+"""Seconds without a word after which the status says where to look for more."""
 
 
 # --------------------------------------------------------------------------------------- progress
@@ -200,7 +200,7 @@ def _format_process(progress: Progress, now: float) -> str:
     if not running:
         return f"stopped: {process} is gone, {said}; --resume goes on"
     if age > SILENT:
-        return f"{process} exists, but {said}: it may hang, or be another program by now"
+        return f"running: {process}, {said} (a long phase says more in log.txt)"
     return f"running: {process}, {said}"
 
 

@@ -121,7 +121,7 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("SEARCH:\n  META_VAL: 1.0\n", r"SEARCH\.META_VAL is 1\.0.*between 0 and 1"),
         ("SEARCH:\n  PRUNING:\n    RUNGS: [9, 5]\n", r"PRUNING\.RUNGS.*rising order"),
         ("SEARCH:\n  PRUNING:\n    RUNGS: [300]\n", r"RUNGS.*ends at 300.*ITERATIONS = 300"),
-        ("SEARCH:\n  EVOLUTION:\n    TOURNAMENT: 99\n", r"TOURNAMENT is 99.*POPULATION = 50"),
+        ("SEARCH:\n  EVOLUTION:\n    TOURNAMENT: 99\n", r"TOURNAMENT is 99.*POPULATION = 20"),
         ("SEARCH:\n  EXECUTOR: rays\n", r"SEARCH\.EXECUTOR is 'rays'.*Did you mean 'ray'"),
         ("_BASE_: gone.yaml\n", r"gone\.yaml does not exist \(named by _BASE_ of .*file\.yaml"),
     ],
@@ -144,6 +144,10 @@ def test_overriding_a_tree_checks_and_leaves_it_alone():
     other = override_config(cfg, ["SOLVER.MAX_ITER", 5, "DATASETS.TRAIN", "a"], "there")
     assert other.SOLVER.MAX_ITER == 5 and other.DATASETS.TRAIN == ("a",) and other.is_frozen()
     assert cfg.SOLVER.MAX_ITER == 90000
+    pairs = ["SOLVER.STEPS", (3, 4), "SOLVER.AMP", "bf16"]
+    cfg = override_config(cfg, ["SEARCH.SELECT.OVERRIDES", ["SOLVER.MAX_ITER", 5]], "there")
+    cfg = override_config(cfg, ["SEARCH.SELECT.OVERRIDES", pairs], "there")
+    assert cfg.SEARCH.SELECT.OVERRIDES == pairs
     with pytest.raises(ConfigError, match=r"there.*MAX_ITR.*SOLVER\.MAX_ITER"):
         override_config(cfg, ["SOLVER.MAX_ITR", 5], "there")
 

@@ -113,6 +113,20 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
     assert "training from iteration" not in again and "/h, " not in again
     assert {stage: trials(out, stage) for stage in ("fpn", "head")} == before
 
+    # More trials, and another schedule: what is trained in full is found by what it is, not by its
+    # rank, and trained anew under the new schedule.
+    more = run(
+        "search_net.py", search_file, "--resume", "SEARCH.TRIALS.HEAD", 9, "SEARCH.SELECT.HEAD", 3,
+        "SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITER', 7]",
+    )  # fmt: skip
+    assert trials(out, "head")[:6] == before["head"] and len(trials(out, "head")) == 9
+    assert more.count("iteration 7/7") == 3
+    for row in json.loads((out / "ranking.json").read_text())[:3]:
+        folder = out / row["folder"]
+        assert load_config(folder / "config.yaml").MODEL.GENOTYPE == row["genotype"]
+        metrics = json.loads((folder / "inference" / "val" / "metrics.json").read_text())
+        assert metrics["AP"] == pytest.approx(row["AP"], abs=1e-6)
+
     # A search with other settings is another search.
     other = run("search_net.py", search_file, "--resume", "SEARCH.PROXY.LR", 0.001, code=2)
     assert "SEARCH.PROXY.LR was 0.004 and is now 0.001" in other
@@ -121,7 +135,7 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
 def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path):
     run("search_net.py", search_file, "OUTPUT_DIR", tmp_path / "whole")
     rng = random.Random(int(os.environ.get("NASFCOS_KILL_SEED", 0)))
-    wanted = int(os.environ.get("NASFCOS_KILLS", 3))
+    wanted = int(os.environ.get("NASFCOS_KILLS", 2))
     seconds = float(os.environ.get("NASFCOS_KILL_WITHIN", 12))
     kills = 0
     killed = ("search_net.py", search_file, "--resume", "OUTPUT_DIR", tmp_path / "cut")
@@ -137,6 +151,7 @@ def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path)
         for stage, records in before.items():  # no finished trial is lost
             assert finished(tmp_path / "cut", stage)[: len(records)] == records
         kills += 1
+    print(f"killed {kills} times")
     assert kills
     run(*killed)
     for stage in ("fpn", "head"):
@@ -168,6 +183,16 @@ def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path
     assert set(own[0].result.losses) == {"loss_cls", "loss_box"}
 
 
+def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp_path):
+    settings = ("SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3, "SEARCH.SELECT.FPN", 2)
+    diverges = ("SEARCH.SELECT.OVERRIDES", "['SOLVER.BASE_LR', 1e30]")
+    output = run("search_net.py", search_file, *settings, *diverges, code=1)
+    assert output.count("is out of the ranking") == 2 and "SEARCH.SELECT.OVERRIDES" in output
+    assert not (tmp_path / "out" / "best.yaml").exists()
+    run("search_net.py", search_file, "--resume", *settings)
+    assert (tmp_path / "out" / "best.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -176,6 +201,8 @@ def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path
         (("SEARCH.STAGES", "('head',)", "MODEL.GENOTYPE", "[]", "MODEL.NECK.NAME", "fpn"),
          r"MODEL\.GENOTYPE must name the cells"),
         (("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty"),
+        (("DATASETS.TEST", "('vall',)"), r"vall.*val"),
+        (("SEED", -1), r"SEED is -1"),
         (("SEARCH.PREPARE.WEIGHT", "nowhere.pth"), r"nowhere\.pth"),
     ],
 )  # fmt: skip

@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("optuna")
 
 from nasfcos.search.executors import InlineExecutor, WorkerLost  # noqa: E402
-
 from nasfcos.search.journal import Journal  # noqa: E402
-from nasfcos.search.records import COMPLETE, FAILED, TrialRecord, TrialResult  # noqa: E402
+from nasfcos.search.records import COMPLETE, FAILED, TrialResult  # noqa: E402
+from nasfcos.search.simulate import EarlyStopping, replay_pruning  # noqa: E402
 from nasfcos.search.stage import Objective, Pruning, run_stage  # noqa: E402
 from nasfcos.search.strategies import PPO, RandomSearch  # noqa: E402
 from tests.search import table_search  # noqa: E402
@@ -62,7 +62,8 @@ def undisturbed(tmp_path_factory):
 def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, tmp_path):
     rng = random.Random(0)
     kills = 0
-    while kills < 6:
+    wanted = int(os.environ.get("NASFCOS_KILLS", 4))
+    while kills < wanted:
         process = start(tmp_path)
         log = tmp_path / "runs.txt"
         before = log.read_text().count("\n") if log.exists() else 0
@@ -79,7 +80,8 @@ def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, t
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         kills += 1
-    assert kills >= 4
+    print(f"killed {kills} times")
+    assert kills >= 2
     succeed(start(tmp_path))
     assert rows(tmp_path) == undisturbed
     own = sum(row["reused"] == "" for row in undisturbed)
@@ -91,11 +93,11 @@ def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, t
 def test_killed_workers_change_nothing(undisturbed, tmp_path):
     process = start(tmp_path, "local")
     rng = random.Random(1)
-    killed = 0
-    deadline = time.monotonic() + 100
-    while process.poll() is None and killed < 3 and time.monotonic() < deadline:
+    killed, wanted = 0, int(os.environ.get("NASFCOS_KILLS", 3))
+    apart = table_search.TRIALS // (2 * wanted)
+    while process.poll() is None and killed < wanted:
         runs = tmp_path / "runs.txt"
-        if runs.exists() and runs.read_text().count("\n") > 10 * killed:
+        if runs.exists() and runs.read_text().count("\n") > apart * killed:
             found = subprocess.run(
                 ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
                 capture_output=True, text=True, check=False,
@@ -104,7 +106,8 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
                 os.kill(int(rng.choice(found)), signal.SIGKILL)
                 killed += 1
         time.sleep(0.05)
-    succeed(process)
+    succeed(process, timeout=300)
+    print(f"killed {killed} workers")
     assert killed >= 1
     assert rows(tmp_path) == undisturbed
 
@@ -212,15 +215,33 @@ def test_the_second_objective_takes_off_what_is_above_the_target():
     assert math.isnan(objective(TrialResult(FAILED)))
 
 
-def record(index, curve, reused=None):
-    result = TrialResult(COMPLETE, curve[-1][1], curve=curve)
-    return TrialRecord(index, 0, (), str(index), [], result, result.reward, reused)
-
-
 def test_thresholds_are_the_quantiles_of_those_that_reached_a_rung():
     pruning = Pruning((10, 20), keep=0.5, startup=3)
-    records = [record(i, ((10, -float(i)), (20, -0.5 * i))[: 2 - i % 2]) for i in range(5)]
-    records.append(record(5, ((10, 100.0), (20, 100.0)), reused=0))
-    assert pruning.thresholds(records) == ((10, -2.0), (20, -1.0))
-    assert pruning.thresholds(records[:2]) == ((10, -math.inf), (20, -math.inf))
-    assert Pruning().thresholds(records) == ()
+    curves = [{10: -float(i), 20: -0.5 * i} if i % 2 == 0 else {10: -float(i)} for i in range(5)]
+    assert pruning.thresholds(curves) == ((10, -2.0), (20, -1.0))
+    assert pruning.thresholds(curves[:2]) == ((10, -math.inf), (20, -math.inf))
+    assert Pruning().thresholds(curves) == ()
+
+
+def test_pruning_learns_from_trials_of_their_own_in_finished_batches(tmp_path):
+    # The third batch is judged by the two before it, in which one trial is another's result.
+    proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 0, 0), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2)]
+    results = {i: done(-float(i), curve=((10, -10.0 * i),)) for i in range(6)}
+    jobs = []
+
+    class Watched(Scripted):
+        def run(self, job):
+            jobs.append(job)
+            return super().run(job)
+
+    run(tmp_path, proposals, Watched(results), pruning=Pruning((10,), keep=0.5, startup=2))
+    thresholds = [job.thresholds[0][1] for job in jobs]
+    assert thresholds == [-math.inf, -math.inf, -5.0, -10.0, -10.0]
+
+
+def test_what_early_stopping_would_have_done():
+    rewards = [-1.0, -2.0, -3.0, -4.0]
+    curves = [{10: -1.0}, {10: -3.0}, {10: -2.0}, {10: -4.0}]
+    outcome = replay_pruning(rewards, curves, Pruning((10,), 0.5, startup=2), 40, batch=2)
+    # The thresholds of the second batch are -2: its first trial stands just on it.
+    assert outcome == EarlyStopping(saved=30 / 160, stopped=1, best_kept=1.0, best_found=0.0)

@@ -163,7 +163,7 @@ def test_a_stopped_silent_finished_or_distant_search(said, gone, tmp_path):
         f"stopped: process {gone} on {socket.gethostname()} is gone, last word 01:00:00 ago; "
         "--resume goes on"
     )
-    assert "it may hang" in first(said(), 8200.0)
+    assert "log.txt" in first(said(), 8200.0)
     assert first(said(FINISHED, pid=gone), 1060.0) == "finished 00:01:00 ago"
     assert "cannot be seen whether it runs" in first(said(host="elsewhere"), 1060.0)
     assert "no search has run" in first(tmp_path / "none", 1000.0)

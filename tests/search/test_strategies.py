@@ -7,7 +7,7 @@ import pytest
 from nasfcos.config import get_defaults
 from nasfcos.genotype import PUBLISHED
 from nasfcos.search.controller import PPO
-from nasfcos.search.simulate import first_hits
+from nasfcos.search.simulate import first_hits, uniform_hits
 from nasfcos.search.space import FPNSpace, HeadSpace
 from nasfcos.search.strategies import Evolution, RandomSearch, build_strategy
 
@@ -178,3 +178,10 @@ def test_first_hits_counts_graphs():
     assert hits([0], max_trials=10, top=0.0) == [3]  # the best at least
     assert hits([0], max_trials=10, top=0.7) == [2]
     assert hits([6], max_trials=10) == [11]  # never gets there, and stalls
+
+
+def test_uniform_hits_are_quantiles_of_the_exact_distribution():
+    # One best of five: it comes first to fifth with equal probability.
+    assert uniform_hits(5, 1, 5) == [1, 2, 3, 4, 5]
+    # Two of four: first with 1/2, second with 1/3, third with 1/6.
+    assert uniform_hits(4, 2, 6) == [1, 1, 1, 2, 2, 3]
