@@ -59,7 +59,8 @@ def search(
     Args:
         cfg: the config tree.
         device: of the preparation, of trials in this process, and of the full trainings.
-        config_file: that `cfg` was loaded from; ``best.yaml`` inherits from it.
+        config_file: that `cfg` was loaded from; ``best.yaml`` inherits from it, or from what it
+            inherits from itself where that is an ordinary config.
         overrides: KEY VALUE pairs that `cfg` has on top of it.
         resume: go on with the search in OUTPUT_DIR, if there is one.
 
@@ -278,11 +279,10 @@ class _Search:
     def _write_best(self, best: Selected) -> Path:
         """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work."""
         cfg = full_config(self.cfg, best.stage, best.genotype, self.folder / "best")
-        keys = ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
+        base, keys = _ordinary_base(self.config_file)
         keys += [*map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
-        tree: dict[str, Any] = {
-            "_BASE_": os.path.relpath(self.config_file.resolve(), self.folder.resolve())
-        }
+        keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
+        tree: dict[str, Any] = {"_BASE_": os.path.relpath(base.resolve(), self.folder.resolve())}
         for key in keys:
             if not key.startswith("SEARCH."):
                 _set(tree, key.split("."), _plain(_get(cfg, key.split("."))))
@@ -413,6 +413,27 @@ def _fixed_settings(
         "features of meta-val (data, META_VAL, PREPARE, CACHE)": caches[1].folder.name,
     }
     return fixed
+
+
+def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
+    """The nearest file that a config inherits from and that says nothing of a search, and the keys
+    that those before it set besides; the file itself where there is no such base."""
+    keys: list[str] = []
+    while True:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        base = tree.pop("_BASE_", None)
+        if "SEARCH" not in tree or not isinstance(base, str):
+            return path, keys
+        del tree["SEARCH"]
+        keys += _leaves(tree)
+        path = path.parent / base
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
 
 
 def _get(node: Any, parts: Sequence[str]) -> Any:

@@ -7,13 +7,13 @@ It is the real loop, journal and executor, made quick enough to be killed many t
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
-from nasfcos.search.executors import InlineExecutor, LocalExecutor
-
 from nasfcos.genotype import PUBLISHED
+from nasfcos.search.executors import InlineExecutor, LocalExecutor
 from nasfcos.search.journal import Journal
 from nasfcos.search.records import COMPLETE, FAILED, TrialJob, TrialResult
 from nasfcos.search.space import HeadSpace
@@ -24,14 +24,15 @@ TRIALS, BATCH, SEED = 60, 5, 3
 
 
 class TableTask:
-    """Rewards from a hash; every twelfth graph fails, and each trial leaves a line in a file."""
+    """Rewards from a hash; every twelfth graph fails. Each trial leaves its index and its process
+    in a file."""
 
     def __init__(self, log):
         self.log = Path(log)
 
     def run(self, job: TrialJob) -> TrialResult:
         with self.log.open("a") as file:
-            file.write(f"{job.index}\n")
+            file.write(f"{job.index} {os.getpid()}\n")
         time.sleep(0.01)
         digest = int(hashlib.sha256(json.dumps(job.genotype).encode()).hexdigest(), 16)
         if digest % 12 == 0:
@@ -48,7 +49,7 @@ def main(folder, executor="inline"):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     task = TableTask(folder / "runs.txt")
-    journal = Journal(folder / "search.db", space(), retries=2, settings={"seed": SEED})
+    journal = Journal(folder / "search.db", space(), retries=99, settings={"seed": SEED})
     make = InlineExecutor(task) if executor == "inline" else LocalExecutor(task, 2)
     with make as runner:
         run_stage(

@@ -42,10 +42,11 @@ SEARCH = {
 
 @pytest.fixture
 def search_file(config_file):
-    """The tiny job's config as a search."""
-    tree = yaml.safe_load(config_file.read_text())
+    """The tiny job's config, inherited by that of a search."""
     path = config_file.with_name("search.yaml")
-    path.write_text(yaml.safe_dump({**tree, "SEARCH": SEARCH}))
+    path.write_text(
+        yaml.safe_dump({"_BASE_": config_file.name, "TEST": {"NMS_IOU": 0.5}, "SEARCH": SEARCH})
+    )
     return path
 
 
@@ -84,6 +85,8 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
 
     # best.yaml is an ordinary config: what it names is what was trained.
     cfg = load_config(out / "best.yaml")
+    assert yaml.safe_load((out / "best.yaml").read_text())["_BASE_"] == "../tiny.yaml"
+    assert cfg.TEST.NMS_IOU == 0.5 and cfg.SOLVER.MAX_ITER == 6
     genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
     assert len(genotype.cells) == 4 and len(genotype.head_ops) == 2
     assert cfg.MODEL.NECK.NAME == "nas_fpn" and cfg.MODEL.HEAD.TOWER == "searched"
