@@ -72,7 +72,8 @@ def _apply(transform, image, target: dict, *args) -> tuple[Tensor, dict]:
         raise DataError(f"{target['file_name']}: {type(error).__name__}: {error}") from error
 
 
-def _collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], list[dict]]:
+def collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], list[dict]]:
+    """A batch in the form in which workers hand it on (`BatchLoader` undoes that)."""
     samples = [sample for sample in samples if sample is not None]
     # Small arrays travel from the workers by value: each tensor would cost an open file.
     for _, target in samples:
@@ -107,7 +108,8 @@ class BatchLoader:
         return len(self._loader)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Set up a worker process: one thread, and no signal that was not meant for it."""
     torch.set_num_threads(1)
     # Ctrl-C, and often SIGTERM, reach the whole process group at once. The main process still needs
     # batches to finish its step and ends its workers itself, so only its own SIGTERM counts.
@@ -130,8 +132,8 @@ def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:
             view,
             batch_sampler=sampler,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
-            collate_fn=_collate,
-            worker_init_fn=_start_worker,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
         )
     )
 

@@ -30,7 +30,7 @@ from yacs.config import CfgNode
 
 from ..boxes import clip_boxes, legacy_areas
 from ..data import DataError, DetectionDataset, build_dataset, resized_shape
-from ..data.build import BatchLoader, _collate, _start_worker
+from ..data.build import BatchLoader, collate, start_worker
 from ..data.records import UnreadableImage
 from ..data.transforms import flip_boxes, scale_boxes, to_uint8_tensor
 from ..engine.logging import PERIODIC, on_terminal
@@ -302,7 +302,7 @@ def crop_boxes(boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _collate_images(images: list[list[tuple[Tensor, dict]]]) -> tuple[list[Tensor], list[dict]]:
-    return _collate([sample for samples in images for sample in samples])
+    return collate([sample for samples in images for sample in samples])
 
 
 # ------------------------------------------------------------------------------------------- keys
@@ -418,7 +418,7 @@ def cache_features(
             batch_size=max(1, batch_size // crops.per_image),
             num_workers=workers,
             collate_fn=_collate_images,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
         )
         for images, targets in BatchLoader(loader):
             batch, _ = preprocess(images)
