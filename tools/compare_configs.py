@@ -1,0 +1,73 @@
+"""Train several configs with several seeds each, and compare their AP.
+
+python tools/compare_configs.py --configs output/nas/bccd/best.yaml configs/bccd/nas_fcos.yaml \
+    configs/bccd/fpn_fcos.yaml --seeds 3 --output output/compare DATASETS.ROOT datasets
+
+What is finished is not trained again, so a comparison that was stopped goes on.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from statistics import mean
+
+from nasfcos.config import load_config, override_config
+from nasfcos.engine.distributed import session
+from nasfcos.engine.launch import USER_ERRORS
+from nasfcos.engine.logging import log_to_console, log_to_file
+from nasfcos.evaluation.files import replacing, write_json
+from nasfcos.search.select import train_in_full
+
+logger = logging.getLogger("nasfcos.compare")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train configs with several seeds, compare AP.")
+    parser.add_argument("--configs", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    args, overrides = parser.parse_known_args()
+    log_to_console()
+    output = Path(args.output)
+    results: dict[str, list[dict[str, float]]] = {file: [] for file in args.configs}
+    try:
+        configs = {file: load_config(file, overrides) for file in args.configs}
+        with session(configs[args.configs[0]].MODEL.DEVICE) as device:
+            log_to_file(output)
+            # Seed by seed, so that a machine that gets slower or faster does not favour one.
+            for seed in range(args.seeds):
+                for number, (file, cfg) in enumerate(configs.items()):
+                    folder = output / f"{number}_{Path(file).stem}" / f"seed_{seed}"
+                    own = ["SEED", seed, "OUTPUT_DIR", str(folder)]
+                    cfg = override_config(cfg, own, "the comparison")
+                    results[file].append(train_in_full(cfg, device))
+                    logger.info("%s, seed %d: AP %.4f", file, seed, results[file][-1]["AP"])
+                    write_json(output / "results.json", results, indent=2)
+    except USER_ERRORS as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command goes on")
+        return 130
+    table = as_table(results)
+    with replacing(output / "results.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    print(table)
+    return 0
+
+
+def as_table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Mean, lowest and highest AP and AP50 of each config, in Markdown."""
+    lines = ["| config | AP | AP50 |", "|---|:-:|:-:|"]
+    for file, runs in results.items():
+        cells = []
+        for name in ("AP", "AP50"):
+            values = [run[name] for run in runs]
+            cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| `{file}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
