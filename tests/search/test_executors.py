@@ -191,12 +191,15 @@ def test_workers_that_only_die_are_an_error(monkeypatch):
 
 
 MAIN = """
+import signal
 import sys
 from pathlib import Path
 from nasfcos.search.executors import LocalExecutor
 from tests.search.test_executors import Play, job
 
 if __name__ == "__main__":
+    # A shell that started the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     with LocalExecutor(Play(folder), workers=1) as executor:
         list(executor.run([job(0, "note", ("worker", 120.0))]))
