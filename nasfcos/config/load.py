@@ -25,6 +25,7 @@ from ..genotype import (
 from .defaults import get_defaults
 from .errors import ConfigError, nearest
 from .released import is_released, translate_released
+from .tree import get_setting, nested
 
 logger = logging.getLogger(__name__)
 
@@ -269,10 +270,7 @@ def _merge_overrides(
             f"words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        tree: Any = value
-        for part in reversed(str(key).split(".")):
-            tree = {part: tree}
-        _merge(cfg, tree, source, sources)
+        _merge(cfg, nested({str(key): value}), source, sources)
 
 
 def _free_form(value: Any) -> Any:
@@ -338,12 +336,6 @@ def _like(item: Any, example: Any) -> bool:
     return isinstance(item, (int, float) if isinstance(example, float) else type(example))
 
 
-def _get(cfg: CfgNode, name: str) -> Any:
-    for part in name.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
     """What the types alone do not show."""
 
@@ -351,24 +343,24 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         raise ConfigError(f"{sources.get(name, 'default config')}: {name} {why}")
 
     for name, allowed in CHOICES.items():
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if value not in allowed:
             fail(name, f"is {value!r}, but must be one of {allowed}.{nearest(value, allowed)}")
     for name, least in AT_LEAST.items():
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if not least <= value < math.inf:  # also refuses NaN
             fail(name, f"is {value!r}, but must be at least {least}, and finite")
     for name in IN_0_TO_1:
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if not 0 <= value <= 1:
             fail(name, f"is {value!r}, but must lie in 0..1")
     for name in POSITIVE_ENTRIES:
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if not all(entry > 0 for entry in value):
             fail(name, f"is {value!r}, but every entry must be positive")
     for name, length in (("MODEL.RESNET.BLOCKS", 4), ("MODEL.FCOS.SIZE_LIMITS", 4)):
-        if len(_get(cfg, name)) != length:
-            fail(name, f"needs {length} entries, not {_get(cfg, name)!r}")
+        if len(get_setting(cfg, name)) != length:
+            fail(name, f"needs {length} entries, not {get_setting(cfg, name)!r}")
     if len(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) not in (0, 2):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
     if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):
@@ -401,7 +393,7 @@ def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
 def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
     search = cfg.SEARCH
     for name, allowed in SUBSETS.items():
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if not value:
             fail(name, f"is empty: name at least one of {allowed}")
         for entry in value:
@@ -412,7 +404,7 @@ def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
     if tuple(search.STAGES) == ("head", "fpn"):
         fail("SEARCH.STAGES", "is ('head', 'fpn'), but the head is searched on a found FPN")
     for name in ("SEARCH.META_VAL", "SEARCH.PRUNING.KEEP", "SEARCH.PROXY.POLYAK"):
-        value = _get(cfg, name)
+        value = get_setting(cfg, name)
         if value == 1 or (value == 0 and name != "SEARCH.PROXY.POLYAK"):
             fail(name, f"is {value!r}, but must lie between 0 and 1")
     if search.OBJECTIVE.TARGET <= 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import ConfigError, nearest
+from .tree import leaves, nested
 
 RESNET_BLOCKS = {
     "R-50": [3, 4, 6, 3],
@@ -143,7 +144,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
     """
     settings: dict[str, Any] = {}
     notes = []
-    for name, raw in _leaves(tree):
+    for name, raw in leaves(tree):
         rule = TRANSLATION.get(name)
         if rule is None:
             rule = next((TRANSLATION[s] for s in _sections(name) if s in TRANSLATION), None)
@@ -164,15 +165,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
     # The release knows the plain pyramid and tower by the absence of its switches.
     settings.setdefault("MODEL.NECK.NAME", "fpn")
     settings.setdefault("MODEL.HEAD.TOWER", "plain")
-    return _nested(settings), notes
-
-
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return nested(settings), notes
 
 
 def _sections(name: str) -> Iterator[str]:
@@ -189,14 +182,3 @@ def _literal(value: Any) -> Any:
         except (ValueError, SyntaxError):
             return value
     return value
-
-
-def _nested(settings: dict[str, Any]) -> dict:
-    tree: dict = {}
-    for name, value in settings.items():
-        *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-    return tree

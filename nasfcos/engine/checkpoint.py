@@ -22,7 +22,7 @@ import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from yacs.config import CfgNode
 
+from ..config.tree import leaves
 from ..evaluation.files import replacing
 from ..models.weights import Weights, read_weights
 
@@ -219,7 +220,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def differing_keys(cfg: CfgNode, saved_text: str) -> list[str]:
     """Keys whose values in `cfg` and in the config text of a checkpoint differ, one line each."""
-    now, then = dict(_leaves(yaml.safe_load(cfg.dump()))), dict(_leaves(yaml.safe_load(saved_text)))
+    now, then = (dict(leaves(yaml.safe_load(text))) for text in (cfg.dump(), saved_text))
     absent = object()
     return [
         f"{key}: {_shown(then, key)} -> {_shown(now, key)}"
@@ -230,14 +231,6 @@ def differing_keys(cfg: CfgNode, saved_text: str) -> list[str]:
 
 def _shown(tree: dict[str, Any], key: str) -> str:
     return repr(tree[key]) if key in tree else "(absent)"
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

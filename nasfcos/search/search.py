@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError, load_config
+from ..config.tree import get_setting, leaves, nested
 from ..data import build_dataset
 from ..data.catalog import class_names
 from ..engine import distributed
@@ -119,7 +119,7 @@ class _Search:
         cells = self._given_cells()
         self._check_configs()
         write_progress(folder, "splitting the training data")
-        proxy_cfg = split_training_data(cfg, folder / "split" / self._split_key(), cfg.SEED)
+        proxy_cfg = split_training_data(cfg, folder / "split", cfg.SEED)
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
         write_progress(folder, "caching the backbone's features")
@@ -169,16 +169,6 @@ class _Search:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full_config(self.cfg, stage, example, self.folder)
         class_names(self.cfg)
-
-    def _split_key(self) -> str:
-        """Names a split by all it follows from, so that nothing made of another one is taken."""
-        digest = hashlib.sha256(f"{self.cfg.SEED} {self.cfg.SEARCH.META_VAL}".encode())
-        for name in self.cfg.DATASETS.TRAIN:
-            for record in build_dataset(self.cfg, name).records:
-                digest.update(repr((record.file_name, record.height, record.width)).encode())
-                for array in (record.boxes, record.labels, record.ignored):
-                    digest.update(array.tobytes())
-        return digest.hexdigest()[:12]
 
     def _cache_folder(self) -> Path:
         given = self.cfg.SEARCH.CACHE.FOLDER
@@ -282,10 +272,10 @@ class _Search:
         base, keys = _ordinary_base(self.config_file)
         keys += [*map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
         keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
-        tree: dict[str, Any] = {"_BASE_": os.path.relpath(base.resolve(), self.folder.resolve())}
-        for key in keys:
-            if not key.startswith("SEARCH."):
-                _set(tree, key.split("."), _plain(_get(cfg, key.split("."))))
+        settings = yaml.safe_load(cfg.dump())
+        tree = {"_BASE_": os.path.relpath(base.resolve(), self.folder.resolve())} | nested(
+            {key: get_setting(settings, key) for key in keys if not key.startswith("SEARCH.")}
+        )
         path = self.folder / "best.yaml"
         found = f"{best.stage} stage, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}"
         title = f"# Found by a search: {found}.\n"
@@ -322,7 +312,7 @@ class _Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._refresh()
+        self._refresh(self.journal.records(), self.journal.batch_figures())
         self.bar.close()
         if self.board is not None:
             self.board.close()
@@ -341,7 +331,7 @@ class _Progress:
                     self.board.add_scalar(f"{self.stage}/{name}", value, number)
         self.batches = len(figures)
         self._note_phase()
-        self._refresh()
+        self._refresh(records, figures)
         self.run._report()
 
     def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
@@ -368,10 +358,9 @@ class _Progress:
         phase = f"trials of the {self.stage} stage"
         write_progress(self.run.folder, phase, done=len(self.shown), total=self.trials)
 
-    def _refresh(self) -> None:
+    def _refresh(self, records: list[TrialRecord], figures: list[dict[str, float]]) -> None:
         report = self.run.reports[self.stage]
-        report.records = list(self.journal.records())
-        report.batch_figures = list(self.journal.batch_figures())
+        report.records, report.batch_figures = records, figures
 
 
 def _remark(record: TrialRecord) -> str:
@@ -395,20 +384,15 @@ def _fixed_settings(
     cfg: CfgNode, caches: tuple[FeatureCache, FeatureCache]
 ) -> dict[str, Any]:
     """What must stay the same as long as a stage is resumed: all that its trials depend on."""
-    settings = cfg.SEARCH
     sections = [
         f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
     ]
     sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
-    fixed = {
-        f"{section}.{key}": _plain(value)
-        for section in sections
-        for key, value in _get(cfg, section.split(".")).items()
-    }
-    fixed |= {f"SEARCH.{key}": settings[key] for key in ("STRATEGY", "BATCH")}
+    names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH"]
+    fixed = {name: get_setting(cfg, name) for name in names}
+    for section in sections:
+        fixed.update(leaves(get_setting(cfg, section), f"{section}."))
     fixed |= {
-        "SEED": cfg.SEED,
-        "INPUT.MIN_SIZE_TEST": cfg.INPUT.MIN_SIZE_TEST,
         "features of meta-train (data, META_VAL, PREPARE, CACHE)": caches[0].folder.name,
         "features of meta-val (data, META_VAL, PREPARE, CACHE)": caches[1].folder.name,
     }
@@ -425,33 +409,5 @@ def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
         if "SEARCH" not in tree or not isinstance(base, str):
             return path, keys
         del tree["SEARCH"]
-        keys += _leaves(tree)
+        keys += [name for name, _ in leaves(tree)]
         path = path.parent / base
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
-
-
-def _get(node: Any, parts: Sequence[str]) -> Any:
-    for part in parts:
-        node = node[part]
-    return node
-
-
-def _set(tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
-    for part in parts[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[parts[-1]] = value
-
-
-def _plain(value: Any) -> Any:
-    """As YAML and JSON have it: lists and dicts."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -6,6 +6,7 @@ left out of the reward on small or uneven data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..data import DataError, DetectionDataset, Record, build_dataset, class_names
-from ..evaluation.files import write_json
+from ..evaluation.files import replacing
 
 logger = logging.getLogger(__name__)
 
 _TRAIN, _VAL = 0, 1
+_HASH_DIGITS = 12
 # Moves of single images in search of a split in which no class is missing, for each class.
 _MOVES_PER_CLASS = 200
 
@@ -27,16 +29,18 @@ _MOVES_PER_CLASS = 200
 def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
     """Split the sets of DATASETS.TRAIN into meta-train and meta-val.
 
-    Writes the COCO files ``<name>_train.json`` and ``<name>_val.json`` of each set to `folder`.
+    Writes the COCO files ``<name>_train.json`` and ``<name>_val.json`` of each set to a folder in
+    `folder`, which is called by a hash over them: what was made of another split cannot be taken
+    for what belongs to this one.
     Their category ids are the labels of the training data, crowd and difficult boxes are marked
     `iscrowd`, and the image files stay where they are. All sets are stratified together
-    (`stratified_split`); the files depend on the data, SEARCH.META_VAL and the seed alone, and one
-    that is there with the same content is not touched. Images without boxes are left out where
+    (`stratified_split`); the files depend on the data, SEARCH.META_VAL and the seed alone, and a
+    file that is there is not touched. Images without boxes are left out where
     DATALOADER.SKIP_EMPTY says so.
 
     Args:
         cfg: the config tree.
-        folder: of the files; made if missing.
+        folder: of all splits; made if missing.
         seed: of the split.
 
     Returns:
@@ -59,9 +63,7 @@ def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
     presence = _presence([record for records in chosen for record in records], len(classes))
     in_val = _split(presence, cfg, classes, seed)
 
-    split = cfg.clone()
-    split.defrost()
-    names: tuple[list[str], list[str]] = ([], [])
+    parts: list[tuple[int, str, DetectionDataset, str]] = []  # side, name, set, file's content
     first = 0
     for dataset, records in zip(datasets, chosen, strict=True):
         sides = in_val[first : first + len(records)]
@@ -70,11 +72,19 @@ def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
             part = [record for record, of in zip(records, sides, strict=True) if of == side]
             if not part:
                 continue  # a small set beside a large one
-            name = f"{dataset.name}_{suffix}"
-            path = folder / f"{name}.json"
-            _write_unless_there(path, coco_content(part, classes))
-            split.DATASETS.CUSTOM[name] = _entry(dataset, path, classes)
-            names[side].append(name)
+            content = json.dumps(coco_content(part, classes))
+            parts.append((side, f"{dataset.name}_{suffix}", dataset, content))
+
+    contents = [(name, content) for _, name, _, content in parts]
+    folder = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:_HASH_DIGITS]
+    split = cfg.clone()
+    split.defrost()
+    names: tuple[list[str], list[str]] = ([], [])
+    for side, name, dataset, content in parts:
+        path = folder / f"{name}.json"
+        _write_unless_there(path, content)
+        split.DATASETS.CUSTOM[name] = _entry(dataset, path, classes)
+        names[side].append(name)
     split.DATASETS.TRAIN, split.DATASETS.TEST = map(tuple, names)
     split.freeze()
     return split
@@ -162,16 +172,13 @@ def coco_content(records: Sequence[Record], classes: Sequence[str]) -> dict:
     }
 
 
-def _write_unless_there(path: Path, content: dict) -> None:
-    try:
-        if json.loads(path.read_text(encoding="utf-8")) == content:
+def _write_unless_there(path: Path, content: str) -> None:
+    if path.exists():
+        if path.read_text(encoding="utf-8", errors="replace") == content:
             return
-        logger.warning("%s: the data or the settings of the split have changed", path)
-    except FileNotFoundError:
-        pass
-    except ValueError:
         logger.warning("%s is damaged and written anew", path)
-    write_json(path, content)
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def _entry(dataset: DetectionDataset, path: Path, classes: Sequence[str]) -> CfgNode:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,24 +117,27 @@ def test_a_written_config_is_read_back(config_file, tmp_path):
 
 def test_same_seed_same_files_left_alone(config_file, tmp_path, caplog):
     cfg = load_config(config_file)
-    split_training_data(cfg, tmp_path / "a", seed=4)
-    paths = sorted((tmp_path / "a").iterdir())
+
+    def files(folder, seed):
+        split = split_training_data(cfg, tmp_path / folder, seed)
+        names = split.DATASETS.TRAIN + split.DATASETS.TEST
+        return [Path(split.DATASETS.CUSTOM[name].ANNOTATIONS) for name in names]
+
+    paths = files("a", seed=4)
     assert [path.name for path in paths] == ["train_train.json", "train_val.json"]
     before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in paths]
-    split_training_data(cfg, tmp_path / "a", seed=4)
+    assert files("a", seed=4) == paths
     assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in paths] == before
 
     paths[0].write_text("{")
     with caplog.at_level(logging.WARNING):
-        split_training_data(cfg, tmp_path / "a", seed=4)
+        files("a", seed=4)
     assert "train_train.json is damaged" in caplog.text
-    split_training_data(cfg, tmp_path / "b", seed=4)
-    assert paths[0].read_bytes() == (tmp_path / "b/train_train.json").read_bytes() == before[0][1]
+    assert [p.read_bytes() for p in files("b", seed=4)] == [content for _, content in before]
 
-    caplog.clear()
-    split_training_data(cfg, tmp_path / "a", seed=5)
-    assert paths[1].read_bytes() != before[1][1]
-    assert "have changed" in caplog.text
+    # Another split has a folder of its own.
+    assert {path.parent for path in files("a", seed=5)} != {path.parent for path in paths}
+    assert paths[1].read_bytes() == before[1][1]
 
 
 # Images by the categories of their boxes; an id below zero is a crowd.
