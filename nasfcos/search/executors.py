@@ -75,11 +75,6 @@ class Executor(ABC):
     To be closed after use, or used in a ``with`` block.
     """
 
-    @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """Trials that run at a time."""
-
     @abstractmethod
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, TrialResult | WorkerLost]]:
         """Run jobs, and give out each with its outcome as soon as it is there.
@@ -107,10 +102,6 @@ class InlineExecutor(Executor):
 
     def __init__(self, task: Task) -> None:
         self.task = task
-
-    @property
-    def capacity(self) -> int:
-        return 1
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, TrialResult | WorkerLost]]:
         for job in jobs:
@@ -179,10 +170,6 @@ class _Pool(Executor):
         self._count = count
         self._workers: dict[int, Any] = {}
         self._start_failures = self._deaths = 0
-
-    @property
-    def capacity(self) -> int:
-        return self._count
 
     @abstractmethod
     def _start(self, place: int) -> _Worker:

@@ -162,24 +162,14 @@ class Journal:
     def propose(self, batch: int, proposals: Sequence[tuple[int, ...]]) -> None:
         """Note the proposals of a batch, before any of them runs.
 
-        Their indices follow those of the batch before. A batch that is in the journal already is
-        compared with it, and completed where a kill had cut it short.
-
-        Raises:
-            JournalError: the journal has other proposals, so the search would not go on as it
-                began.
+        Their indices follow those of the batch before. What is in the journal already stands: a
+        batch that a kill had cut short is completed.
         """
         first = sum(self._batch_sizes[earlier] for earlier in range(batch))
-        if self.batch_size(batch) not in (0, len(proposals)):
-            raise JournalError(
-                f"{self.path}: batch {batch} has {self.batch_size(batch)} proposals, and now "
-                f"{len(proposals)}"
-            )
         for index, choices in enumerate(proposals, start=first):
-            choices = tuple(int(choice) for choice in choices)
             if index in self._trials:
-                self._check_proposal(index, choices)
                 continue
+            choices = tuple(int(choice) for choice in choices)
             trial = optuna.trial.create_trial(
                 state=TrialState.WAITING,
                 params={
@@ -332,22 +322,6 @@ class Journal:
                 f"{changes}. Set them as they were to go on with it, or name another OUTPUT_DIR "
                 "(and leave out --resume)"
             )
-
-    def _check_proposal(self, index: int, choices: tuple[int, ...]) -> None:
-        before = self._trials[index].choices
-        if choices != before:
-            raise JournalError(
-                f"{self.path}: trial {index} of the {self.space.stage} stage was proposed as "
-                f"{self._words(before)}, but would now be {self._words(choices)}. The search "
-                "cannot go on as it began: its code or libraries have changed. Go on with the "
-                "versions it began with, or name another OUTPUT_DIR (and leave out --resume)"
-            )
-
-    def _words(self, choices: tuple[int, ...]) -> str:
-        return " ".join(
-            decision.choices[choice]
-            for decision, choice in zip(self.space.decisions, choices, strict=True)
-        )
 
     def _recover(self) -> None:
         """Read the file, and put in order what a kill left in it.

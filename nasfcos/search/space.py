@@ -316,24 +316,15 @@ class HeadSpace(Space):
         ]
 
 
-def build_space(cfg: CfgNode, stage: str, cells: Sequence[Cell] | None = None) -> Space:
+def build_space(cfg: CfgNode, stage: str, cells: Sequence[Cell] | None) -> Space:
     """The space of a stage ("fpn" or "head").
 
     Args:
-        cells: of the FPN under the searched head; default: those of MODEL.GENOTYPE.
+        cells: of the FPN under the searched head; the FPN's own stage needs none.
     """
     settings = cfg.SEARCH.SPACE
     if stage == "fpn":
         return FPNSpace(settings.CELLS, settings.FPN_OPS, settings.AGGREGATIONS)
-    if stage != "head":
-        raise ValueError(f'stage must be "fpn" or "head", not {stage!r}')
-    if cells is None:
-        if not cfg.MODEL.GENOTYPE:
-            raise ValueError(
-                "the head is searched on an FPN: search it first (SEARCH.STAGES), or give its "
-                "cells in MODEL.GENOTYPE"
-            )
-        cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells
     return HeadSpace(cells, settings.HEAD_LAYERS, settings.HEAD_OPS)
 
 

@@ -145,7 +145,7 @@ def _run_batch(
     """Finish the trials of a batch that are not finished yet."""
     finished = {record.index for record in journal.records()}
     known = _by_key(journal.records())
-    failed = {r.key for r in journal.records() if r.index in finished & set(indices)} - known.keys()
+    failed = {r.key for r in journal.records() if r.index in indices} - known.keys()
     jobs: dict[str, TrialJob] = {}
     repeats: list[tuple[int, str]] = []
     for index, choices in zip(indices, proposals, strict=True):

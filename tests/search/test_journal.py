@@ -126,14 +126,13 @@ def test_stages_share_the_file(path):
     assert len(read_records(path, "head")) == 8
 
 
-def test_other_proposals_are_refused(path):
+def test_what_was_proposed_stands(path):
     run(path, batches=1)
     journal = open_journal(path)
-    other = proposals(0)[:3] + proposals(9)[:1]
-    with pytest.raises(JournalError, match="trial 3 .* was proposed as"):
-        journal.propose(0, other)
-    with pytest.raises(JournalError, match="batch 0 has 4 proposals, and now 3"):
-        journal.propose(0, proposals(0)[:3])
+    before = journal.proposed(0)
+    journal.propose(0, proposals(9))
+    assert journal.proposed(0) == before == proposals(0)
+    assert journal.proposed(1) == []
 
 
 def test_other_settings_are_refused_and_named(path):

@@ -167,17 +167,11 @@ def test_build_space():
     cfg = get_defaults()
     cfg.SEARCH.SPACE.CELLS = 5
     cfg.SEARCH.SPACE.HEAD_LAYERS = 2
-    fpn = build_space(cfg, "fpn")
+    fpn = build_space(cfg, "fpn", None)
     assert fpn.stage == "fpn" and len(fpn.decisions) == 25
-    with pytest.raises(ValueError, match="MODEL.GENOTYPE"):
-        build_space(cfg, "head")
     cells = fpn.genotype(fpn.sample(random.Random(0))).cells
     head = build_space(cfg, "head", cells)
     assert head.stage == "head" and head.genotype((2, 0, 1)).cells == cells
-    cfg.MODEL.GENOTYPE = PUBLISHED.to_list()
-    assert build_space(cfg, "head").fpn_cells == PUBLISHED.cells
-    with pytest.raises(ValueError, match="neck"):
-        build_space(cfg, "neck")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from nasfcos.search.journal import Journal  # noqa: E402
 from nasfcos.search.records import COMPLETE, FAILED, TrialResult  # noqa: E402
 from nasfcos.search.simulate import EarlyStopping, replay_pruning  # noqa: E402
 from nasfcos.search.stage import Objective, Pruning, run_stage  # noqa: E402
-from nasfcos.search.strategies import PPO, RandomSearch  # noqa: E402
+from nasfcos.search.strategies import RandomSearch  # noqa: E402
 from tests.search import table_search  # noqa: E402
+from tests.strategies import ppo  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "search" / "table_search.py"
@@ -118,7 +119,7 @@ def test_equal_seeds_propose_equal_architectures_and_others_do_not(undisturbed, 
     succeed(start(tmp_path))
     assert rows(tmp_path) == undisturbed
     space = table_search.space()
-    first = [tuple(PPO(space, seed).propose(5)) for seed in (3, 3, 4)]
+    first = [tuple(ppo(space, seed).propose(5)) for seed in (3, 3, 4)]
     assert first[0] == first[1] != first[2]
 
 
