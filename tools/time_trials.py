@@ -22,7 +22,7 @@ from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.search.cache import Crops, FeatureCache, build_caches
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.prepare import prepare_backbone
-from nasfcos.search.proxy import Examples, ProxyTask, build_decoder, stage_config
+from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config
 from nasfcos.search.records import TrialJob
 from nasfcos.search.space import build_space
 from nasfcos.search.split import split_training_data
@@ -47,13 +47,13 @@ class LiveFeatures:
         return len(self.targets)
 
     @torch.no_grad()
-    def batch(self, indices, device) -> tuple[list[Tensor], list[dict]]:
+    def read(self, indices, device) -> list[Tensor]:
         images = []
         for index in indices:
             image, number = divmod(int(index), self.crops.per_image)
             images.append(self.crops[image][number][0])
         batch, _ = self.model.preprocess(images)
-        return self.model.backbone(batch), [self.targets[int(index)] for index in indices]
+        return self.model.backbone(batch)
 
 
 def main() -> int:
@@ -70,7 +70,7 @@ def main() -> int:
         classes = len(class_names(cfg))
         parts = [caches[0].folder, caches[1].folder, classes, str(device), cfg.SEED]
         cached, live = (ProxyTask(cfg, "fpn", *parts) for _ in range(2))
-        head = build_decoder(plain_head(cfg), None, classes, 0).head
+        head = assigning_head(stage_config(cfg, "fpn"), classes)
         live._examples = tuple(
             Examples(
                 LiveFeatures(cache, Crops([build_dataset(cfg, n) for n in names],
@@ -112,13 +112,6 @@ def main() -> int:
         print(json.dumps({"ratios": ratios, "trials_per_hour": rates}))
 
     return launch(args, job)
-
-
-def plain_head(cfg):
-    cfg = stage_config(cfg, "fpn")
-    cfg.defrost()
-    cfg.MODEL.HEAD.TOWER = "plain"
-    return cfg
 
 
 if __name__ == "__main__":

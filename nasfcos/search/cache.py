@@ -112,36 +112,23 @@ class FeatureCache:
         """Of all maps."""
         return sum(array.nbytes for array in self.maps)
 
-    def batch(
+    def read(
         self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
-    ) -> tuple[list[Tensor], Targets]:
-        """Some crops, in the order of `indices`.
-
-        Returns:
-            the maps, a float32 tensor [B, C, H, W] per level, and the targets, on the device.
-        """
+    ) -> list[Tensor]:
+        """The maps of some crops, in the order of `indices`: a float16 tensor [B, C, H, W] per
+        level, on the device."""
         device = torch.device(device)
         indices = np.asarray(indices, dtype=np.int64)
         if self._held is not None:
             rows = torch.from_numpy(indices).to(self._held[0].device)
-            maps = [held.index_select(0, rows).to(device).float() for held in self._held]
-        else:
-            maps = [
-                _rows(array, indices, device).to(device, non_blocking=True).float()
-                for array in self.maps
-            ]
-        chosen = [self.targets[index] for index in indices.tolist()]
-        counts = [len(target["labels"]) for target in chosen]
-        # Two transfers in place of two for each crop.
-        boxes, labels = (
-            torch.cat([target[key] for target in chosen]).to(device).split(counts)
-            for key in ("boxes", "labels")
-        )
-        return maps, [{"boxes": b, "labels": n} for b, n in zip(boxes, labels, strict=True)]
+            return [held.index_select(0, rows).to(device) for held in self._held]
+        return [
+            _rows(array, indices, device).to(device, non_blocking=True) for array in self.maps
+        ]
 
     def to_device(self, device: torch.device | str) -> bool:
         """Hold all maps in the memory of a GPU, in half precision, if `GPU_SHARE` of what is free
-        there is enough; `batch` then reads them there.
+        there is enough; `read` then takes them from there.
 
         Returns:
             whether they are held; False on the CPU, where the file cache of the system does this.
@@ -464,7 +451,7 @@ def cache_pyramid(
     def batches() -> Iterator[tuple[list[Tensor], list[dict]]]:
         for first in range(0, len(source), batch_size):
             rows = range(first, min(first + batch_size, len(source)))
-            maps, _ = source.batch(rows, device)
+            maps = [level.float() for level in source.read(rows, device)]
             yield neck(maps), [source.targets[row] for row in rows]
 
     with _evaluating(neck):
@@ -473,7 +460,7 @@ def cache_pyramid(
             key,
             title,
             count=len(source),
-            shapes=lambda: _shapes(neck(source.batch([0], device)[0])),
+            shapes=lambda: _shapes(neck([level.float() for level in source.read([0], device)])),
             batches=batches,
             size=source.size,
             source=source.folder.name,

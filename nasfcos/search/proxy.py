@@ -205,8 +205,10 @@ class Examples:
     def batch(self, indices: Tensor) -> tuple[list[Tensor], Assignment]:
         """Some crops (indices on the CPU): maps [B, C, H, W] by level, channels last, on the
         device, and the assignment. Nothing waits for a GPU."""
-        maps, _ = self.cache.batch(indices.numpy(), self.device)
-        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+        maps = [
+            x.to(torch.float32, memory_format=torch.channels_last)
+            for x in self.cache.read(indices.numpy(), self.device)
+        ]
         rows = indices.tolist()
         counts = torch.tensor([len(self._positive[row]) for row in rows])
         first = torch.arange(len(rows)) * self._labels.shape[1]
@@ -229,10 +231,20 @@ def open_examples(
     """
     cache = FeatureCache.open(folder)
     cache.to_device(device)
+    return Examples(cache, assigning_head(cfg, num_classes), device)
+
+
+def assigning_head(cfg: CfgNode, num_classes: int) -> DenseHead:
+    """A head that says what is to be predicted where, for every genotype of a stage.
+
+    Args:
+        cfg: as `stage_config` gives it.
+        num_classes: object classes, background not counted.
+    """
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.HEAD.TOWER = "plain"
-    return Examples(cache, build_decoder(plain, None, num_classes, 0).head, device)
+    return build_decoder(plain, None, num_classes, 0).head
 
 
 def batch_order(count: int, iterations: int, batch: int, seed: int) -> Tensor:

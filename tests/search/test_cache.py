@@ -38,12 +38,7 @@ from nasfcos.search.split import split_training_data
 SIZE = 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -246,17 +241,14 @@ def test_a_batch_comes_in_the_order_asked_for(model, dataset, folder):
     cache = cache_features(folder, model, Crops([dataset], SIZE))
     indices = [4, 0, 4, 2]
     for given in (indices, np.array(indices), torch.tensor(indices)):
-        maps, targets = cache.batch(given, torch.device("cpu"))
+        maps = cache.read(given, torch.device("cpu"))
         for level, array in zip(maps, cache.maps, strict=True):
-            assert level.dtype == torch.float32
-            np.testing.assert_array_equal(level.numpy(), array[indices].astype(np.float32))
-        for target, index in zip(targets, indices, strict=True):
-            for key in ("boxes", "labels"):
-                assert torch.equal(target[key], cache.targets[index][key])
+            assert level.dtype == torch.float16
+            np.testing.assert_array_equal(level.numpy(), array[indices])
     maps[0].zero_()  # a copy, not the file
     assert cache.maps[0][4].any()
     with pytest.raises(IndexError):
-        cache.batch([len(cache)])
+        cache.read([len(cache)])
     assert cache.to_device("cpu") is False
 
 
@@ -272,21 +264,17 @@ def test_a_cache_travels_by_its_folder(model, dataset, folder):
 def test_a_cache_held_on_the_gpu(model, dataset, folder, monkeypatch):
     cache = cache_features(folder, model, Crops([dataset], SIZE))
     indices = [3, 1, 3]
-    expected, targets = cache.batch(indices)
-    streamed, _ = cache.batch(indices, "cuda")
+    expected = cache.read(indices)
+    streamed = cache.read(indices, "cuda")
     monkeypatch.setattr(module, "GPU_SHARE", 0.0)
     assert not cache.to_device("cuda")
     monkeypatch.undo()
     monkeypatch.setattr(module, "_TRANSFER", 100_000)
     assert cache.to_device("cuda")
-    held, found = cache.batch(indices, "cuda")
+    held = cache.read(indices, "cuda")
     for one, other, third in zip(expected, streamed, held, strict=True):
         assert other.is_cuda and third.is_cuda
         assert torch.equal(one, other.cpu()) and torch.equal(one, third.cpu())
-    for one, other in zip(targets, found, strict=True):
-        assert other["boxes"].is_cuda
-        assert torch.equal(one["boxes"], other["boxes"].cpu())
-        assert torch.equal(one["labels"], other["labels"].cpu())
 
 
 def test_workers_and_odd_sizes_give_the_same(model, dataset, folder):
@@ -568,7 +556,7 @@ def test_the_pyramid_is_the_neck_s(model, dataset, folder):
     neck = make_neck(model).train()
     pyramid = cache_pyramid(folder, neck, source, batch_size=4)
     assert neck.training and len(pyramid) == len(source) and pyramid.size == SIZE
-    maps, _ = source.batch(range(len(source)))
+    maps = [level.float() for level in source.read(range(len(source)))]
     with torch.no_grad():
         expected = neck.eval()(maps)
     assert len(pyramid.maps) == 5

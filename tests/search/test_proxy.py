@@ -119,7 +119,7 @@ def test_assigned_once_gives_the_losses_of_every_time(folders, head):
         maps, assignment = examples.batch(torch.tensor(rows))
         outputs = decoder(maps)
         once = decoder.head.loss_terms(outputs, assignment)
-        every_time = decoder.head.losses(outputs, cache.batch(rows)[1])
+        every_time = decoder.head.losses(outputs, [cache.targets[row] for row in rows])
         assert {name: term.loss.item() for name, term in once.items()} == {
             name: loss.item() for name, loss in every_time.items()
         }
@@ -317,7 +317,7 @@ def test_neck_of_the_head_stage(folders, tmp_path, monkeypatch):
     cells = Genotype.parse(CELLS).cells
     neck = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
     assert not neck.training
-    levels = neck(caches[0].batch([0, 1])[0])
+    levels = neck([level.float() for level in caches[0].read([0, 1])])
     assert [tuple(x.shape[1:]) for x in levels] == [(16, *shape[1:]) for shape in PYRAMID]
 
     def broken(*args):
