@@ -2,6 +2,25 @@ import pytest
 import torch
 
 
+def _with_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For modules of many small computations, or of equal bits."""
+    yield from _with_threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """For sums that must be cut as they were when the expected values were computed."""
+    yield from _with_threads(2)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

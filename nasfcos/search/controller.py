@@ -172,13 +172,13 @@ class PPO:
         space: Space,
         seed: int,
         *,
-        hidden: int = 64,
-        lr: float = 1e-2,
-        epochs: int = 5,
-        clip: float = 0.2,
-        entropy: float = 0.02,
-        baseline_decay: float = 0.9,
-        clip_grad_norm: float = 1.0,
+        hidden: int,
+        lr: float,
+        epochs: int,
+        clip: float,
+        entropy: float,
+        baseline_decay: float,
+        clip_grad_norm: float,
     ) -> None:
         self.seed = seed
         self.epochs = epochs

@@ -88,14 +88,8 @@ class Evolution(RandomSearch):
         tournament: how many are drawn to find a parent.
     """
 
-    def __init__(
-        self, space: Space, seed: int, *, population: int = 50, tournament: int = 10
-    ) -> None:
+    def __init__(self, space: Space, seed: int, *, population: int, tournament: int) -> None:
         super().__init__(space, seed)
-        if not 1 <= tournament <= population:
-            raise ValueError(
-                f"a tournament of {tournament} cannot be drawn from a population of {population}"
-            )
         self.tournament = tournament
         self.population: deque[tuple[float, Choices]] = deque(maxlen=population)
 
@@ -134,17 +128,15 @@ def build_strategy(cfg: CfgNode, space: Space, seed: int) -> Strategy:
         return Evolution(
             space, seed, population=settings.POPULATION, tournament=settings.TOURNAMENT
         )
-    if name == "ppo":
-        settings = cfg.SEARCH.PPO
-        return PPO(
-            space,
-            seed,
-            hidden=settings.HIDDEN,
-            lr=settings.LR,
-            epochs=settings.EPOCHS,
-            clip=settings.CLIP,
-            entropy=settings.ENTROPY,
-            baseline_decay=settings.BASELINE_DECAY,
-            clip_grad_norm=settings.CLIP_GRAD_NORM,
-        )
-    raise ValueError(f'SEARCH.STRATEGY must be "ppo", "random" or "evolution", not {name!r}')
+    settings = cfg.SEARCH.PPO
+    return PPO(
+        space,
+        seed,
+        hidden=settings.HIDDEN,
+        lr=settings.LR,
+        epochs=settings.EPOCHS,
+        clip=settings.CLIP,
+        entropy=settings.ENTROPY,
+        baseline_decay=settings.BASELINE_DECAY,
+        clip_grad_norm=settings.CLIP_GRAD_NORM,
+    )

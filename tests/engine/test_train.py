@@ -28,12 +28,7 @@ CPU = torch.device("cpu")
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

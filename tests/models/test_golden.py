@@ -28,13 +28,7 @@ LOSS_NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """Sums depend on how they are cut; with a single thread they are 1e-3 off near zero."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def config(name):

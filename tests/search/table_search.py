@@ -18,7 +18,7 @@ from nasfcos.search.journal import Journal
 from nasfcos.search.records import COMPLETE, FAILED, TrialJob, TrialResult
 from nasfcos.search.space import HeadSpace
 from nasfcos.search.stage import Objective, Pruning, run_stage
-from nasfcos.search.strategies import PPO
+from tests.strategies import ppo
 
 TRIALS, BATCH, SEED = 60, 5, 3
 
@@ -53,7 +53,7 @@ def main(folder, executor="inline"):
     make = InlineExecutor(task) if executor == "inline" else LocalExecutor(task, 2)
     with make as runner:
         run_stage(
-            journal, space(), PPO(space(), SEED), runner, TRIALS, BATCH, Objective(), Pruning()
+            journal, space(), ppo(space(), SEED), runner, TRIALS, BATCH, Objective(), Pruning()
         )
     journal.export_csv(folder / "trials.csv")
 

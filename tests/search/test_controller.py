@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nasfcos.genotype import PUBLISHED
-from nasfcos.search.controller import PPO, Controller, policy_loss
+from nasfcos.search.controller import Controller, policy_loss
 from nasfcos.search.space import FPNSpace, HeadSpace
+from tests.strategies import ppo
 
 FPN = FPNSpace(3, ["skip_connect"], ["psum"])
 HEAD = HeadSpace(PUBLISHED.cells, 2, ["def_conv_3x3", "skip_connect", "conv1x1"])
@@ -134,63 +135,63 @@ def test_clipped_objective_by_hand():
 
 
 def test_advantages_are_measured_from_the_moving_baseline():
-    ppo = PPO(HEAD, 0, baseline_decay=0.5)
-    first = ppo._advantages(torch.tensor([1.0, 3.0], dtype=torch.double))
+    policy = ppo(HEAD, 0, baseline_decay=0.5)
+    first = policy._advantages(torch.tensor([1.0, 3.0], dtype=torch.double))
     assert first.tolist() == pytest.approx([-1, 1])
-    assert ppo.baseline == 2
-    second = ppo._advantages(torch.tensor([4.0, 4.0], dtype=torch.double))
-    assert ppo.baseline == 3
+    assert policy.baseline == 2
+    second = policy._advantages(torch.tensor([4.0, 4.0], dtype=torch.double))
+    assert policy.baseline == 3
     # Better than before, though alike: squared deviations 1 (first) and 4 (now), by halves.
     assert second.tolist() == pytest.approx([2 / 2.5**0.5] * 2)
 
 
-def lessons(ppo, batches=4, count=6):
+def lessons(policy, batches=4, count=6):
     for _ in range(batches):
-        batch = ppo.propose(count)
-        figures = ppo.learn(batch, [float(sum(choices)) for choices in batch])
-    return ppo.propose(count), figures
+        batch = policy.propose(count)
+        figures = policy.learn(batch, [float(sum(choices)) for choices in batch])
+    return policy.propose(count), figures
 
 
 def test_a_strategy_of_its_seed_and_its_lessons_alone():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    proposals, figures = lessons(PPO(HEAD, 7))
+    proposals, figures = lessons(ppo(HEAD, 7))
     assert torch.equal(torch.random.get_rng_state(), before)  # and others draw undisturbed
     torch.manual_seed(2)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
-        ppo = PPO(HEAD, 7)
-        ppo.propose(11)  # proposing is no lesson
-        assert lessons(ppo) == (proposals, figures)
+        policy = ppo(HEAD, 7)
+        policy.propose(11)  # proposing is no lesson
+        assert lessons(policy) == (proposals, figures)
     finally:
         torch.set_num_threads(threads)
-    assert lessons(PPO(HEAD, 8))[0] != proposals
+    assert lessons(ppo(HEAD, 8))[0] != proposals
 
 
 def test_no_graph_twice_while_there_are_others():
     """27 sequences of two weighted operations and skips in two layers: 1 + 2 * 2 + 4 * 3 graphs."""
-    ppo = PPO(HEAD, 0)
+    policy = ppo(HEAD, 0)
     graphs = {HEAD.key(choices) for choices in HEAD}
     assert len(graphs) == 17
     tried = set()
     while tried != graphs:
-        batch = ppo.propose(4)
+        batch = policy.propose(4)
         new = {HEAD.key(choices) for choices in batch} - tried
         assert len(batch) == 4 and len(new) == min(4, len(graphs) - len(tried))
         tried |= new
-        ppo.learn(batch, [0.0] * 4)
-    assert len(ppo.propose(4)) == 4  # exhausted: known ones
+        policy.learn(batch, [0.0] * 4)
+    assert len(policy.propose(4)) == 4  # exhausted: known ones
 
 
 def test_it_learns_the_best_choice():
     """One operation is worth more wherever it stands: the policy comes to prefer it."""
     space = HeadSpace(PUBLISHED.cells, 6)
-    ppo = PPO(space, 0)
+    policy = ppo(space, 0)
     for _ in range(25):
-        batch = ppo.propose(10)
-        figures = ppo.learn(batch, [choices[1:].count(5) for choices in batch])
-    share = sum(c[1:].count(5) for c in ppo.controller.sample(100, torch.Generator())) / 600
+        batch = policy.propose(10)
+        figures = policy.learn(batch, [choices[1:].count(5) for choices in batch])
+    share = sum(c[1:].count(5) for c in policy.controller.sample(100, torch.Generator())) / 600
     assert share > 0.6  # of 1/6 at first
     assert figures["entropy"] < 1.2  # of log 6 = 1.79 at first
     assert figures.keys() == {"policy_loss", "entropy", "kl", "clipped", "baseline"}
@@ -199,10 +200,10 @@ def test_it_learns_the_best_choice():
 
 
 def test_rewards_that_are_not_finite_teach_nothing():
-    ppo, other = PPO(HEAD, 0), PPO(HEAD, 0)
-    assert ppo.learn(ppo.propose(2), [math.nan, -math.inf]) == {}
-    assert ppo.learn([(0, 0, 0), (0, 1, 0), (1, 2, 2)], [1.0, math.nan, 2.0])["baseline"] == 1.5
+    policy, other = ppo(HEAD, 0), ppo(HEAD, 0)
+    assert policy.learn(policy.propose(2), [math.nan, -math.inf]) == {}
+    assert policy.learn([(0, 0, 0), (0, 1, 0), (1, 2, 2)], [1.0, math.nan, 2.0])["baseline"] == 1.5
     other.learn(other.propose(2), [math.nan, -math.inf])
     other.learn([(0, 0, 0), (1, 2, 2)], [1.0, 2.0])
-    for a, b in zip(ppo.controller.parameters(), other.controller.parameters(), strict=True):
+    for a, b in zip(policy.controller.parameters(), other.controller.parameters(), strict=True):
         assert torch.equal(a, b)
