@@ -1,9 +1,13 @@
 // Modulated deformable convolution, forward and backward. Its plain version is torchvision's.
 //
-// The input is turned to channels-last once, so that a sample (one tap of one output position) is a
-// blend of four contiguous runs of channels. Samples are taken for a block of output positions at a
-// time into `columns` [positions, taps * channels], small enough to stay in cache until a matrix
-// product with the weight consumes them.
+// The input is read in channels-last order (turned to it once where it is not), so that a sample
+// (one tap of one output position) is a blend of four contiguous runs of channels. Samples are taken
+// for a block of output positions at a time into `columns` [positions, taps * channels], small
+// enough to stay in cache until a matrix product with the weight consumes them. The output, and in
+// the backward pass the gradients, have the memory format of what they belong to.
+//
+// The forward pass takes bfloat16 as well: samples are then blended in float32 and stored and
+// multiplied as bfloat16. Offsets and masks are float32, for pixel positions are too fine for less.
 //
 // Threads share nothing while they work, not even the matrix products, so they wait for each other
 // once or twice a call and not once a block: on a busy machine every such wait can cost
@@ -11,13 +15,15 @@
 // channels (samples of different positions may add to one pixel of the input's gradient, those of
 // different channels never).
 //
-// One more pixel of zeros follows the image. All corners outside the image point to it, so that
-// nothing below needs to ask; in the gradient of the input it collects what is thrown away.
+// Corners outside the image have the index of one more pixel behind its last, so that nothing below
+// needs to ask. It is read as zeros, and in the gradient of the input it collects what is thrown
+// away.
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -70,9 +76,11 @@ Geometry geometry_of(
       input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && weight.dim() == 4, op,
       "input, offset, mask and weight must have four dimensions");
   TORCH_CHECK_VALUE(
-      offset.scalar_type() == input.scalar_type() && mask.scalar_type() == input.scalar_type() &&
-          weight.scalar_type() == input.scalar_type(),
-      op, "input, offset, mask and weight must have one dtype");
+      weight.scalar_type() == input.scalar_type() &&
+          offset.scalar_type() == at::toOpMathType(input.scalar_type()) &&
+          mask.scalar_type() == offset.scalar_type(),
+      op, "input and weight must have one dtype, offset and mask the same or, if that is a half "
+      "precision, float32");
   TORCH_CHECK_VALUE(
       offset_groups >= 1 && input.size(1) > 0 && input.size(1) % offset_groups == 0, op,
       "offset_groups must divide the input channels");
@@ -149,22 +157,54 @@ Sample<T> locate(const Geometry& g, T y, T x, T mask) {
   return s;
 }
 
-// The samples of one group at one output position. `offset` and `mask` are those of an image's
-// group.
+// Maps [N, C, positions] in either memory format.
+template <typename T>
+struct Maps {
+  T* data;
+  int64_t image, channel, position;  // strides
+
+  Maps at(int64_t n, int64_t c) const {
+    return {data + n * image + c * channel, image, channel, position};
+  }
+  T& operator()(int64_t c, int64_t p) const { return data[c * channel + p * position]; }
+};
+
+// [N, C, H, W] as [N, C, H * W]; a view for the usual memory formats.
+Tensor flatten_pixels(const Tensor& maps) {
+  return maps.reshape({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
+}
+
+// Of a tensor [N, C, positions].
+template <typename T>
+Maps<const T> maps_of(const Tensor& flat) {
+  return {flat.const_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
+}
+
+template <typename T>
+Maps<T> mutable_maps_of(Tensor& maps) {
+  const Tensor flat = maps.view({maps.size(0), maps.size(1), -1});
+  return {maps.mutable_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
+}
+
+at::MemoryFormat format_of(const Tensor& maps) {
+  const bool last = maps.is_contiguous(at::MemoryFormat::ChannelsLast) && !maps.is_contiguous();
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The samples of one group at one output position. `offset` and `mask` start at an image's group.
 template <typename T>
 void locate_taps(
-    const Geometry& g, const T* offset, const T* mask, int64_t position, Sample<T>* samples) {
-  const int64_t plane = g.positions();
+    const Geometry& g, Maps<const T> offset, Maps<const T> mask, int64_t position,
+    Sample<T>* samples) {
   const T y0 = static_cast<T>(position / g.out_width * g.stride_h - g.pad_h);
   const T x0 = static_cast<T>(position % g.out_width * g.stride_w - g.pad_w);
   for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
     for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
       const int64_t tap = ky * g.kernel_w + kx;
-      const T dy = offset[2 * tap * plane + position];
-      const T dx = offset[(2 * tap + 1) * plane + position];
       samples[tap] = locate(
-          g, y0 + static_cast<T>(ky * g.dilation_h) + dy,
-          x0 + static_cast<T>(kx * g.dilation_w) + dx, mask[tap * plane + position]);
+          g, y0 + static_cast<T>(ky * g.dilation_h) + offset(2 * tap, position),
+          x0 + static_cast<T>(kx * g.dilation_w) + offset(2 * tap + 1, position),
+          mask(tap, position));
     }
   }
 }
@@ -176,6 +216,27 @@ NASFCOS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T
   const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = w0 * a[i] + w1 * b[i] + w2 * c[i] + w3 * d[i];
+}
+
+// The same with bfloat16 in memory. The compiler makes vectors of this arithmetic on bits, which it
+// does not of c10::BFloat16's.
+NASFCOS_INLINE float widen(uint16_t value) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(value) << 16);
+}
+NASFCOS_INLINE uint16_t narrow(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+NASFCOS_INLINE void sample_narrow_loop(
+    const uint16_t* const* corner, const float* w, int64_t n, uint16_t* out) {
+  const uint16_t *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
+  const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = narrow(
+        w0 * widen(a[i]) + w1 * widen(b[i]) + w2 * widen(c[i]) + w3 * widen(d[i]));
+  }
 }
 
 // dots[i] = <grad, corner[i]>
@@ -206,6 +267,15 @@ NASFCOS_INLINE void scatter_loop(const T* grad, T w, int64_t n, T* out) {
 NASFCOS_CLONES void sample(const float* const* corner, const float* w, int64_t n, float* out) {
   sample_loop(corner, w, n, out);
 }
+NASFCOS_CLONES void sample_narrow(
+    const uint16_t* const* corner, const float* w, int64_t n, uint16_t* out) {
+  sample_narrow_loop(corner, w, n, out);
+}
+void sample(const at::BFloat16* const* corner, const float* w, int64_t n, at::BFloat16* out) {
+  const uint16_t* bits[4];
+  for (int i = 0; i < 4; ++i) bits[i] = reinterpret_cast<const uint16_t*>(corner[i]);
+  sample_narrow(bits, w, n, reinterpret_cast<uint16_t*>(out));
+}
 NASFCOS_CLONES void dot(const float* const* corner, const float* grad, int64_t n, float* dots) {
   dot_loop(corner, grad, n, dots);
 }
@@ -222,34 +292,22 @@ void scatter(const double* grad, double w, int64_t n, double* out) {
   scatter_loop(grad, w, n, out);
 }
 
-// `image` holds so many channels a pixel.
-template <typename T>
-NASFCOS_INLINE void corners_of(
-    const Sample<T>& s, const T* image, int64_t channels, const T** corner) {
-  for (int i = 0; i < 4; ++i) corner[i] = image + s.pixel[i] * channels;
-}
-
-// to[row, column] = from[row * row_stride + column * column_stride], `to` being contiguous. By
-// tiles of whole cache lines on either side, so that a transposition is not slower than it need be.
+// to[row * to_stride + column] = from[row * row_stride + column * column_stride]. By tiles of whole
+// cache lines on either side, so that a transposition is not slower than it need be.
 template <typename T>
 void copy_matrix(
-    const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-    T* to) {
+    const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to,
+    int64_t to_stride) {
   constexpr int64_t tile = 64 / sizeof(T);
   for (int64_t r0 = 0; r0 < rows; r0 += tile) {
     for (int64_t c0 = 0; c0 < columns; c0 += tile) {
       for (int64_t r = r0; r < std::min(rows, r0 + tile); ++r) {
         for (int64_t c = c0; c < std::min(columns, c0 + tile); ++c) {
-          to[r * columns + c] = from[r * row_stride + c * column_stride];
+          to[r * to_stride + c] = from[r * row_stride + c * column_stride];
         }
       }
     }
   }
-}
-
-// [N, C, H, W] as [N, C, pixels]; a view for the usual memory formats.
-Tensor flatten_pixels(const Geometry& g, const Tensor& input) {
-  return input.reshape({g.images, g.channels, g.pixels()});
 }
 
 // A run of input channels, all of one offset group in the backward pass.
@@ -268,7 +326,7 @@ Tensor weight_matrix(const Geometry& g, const Tensor& weight, Slice slice) {
   for (int64_t o = 0; o < g.out_channels; ++o) {
     copy_matrix(
         from + (o * g.channels + slice.first) * taps, 1, taps, taps, slice.count,
-        to + o * taps * slice.count);
+        to + o * taps * slice.count, slice.count);
   }
   return matrix;
 }
@@ -280,43 +338,74 @@ struct PlainDispatch {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+// The images of a batch, channels-last: as they lie in memory, or in a copy of some at a time.
+template <typename T>
+class ChannelsLast {
+ public:
+  ChannelsLast(const Geometry& g, const Tensor& flat) : g_(g), maps_(maps_of<T>(flat)) {
+    in_place_ = maps_.channel == 1 || g.channels == 1;
+    // As many images at once as keep all threads busy on small maps without much memory on large
+    // ones.
+    const int64_t size = g.pixels() * g.channels;
+    together = in_place_ ? g.images : std::clamp<int64_t>((1 << 22) / size, 1, g.images);
+    if (!in_place_) buffer_ = at::empty({together, g.pixels(), g.channels}, flat.options());
+  }
+
+  // Images that are ready at a time.
+  int64_t together;
+
+  // Makes the images from `first` on ready.
+  void prepare(int64_t first) {
+    first_ = first;
+    if (in_place_) return;
+    T* buffer = buffer_.mutable_data_ptr<T>();
+    const int64_t count = std::min(together, g_.images - first);
+    const int64_t strips = (g_.pixels() + 63) / 64;
+    const int64_t grain = kSmall / (64 * g_.channels) + 1;
+    at::parallel_for(0, count * strips, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / strips, pixel = i % strips * 64;
+        copy_matrix(
+            maps_.data + (first + n) * maps_.image + pixel * maps_.position, maps_.position,
+            maps_.channel, std::min<int64_t>(64, g_.pixels() - pixel), g_.channels,
+            buffer + (n * g_.pixels() + pixel) * g_.channels, g_.channels);
+      }
+    });
+  }
+
+  const T* image(int64_t n) const {
+    if (in_place_) return maps_.data + n * maps_.image;
+    return buffer_.const_data_ptr<T>() + (n - first_) * g_.pixels() * g_.channels;
+  }
+  int64_t pixel_stride() const { return in_place_ ? maps_.position : g_.channels; }
+
+ private:
+  const Geometry& g_;
+  Maps<const T> maps_;
+  bool in_place_;
+  Tensor buffer_;
+  int64_t first_ = 0;
+};
+
 template <typename T>
 void forward(
     const Geometry& g, const Tensor& input, const Tensor& offset, const Tensor& mask,
     const Tensor& weight, const Tensor& bias, Tensor& output) {
-  const Tensor flat = flatten_pixels(g, input);
-  const Tensor matrix = weight_matrix<T>(g, weight, {0, g.channels});
-  const T* flat_data = flat.const_data_ptr<T>();
-  const T* offset_data = offset.const_data_ptr<T>();
-  const T* mask_data = mask.const_data_ptr<T>();
+  using Acc = at::opmath_type<T>;
   const int64_t taps = g.taps(), plane = g.positions(), columns = taps * g.channels;
+  const int64_t nowhere = g.pixels();
+  const Tensor matrix = weight_matrix<T>(g, weight, {0, g.channels});
+  const Tensor flat = flatten_pixels(input), flat_offset = flatten_pixels(offset),
+               flat_mask = flatten_pixels(mask);
+  const auto offsets = maps_of<Acc>(flat_offset), masks = maps_of<Acc>(flat_mask);
+  const Tensor flat_output = output.view({g.images, g.out_channels, plane});
+  const bool rows_of_channels = flat_output.stride(1) == 1;
+  const std::vector<T> zeros(g.group_channels, T(0));
+  ChannelsLast<T> images(g, flat);
 
-  // As many images at once as keep all threads busy on small maps without much memory on large
-  // ones.
-  const int64_t image_size = (g.pixels() + 1) * g.channels;
-  const int64_t together =
-      std::clamp<int64_t>((int64_t{1} << 22) / image_size, 1, std::max<int64_t>(1, g.images));
-  Tensor buffer = at::empty({together, g.pixels() + 1, g.channels}, input.options());
-  T* images = buffer.mutable_data_ptr<T>();
-
-  for (int64_t n0 = 0; n0 < g.images; n0 += together) {
-    const int64_t count = std::min(together, g.images - n0);
-    const int64_t strips = (g.pixels() + 63) / 64;
-    const int64_t grain = kSmall / (64 * g.channels) + 1;
-    at::parallel_for(0, count * strips, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / strips, first = i % strips * 64;
-        T* image = images + n * image_size;
-        copy_matrix(
-            flat_data + (n0 + n) * flat.stride(0) + first * flat.stride(2), flat.stride(2),
-            flat.stride(1), std::min<int64_t>(64, g.pixels() - first), g.channels,
-            image + first * g.channels);
-        if (first == 0) {
-          std::fill(image + g.pixels() * g.channels, image + image_size, T(0));
-        }
-      }
-    });
-
+  for (int64_t n0 = 0; n0 < g.images; n0 += images.together) {
+    images.prepare(n0);
+    const int64_t count = std::min(images.together, g.images - n0);
     const int64_t even = (count * plane + available_threads() - 1) / available_threads();
     const int64_t block = std::min(block_of(columns, plane), std::max<int64_t>(16, even));
     const int64_t blocks = (plane + block - 1) / block;
@@ -324,36 +413,45 @@ void forward(
       const PlainDispatch dispatch;
       Tensor column_block = at::empty({block, columns}, input.options());
       T* column = column_block.mutable_data_ptr<T>();
-      std::vector<Sample<T>> samples(taps);
+      std::vector<Sample<Acc>> samples(taps);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / blocks, start = task % blocks * block;
+        const int64_t n = n0 + task / blocks, start = task % blocks * block;
         const int64_t positions = std::min(block, plane - start);
-        const T* image = images + n * image_size;
         for (int64_t i = 0; i < positions; ++i) {
           for (int64_t group = 0; group < g.groups; ++group) {
-            const int64_t plane0 = ((n0 + n) * g.groups + group) * taps * plane;
             const int64_t channel = group * g.group_channels;
+            const T* image = images.image(n) + channel;
             locate_taps(
-                g, offset_data + 2 * plane0, mask_data + plane0, start + i, samples.data());
+                g, offsets.at(n, 2 * group * taps), masks.at(n, group * taps), start + i,
+                samples.data());
             for (int64_t t = 0; t < taps; ++t) {
+              const Sample<Acc>& s = samples[t];
               const T* corner[4];
-              T w[4];
-              corners_of(samples[t], image + channel, g.channels, corner);
-              samples[t].blend(w);
-              for (T& value : w) value *= samples[t].mask;
+              Acc w[4];
+              for (int c = 0; c < 4; ++c) {
+                corner[c] = s.pixel[c] == nowhere ? zeros.data()
+                                                  : image + s.pixel[c] * images.pixel_stride();
+              }
+              s.blend(w);
+              for (Acc& value : w) value *= s.mask;
               sample(
-                  corner, w, g.group_channels,
-                  column + i * columns + t * g.channels + channel);
+                  corner, w, g.group_channels, column + i * columns + t * g.channels + channel);
             }
           }
         }
-        Tensor out =
-            output[n0 + n].view({g.out_channels, plane}).narrow(1, start, positions);
-        const Tensor used = column_block.narrow(0, 0, positions).t();
-        if (bias.defined()) {
-          at::addmm_out(out, bias.view({-1, 1}), matrix, used);
+        const Tensor used = column_block.narrow(0, 0, positions);
+        Tensor out = flat_output[n].narrow(1, start, positions);
+        if (rows_of_channels) {
+          out = out.t();
+          if (bias.defined()) {
+            at::addmm_out(out, bias, used, matrix.t());
+          } else {
+            at::mm_out(out, used, matrix.t());
+          }
+        } else if (bias.defined()) {
+          at::addmm_out(out, bias.view({-1, 1}), matrix, used.t());
         } else {
-          at::mm_out(out, matrix, used);
+          at::mm_out(out, matrix, used.t());
         }
       }
     });
@@ -371,14 +469,20 @@ Tensor modulated_deform_conv2d(
       !bias || (bias->dim() == 1 && bias->size(0) == g.out_channels &&
                 bias->scalar_type() == input.scalar_type()),
       "modulated_deform_conv2d: bias must be [Cout], of the input's dtype");
-  Tensor output =
-      at::empty({g.images, g.out_channels, g.out_height, g.out_width}, input.options());
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d", [&] {
-    forward<scalar_t>(
-        g, input, offset.contiguous(), mask.contiguous(), weight.contiguous(),
-        bias ? bias->contiguous() : Tensor(), output);
-  });
+  Tensor output = at::empty(
+      {g.images, g.out_channels, g.out_height, g.out_width},
+      input.options().memory_format(format_of(input)));
+  AT_DISPATCH_FLOATING_TYPES_AND(
+      at::kBFloat16, input.scalar_type(), "modulated_deform_conv2d", [&] {
+        forward<scalar_t>(
+            g, input, offset, mask, weight.contiguous(), bias ? bias->contiguous() : Tensor(),
+            output);
+      });
   return output;
+}
+
+Tensor empty_as(const Tensor& maps) {
+  return at::empty(maps.sizes(), maps.options().memory_format(format_of(maps)));
 }
 
 // How many slices to make of each offset group's channels, so that images * groups * slices units
@@ -407,14 +511,13 @@ template <typename T>
 class BackwardUnit {
  public:
   // Of the image's group: offset, mask and where their gradients go. Of the image: grad [Cout,
-  // positions]. Of the image's slice, by channel and pixel: input and grad_input.
+  // positions]. Of the image's slice: input and grad_input.
   struct Arguments {
-    const T *offset, *mask;
-    T *grad_offset, *grad_mask;
+    Maps<const T> offset, mask;
+    Maps<T> grad_offset, grad_mask;
     Tensor grad;
-    const T* input;
-    int64_t channel_stride, pixel_stride;
-    T* grad_input;
+    Maps<const T> input;
+    Maps<T> grad_input;
   };
 
   BackwardUnit(const Geometry& g, Slice slice, const at::TensorOptions& options)
@@ -433,8 +536,8 @@ class BackwardUnit {
   // Adds to grad_matrix, which is shaped like matrix.
   void run(const Arguments& a, const Tensor& matrix, Tensor& grad_matrix) {
     copy_matrix(
-        a.input, a.pixel_stride, a.channel_stride, g_.pixels(), channels_,
-        image_.mutable_data_ptr<T>());
+        a.input.data, a.input.position, a.input.channel, g_.pixels(), channels_,
+        image_.mutable_data_ptr<T>(), channels_);
     grad_image_.zero_();
     for (int64_t start = 0; start < g_.positions(); start += block_) {
       const int64_t count = std::min(block_, g_.positions() - start);
@@ -444,13 +547,17 @@ class BackwardUnit {
       for (int64_t i = 0; i < count; ++i) position(a, start + i, i * width_);
       at::addmm_out(grad_matrix, grad_matrix, grad, columns_.narrow(0, 0, count));
     }
-    copy_matrix(
-        grad_image_.const_data_ptr<T>(), 1, channels_, channels_, g_.pixels(), a.grad_input);
+    const T* grad_image = grad_image_.const_data_ptr<T>();
+    const Maps<T>& to = a.grad_input;
+    if (to.channel == 1) {
+      copy_matrix(grad_image, channels_, 1, g_.pixels(), channels_, to.data, to.position);
+    } else {
+      copy_matrix(grad_image, 1, channels_, channels_, g_.pixels(), to.data, to.channel);
+    }
   }
 
  private:
   void position(const Arguments& a, int64_t position, int64_t place) {
-    const int64_t plane = g_.positions();
     const T* image = image_.const_data_ptr<T>();
     T* grad_image = grad_image_.mutable_data_ptr<T>();
     const T* grad_column = grad_columns_.const_data_ptr<T>() + place;
@@ -460,13 +567,13 @@ class BackwardUnit {
       const Sample<T>& s = samples_[t];
       const T* corner[4];
       T w[4], d[4];
-      corners_of(s, image, channels_, corner);
+      for (int c = 0; c < 4; ++c) corner[c] = image + s.pixel[c] * channels_;
       dot(corner, grad_column, channels_, d);
       s.blend(w);
-      a.grad_mask[t * plane + position] = w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
-      a.grad_offset[2 * t * plane + position] =
+      a.grad_mask(t, position) = w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
+      a.grad_offset(2 * t, position) =
           s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
-      a.grad_offset[(2 * t + 1) * plane + position] =
+      a.grad_offset(2 * t + 1, position) =
           s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
       for (T& value : w) value *= s.mask;
       sample(corner, w, channels_, column);
@@ -486,7 +593,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Geometry& g, const Tensor& grad, const Tensor& input, const Tensor& offset,
     const Tensor& mask, const Tensor& weight) {
-  const int64_t taps = g.taps(), plane = g.positions();
+  const int64_t taps = g.taps();
   const int64_t per_group = slices_per_group<T>(g), slices = g.groups * per_group;
   std::vector<Slice> slice(slices);
   std::vector<Tensor> matrix(slices);
@@ -498,21 +605,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     matrix[k] = weight_matrix<T>(g, weight, slice[k]);
   }
 
-  const Tensor flat = flatten_pixels(g, input);
-  const Tensor flat_grad = grad.view({g.images, g.out_channels, plane});
-  Tensor grad_input = at::empty(input.sizes(), input.options());
+  const Tensor flat = flatten_pixels(input), flat_grad = flatten_pixels(grad),
+               flat_offset = flatten_pixels(offset), flat_mask = flatten_pixels(mask);
+  const auto inputs = maps_of<T>(flat), offsets = maps_of<T>(flat_offset),
+             masks = maps_of<T>(flat_mask);
+  Tensor grad_input = empty_as(input);
+  const auto grad_inputs = mutable_maps_of<T>(grad_input);
   // Each slice of a group has its share of the group's gradients of offset and mask.
-  const int64_t n_taps = g.groups * taps;
-  Tensor grad_offset =
-      at::empty({per_group, g.images, 2 * n_taps, g.out_height, g.out_width}, offset.options());
-  Tensor grad_mask =
-      at::empty({per_group, g.images, n_taps, g.out_height, g.out_width}, mask.options());
-  const T* flat_data = flat.const_data_ptr<T>();
-  const T* offset_data = offset.const_data_ptr<T>();
-  const T* mask_data = mask.const_data_ptr<T>();
-  T* grad_input_data = grad_input.mutable_data_ptr<T>();
-  T* grad_offset_data = grad_offset.mutable_data_ptr<T>();
-  T* grad_mask_data = grad_mask.mutable_data_ptr<T>();
+  std::vector<Tensor> grad_offset(per_group), grad_mask(per_group);
+  for (Tensor& share : grad_offset) share = empty_as(offset);
+  for (Tensor& share : grad_mask) share = empty_as(mask);
 
   // Units are ordered by slice, then image. A thread's run of them gives one gradient of the weight
   // for each slice it meets, kept at the run's first unit of that slice.
@@ -527,13 +629,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       BackwardUnit<T> work(g, slice[k], input.options());
       for (; unit < end && unit / g.images == k; ++unit) {
         const int64_t n = unit % g.images;
-        const int64_t from = (n * g.groups + group) * taps * plane;
-        const int64_t to = part * g.images * n_taps * plane + from;
+        const auto part_offset = mutable_maps_of<T>(grad_offset[part]);
+        const auto part_mask = mutable_maps_of<T>(grad_mask[part]);
         work.run(
-            {offset_data + 2 * from, mask_data + from, grad_offset_data + 2 * to,
-             grad_mask_data + to, flat_grad[n],
-             flat_data + n * flat.stride(0) + slice[k].first * flat.stride(1), flat.stride(1),
-             flat.stride(2), grad_input_data + (n * g.channels + slice[k].first) * g.pixels()},
+            {offsets.at(n, 2 * group * taps), masks.at(n, group * taps),
+             part_offset.at(n, 2 * group * taps), part_mask.at(n, group * taps), flat_grad[n],
+             inputs.at(n, slice[k].first), grad_inputs.at(n, slice[k].first)},
             matrix[k], sum);
       }
     }
@@ -560,9 +661,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       }
     }
   });
-  return {
-      grad_input, per_group == 1 ? grad_offset[0] : grad_offset.sum(0),
-      per_group == 1 ? grad_mask[0] : grad_mask.sum(0), grad_weight};
+  for (int64_t part = 1; part < per_group; ++part) {
+    grad_offset[0].add_(grad_offset[part]);
+    grad_mask[0].add_(grad_mask[part]);
+  }
+  return {grad_input, grad_offset[0], grad_mask[0], grad_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
@@ -578,8 +681,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
       "modulated_deform_conv2d_backward: grad must have the output's shape and dtype");
   std::tuple<Tensor, Tensor, Tensor, Tensor> grads;
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d_backward", [&] {
-    grads = backward<scalar_t>(
-        g, grad.contiguous(), input, offset.contiguous(), mask.contiguous(), weight.contiguous());
+    grads = backward<scalar_t>(g, grad, input, offset, mask, weight.contiguous());
   });
   return grads;
 }
