@@ -182,7 +182,7 @@ Maps<const T> maps_of(const Tensor& flat) {
 
 template <typename T>
 Maps<T> mutable_maps_of(Tensor& maps) {
-  const Tensor flat = maps.view({maps.size(0), maps.size(1), -1});
+  const Tensor flat = maps.view({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
   return {maps.mutable_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
 }
 
@@ -346,8 +346,9 @@ class ChannelsLast {
     in_place_ = maps_.channel == 1 || g.channels == 1;
     // As many images at once as keep all threads busy on small maps without much memory on large
     // ones.
-    const int64_t size = g.pixels() * g.channels;
-    together = in_place_ ? g.images : std::clamp<int64_t>((1 << 22) / size, 1, g.images);
+    const int64_t size = std::max<int64_t>(1, g.pixels() * g.channels);
+    together = std::max<int64_t>(1, g.images);
+    if (!in_place_) together = std::clamp<int64_t>((1 << 22) / size, 1, together);
     if (!in_place_) buffer_ = at::empty({together, g.pixels(), g.channels}, flat.options());
   }
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
 
+_NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
+
 __all__ = ["batched_nms", "modulated_deform_conv2d", "nms", "sigmoid_focal_loss"]
 
 
@@ -123,9 +125,11 @@ def modulated_deform_conv2d(
             their own.
 
     Returns:
-        [N, Cout, Ho, Wo] in the dtype of ``input``. The arithmetic is float64 for a float64 input
-        and float32 otherwise, also under autocast: half precision is too coarse for pixel
-        positions.
+        [N, Cout, Ho, Wo] in the dtype of ``input``, channels-last where ``input`` is. The arithmetic
+        is float64 for a float64 input and float32 otherwise, also under autocast: half precision is
+        too coarse for pixel positions. Compiled for the CPU it keeps bfloat16 for samples and
+        weights (not for their sums, positions and masks), which doubles the speed of processors
+        that multiply bfloat16.
 
     A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask
     makes the outputs that use it NaN; gradients there are NaN or zero.
@@ -137,11 +141,13 @@ def modulated_deform_conv2d(
     _check_deform_shapes(
         input, offset, mask, weight, bias, stride, padding, dilation, offset_groups
     )
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    exact = torch.float64 if input.dtype == torch.float64 else torch.float32
+    narrow = input.dtype == torch.bfloat16 and input.device.type == "cpu" and _NARROW_ON_CPU
+    dtype = torch.bfloat16 if narrow else exact
     output = torch.ops.nasfcos.modulated_deform_conv2d(
         input.to(dtype),
-        offset.to(dtype),
-        mask.to(dtype),
+        offset.to(exact),
+        mask.to(exact),
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
         stride,

@@ -124,15 +124,23 @@ def _(grad, logits, targets, gamma, alpha):
     return logits.new_empty(logits.shape)
 
 
+def _format(maps: Tensor) -> torch.memory_format:
+    """The memory format that the deformable convolution gives to what belongs to these maps."""
+    last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
 def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
     size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
-    return input.new_empty((input.shape[0], weight.shape[0], *size))
+    output = input.new_empty((input.shape[0], weight.shape[0], *size))
+    return output.contiguous(memory_format=_format(input))
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
 def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
-    return tuple(t.new_empty(t.shape) for t in (input, offset, mask, weight))
+    maps = (t.new_empty(t.shape).contiguous(memory_format=_format(t)) for t in (input, offset, mask))
+    return *maps, weight.new_empty(weight.shape)
 
 
 def _focal_context(ctx, inputs, output) -> None:
@@ -153,9 +161,12 @@ def _deform_context(ctx, inputs, output) -> None:
 
 
 def _deform_backward(ctx, grad: Tensor):
+    # Half precision is for the forward pass; gradients of offsets are differences of large numbers.
+    dtype = torch.promote_types(grad.dtype, torch.float32)
     grads = torch.ops.nasfcos.modulated_deform_conv2d_backward(
-        grad, *ctx.saved_tensors, *ctx.geometry
+        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors), *ctx.geometry
     )
+    grads = [g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True)]
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return *grads, grad_bias, None, None, None, None
 
