@@ -30,10 +30,14 @@ def legacy_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / (legacy_areas(a)[:, None] + legacy_areas(b)[None] - intersection)
 
 
-def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes [..., 4] with their corners moved into the pixels 0..width-1, 0..height-1."""
-    x = boxes[..., 0::2].clamp(0, width - 1)
-    y = boxes[..., 1::2].clamp(0, height - 1)
+def clip_boxes(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    """Boxes [..., 4] with their corners moved into the pixels 0..width-1, 0..height-1; sizes of
+    each box by itself are [...]."""
+    x_end, y_end = (
+        side[..., None] - 1 if isinstance(side, Tensor) else side - 1 for side in (width, height)
+    )
+    x = boxes[..., 0::2].clamp(min=0).clamp(max=x_end)
+    y = boxes[..., 1::2].clamp(min=0).clamp(max=y_end)
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 

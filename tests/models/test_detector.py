@@ -1,6 +1,8 @@
 """The detector's parts against plain twins, and its behaviour at the edges."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 import nasfcos
 from nasfcos.boxes import legacy_sizes
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
-from nasfcos.models.heads.dense import STRIDES, PostProcess
+from nasfcos.models.heads.dense import STRIDES, Candidates, PostProcess, threshold_logit
 from nasfcos.models.heads.fcos import assign_fcos, fcos_locations
 from nasfcos.models.heads.retinanet import (
     BACKGROUND,
@@ -21,6 +23,7 @@ from nasfcos.models.heads.retinanet import (
 )
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
+from nasfcos.ops import nms
 
 TINY = [
     "MODEL.DEVICE", "cpu", "MODEL.NUM_CLASSES", 3, "MODEL.RESNET.BLOCKS", [1, 1, 1, 1],
@@ -316,18 +319,153 @@ def test_box_code_round_trip():
     assert (huge[:, 2:] - huge[:, :2] + 1).tolist() == [[pytest.approx(1000, rel=1e-3)] * 2]
 
 
+# ----------------------------------------------------------------------- post-processing
+
+SHAPES = [(9, 12), (5, 6), (3, 3), (2, 2), (1, 1)]
+SIZES = [(70, 90), (66, 96)]
+
+
+def known_outputs(head, layout=torch.contiguous_format, dtype=torch.float32, seed=0):
+    """Raw outputs of a head for two images: class probabilities from nearly 0 to nearly 1."""
+    generator = torch.Generator().manual_seed(seed)
+    anchors = head.box_pred.out_channels // 4
+
+    def maps(channels, mean, deviation):
+        return [
+            (mean + deviation * torch.randn(len(SIZES), channels, *shape, generator=generator))
+            .to(dtype).contiguous(memory_format=layout)
+            for shape in SHAPES
+        ]  # fmt: skip
+
+    logits = maps(anchors * head.num_classes, -4, 2.5)
+    if anchors == 1:
+        return logits, [x.exp() for x in maps(4, 3, 0.7)], maps(1, 0, 2)
+    return logits, maps(anchors * 4, 0, 1)
+
+
+def plain_detections(head, outputs, sizes):
+    """Image by image, level by level, class by class, as one would write it down."""
+    post = head.post_process
+    shapes = [x.shape[-2:] for x in outputs[0]]
+    results = []
+    for image, (height, width) in enumerate(sizes):
+        candidates = []
+        for level, (h, w) in enumerate(shapes):
+            maps = [x[level][image].float().permute(1, 2, 0) for x in outputs]
+            probabilities = maps[0].reshape(-1, head.num_classes).sigmoid()
+            predicted = maps[1].reshape(-1, 4)
+            if len(maps) == 3:
+                points = fcos_locations(h, w, STRIDES[level], "cpu")
+                boxes = torch.cat((points - predicted[:, :2], points + predicted[:, 2:]), dim=1)
+                factor = maps[2].reshape(-1).sigmoid()
+            else:
+                anchors = shift_anchors(head.get_buffer(f"anchors{level}"), h, w, STRIDES[level])
+                boxes, factor = decode(predicted, anchors), torch.ones(len(anchors))
+            found = [
+                (probability * factor[place], class_, boxes[place])
+                for class_, column in enumerate(probabilities.unbind(1), 1)
+                for place, probability in enumerate(column)
+                if probability > post.score_threshold
+            ]
+            found.sort(key=lambda candidate: -candidate[0])
+            candidates += found[: post.pre_nms_top_n]
+        kept = []
+        for class_ in range(1, head.num_classes + 1):
+            own = [(score, box) for score, label, box in candidates if label == class_]
+            if own:
+                scores, boxes = map(torch.stack, zip(*own, strict=True))
+                boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2) - 1)
+                kept += [
+                    (scores[i], class_, boxes[i])
+                    for i in nms(boxes, scores, post.nms_iou, legacy=True)
+                ]
+        kept.sort(key=lambda detection: -detection[0])
+        if len(kept) > post.detections_per_image:
+            last = kept[post.detections_per_image - 1][0]
+            kept = [detection for detection in kept if detection[0] >= last]
+        results.append(kept)
+    return results
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"score_threshold": 0.0, "detections_per_image": 1000},
+        {"pre_nms_top_n": 40, "detections_per_image": 20},
+    ],
+)
+def test_detections_against_a_plain_loop(head, layout, settings):
+    head = tiny("MODEL.HEAD.NAME", head).head
+    head.post_process = replace(head.post_process, **settings)
+    outputs = known_outputs(head, layout)
+    for found, expected in zip(
+        head.detect(outputs, SIZES), plain_detections(head, outputs, SIZES), strict=True
+    ):
+        assert found["labels"].tolist() == [label for _, label, _ in expected]
+        scores = torch.stack([score for score, _, _ in expected])
+        torch.testing.assert_close(found["scores"], scores, rtol=3e-7, atol=0)
+        assert torch.equal(found["boxes"], torch.stack([box for _, _, box in expected]))
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_detections_of_bfloat16_outputs_are_those_of_the_same_numbers_in_float32(head):
+    head = tiny("MODEL.HEAD.NAME", head).head
+    short = known_outputs(head, torch.channels_last, torch.bfloat16)
+    long = tuple([x.float() for x in maps] for maps in short)
+    for a, b in zip(head.detect(short, SIZES), head.detect(long, SIZES), strict=True):
+        assert len(a["scores"]) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_image_without_detections_beside_one_with():
+    head = tiny().head
+    outputs = known_outputs(head)
+    alone = head.detect([[x[1:] for x in maps] for maps in outputs], SIZES[1:])[0]
+    for x in outputs[0]:
+        x[0] = -9
+    nothing, found = head.detect(outputs, SIZES)
+    assert len(nothing["boxes"]) == len(nothing["scores"]) == len(nothing["labels"]) == 0
+    assert len(alone["scores"]) and all(torch.equal(found[key], alone[key]) for key in alone)
+
+
+@pytest.mark.parametrize("probability", [1e-30, 1e-4, 0.05, 0.3, 0.5, 0.9, 0.9999999])
+def test_threshold_of_logits_is_that_of_probabilities(probability):
+    """To the last bit: the next float32 logit already has a probability above the threshold."""
+    limit = threshold_logit(probability)
+    numbers = torch.tensor([limit, math.inf]).float()
+    following = torch.nextafter(*numbers)
+    assert numbers[0].item() == limit
+    below, above = torch.stack((numbers[0], following)).double().sigmoid().float()
+    assert below <= torch.tensor(probability) < above
+
+
+def test_thresholds_that_nothing_and_everything_passes():
+    assert threshold_logit(1.0) == math.inf
+    assert threshold_logit(-0.1) == -math.inf
+    assert -110 < threshold_logit(0.0) < -80
+
+
 def test_ties_with_the_last_kept_detection_stay():
     boxes = torch.arange(5.0)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9])
     scores = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.1])
-    found = PostProcess(detections_per_image=2).finish(
-        boxes, scores, torch.ones(5, dtype=torch.int64), (200, 200)
-    )
-    assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
+    same = torch.ones(5, dtype=torch.int64)
+    two = Candidates(*(torch.cat((x, x)) for x in (same, boxes, scores, same)))
+    two.image[:5] = 0
+    for found in PostProcess(detections_per_image=2).finish(two, [(200, 200)] * 2):
+        assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
+        assert found["boxes"][:, 0].tolist() == [0, 20, 40, 60]
 
 
 def test_candidates_are_chosen_by_class_probability_and_ranked_by_score():
-    probabilities = torch.tensor([[0.9, 0.04], [0.05, 0.6], [0.3, 0.2]])
-    weight = torch.tensor([0.1, 1.0, 0.5])
-    scores, where, labels = PostProcess(pre_nms_top_n=3).select(probabilities, weight)
-    assert where.tolist() == [1, 2, 2] and labels.tolist() == [2, 1, 2]
-    torch.testing.assert_close(scores, torch.tensor([0.6, 0.15, 0.1]))
+    head = tiny("MODEL.NUM_CLASSES", 2, "TEST.PRE_NMS_TOP_N", 3).head
+    logits = [torch.full((1, 2, 1, 3), -9.0) for _ in STRIDES]
+    distances = [torch.ones(1, 4, 1, 3) for _ in STRIDES]
+    centerness = [torch.zeros(1, 1, 1, 3) for _ in STRIDES]
+    logits[1] = torch.tensor([[0.9, 0.05, 0.3], [0.04, 0.6, 0.2]]).logit()[None, :, None]
+    centerness[1] = torch.tensor([0.1, 0.999999, 0.5]).logit()[None, None, None]
+    (found,) = head.detect((logits, distances, centerness), [(100, 100)])
+    assert found["labels"].tolist() == [2, 1, 2]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.6, 0.15, 0.1]))
+    assert found["boxes"][:, 0].tolist() == [23, 39, 39]

@@ -16,14 +16,12 @@ from ..registry import HEADS
 from .dense import (
     STRIDES,
     Assignment,
-    Candidates,
+    Cells,
     DenseHead,
-    Detections,
     LossTerm,
     PostProcess,
     Targets,
     flatten_levels,
-    flatten_map,
     prediction_layer,
     prior_bias,
 )
@@ -127,26 +125,11 @@ class FCOSHead(DenseHead):
             "loss_centerness": LossTerm(loss_centerness, len(positive)),
         }
 
-    def detect(
-        self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
-        logits, distances, centerness = outputs
-        candidates = Candidates(self.post_process, sizes)
-        for stride, level_logits, level_distances, level_center in zip(
-            STRIDES, logits, distances, centerness, strict=True
-        ):
-            locations = fcos_locations(*level_logits.shape[-2:], stride, level_logits.device)
-            probabilities = flatten_map(level_logits, self.num_classes).float().sigmoid()
-            flat_distances = flatten_map(level_distances, 4)
-            center = flatten_map(level_center, 1).squeeze(2).float().sigmoid()
-            candidates.add(
-                probabilities,
-                lambda image, where, points=locations, distances=flat_distances: decode_fcos(
-                    points[where], distances[image, where]
-                ),
-                center,
-            )
-        return candidates.finish()
+    def places(self, cells: Cells) -> Tensor:
+        return cells.corner + (cells.stride // 2)[:, None]
+
+    def decode(self, predictions: Tensor, places: Tensor) -> Tensor:
+        return decode_fcos(places, predictions)
 
 
 def fcos_locations(height: int, width: int, stride: int, device: torch.device) -> Tensor:

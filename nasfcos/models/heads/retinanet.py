@@ -16,14 +16,12 @@ from ..registry import HEADS
 from .dense import (
     STRIDES,
     Assignment,
-    Candidates,
+    Cells,
     DenseHead,
-    Detections,
     LossTerm,
     PostProcess,
     Targets,
     flatten_levels,
-    flatten_map,
     prediction_layer,
     prior_bias,
 )
@@ -143,22 +141,12 @@ class RetinaNetHead(DenseHead):
             "loss_box": LossTerm(loss_box, box_weight),
         }
 
-    def detect(
-        self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
-        logits, codes = outputs
-        anchors = self.anchors([tuple(x.shape[-2:]) for x in logits])
-        candidates = Candidates(self.post_process, sizes)
-        for level_logits, level_codes, level_anchors in zip(logits, codes, anchors, strict=True):
-            probabilities = flatten_map(level_logits, self.num_classes).float().sigmoid()
-            flat_codes = flatten_map(level_codes, 4).float()
-            candidates.add(
-                probabilities,
-                lambda image, where, codes=flat_codes, anchors=level_anchors: decode(
-                    codes[image, where], anchors[where]
-                ),
-            )
-        return candidates.finish()
+    def places(self, cells: Cells) -> Tensor:
+        anchors = torch.stack([self.get_buffer(f"anchors{level}") for level in range(len(STRIDES))])
+        return (cells.corner.repeat(1, 2)[:, None] + anchors[cells.level]).flatten(0, 1)
+
+    def decode(self, predictions: Tensor, places: Tensor) -> Tensor:
+        return decode(predictions, places)
 
 
 def cell_anchors(stride: int, sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
