@@ -11,10 +11,17 @@ from yacs.config import CfgNode
 from .config import ConfigError, load_config
 from .engine import build_model
 from .engine.distributed import resolve_device
-from .models import Detector, load_weights
+from .models import Detector, load_weights, optimize_for_inference
 from .predictor import Predictor
 
-__all__ = ["ConfigError", "Predictor", "build_detector", "load_config", "load_weights"]
+__all__ = [
+    "ConfigError",
+    "Predictor",
+    "build_detector",
+    "load_config",
+    "load_weights",
+    "optimize_for_inference",
+]
 
 
 def build_detector(cfg: CfgNode) -> Detector:

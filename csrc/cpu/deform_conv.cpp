@@ -39,6 +39,7 @@
 #include <vector>
 
 #include "../macros.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -218,16 +219,7 @@ NASFCOS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T
   for (int64_t i = 0; i < n; ++i) out[i] = w0 * a[i] + w1 * b[i] + w2 * c[i] + w3 * d[i];
 }
 
-// The same with bfloat16 in memory. The compiler makes vectors of this arithmetic on bits, which it
-// does not of c10::BFloat16's.
-NASFCOS_INLINE float widen(uint16_t value) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(value) << 16);
-}
-NASFCOS_INLINE uint16_t narrow(float value) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
+// The same with bfloat16 in memory.
 NASFCOS_INLINE void sample_narrow_loop(
     const uint16_t* const* corner, const float* w, int64_t n, uint16_t* out) {
   const uint16_t *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
@@ -316,10 +308,14 @@ struct Slice {
 };
 
 // The weight [Cout, C, kh, kw] of a slice as the matrix [Cout, taps * channels] that goes with its
-// columns.
+// columns. All of a channels-last weight is that matrix.
 template <typename T>
-Tensor weight_matrix(const Geometry& g, const Tensor& weight, Slice slice) {
+Tensor weight_matrix(const Geometry& g, const Tensor& given, Slice slice) {
   const int64_t taps = g.taps();
+  if (slice.count == g.channels && given.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    return given.permute({0, 2, 3, 1}).view({g.out_channels, taps * g.channels});
+  }
+  const Tensor weight = given.contiguous();
   Tensor matrix = at::empty({g.out_channels, taps * slice.count}, weight.options());
   const T* from = weight.const_data_ptr<T>();
   T* to = matrix.mutable_data_ptr<T>();
@@ -476,7 +472,7 @@ Tensor modulated_deform_conv2d(
   AT_DISPATCH_FLOATING_TYPES_AND(
       at::kBFloat16, input.scalar_type(), "modulated_deform_conv2d", [&] {
         forward<scalar_t>(
-            g, input, offset, mask, weight.contiguous(), bias ? bias->contiguous() : Tensor(),
+            g, input, offset, mask, weight, bias ? bias->contiguous() : Tensor(),
             output);
       });
   return output;
@@ -682,7 +678,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
       "modulated_deform_conv2d_backward: grad must have the output's shape and dtype");
   std::tuple<Tensor, Tensor, Tensor, Tensor> grads;
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "modulated_deform_conv2d_backward", [&] {
-    grads = backward<scalar_t>(g, grad, input, offset, mask, weight.contiguous());
+    grads = backward<scalar_t>(g, grad, input, offset, mask, weight);
   });
   return grads;
 }

@@ -2,6 +2,7 @@
 
 from .build import build_detector
 from .detector import Detector, Preprocess
+from .inference import optimize_for_inference
 from .registry import BACKBONES, HEADS, NECKS
 from .weights import load_weights
 
@@ -13,4 +14,5 @@ __all__ = [
     "Preprocess",
     "build_detector",
     "load_weights",
+    "optimize_for_inference",
 ]

@@ -12,7 +12,7 @@ from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
 
 _NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
 
-__all__ = ["batched_nms", "modulated_deform_conv2d", "nms", "sigmoid_focal_loss"]
+__all__ = ["batched_nms", "fused_concat", "modulated_deform_conv2d", "nms", "sigmoid_focal_loss"]
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, legacy: bool = False) -> Tensor:
@@ -99,6 +99,24 @@ def sigmoid_focal_loss(
     )
 
 
+def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """The searched concatenation for inference, in one pass: the maps one after the other, times
+    `scale` plus `shift`, ReLU, and a 1x1 convolution with a group of two channels for each output
+    channel. It has no gradient.
+
+    Args:
+        x, y: [N, C, H, W], C even.
+        scale, shift, weight: [2 * C] in the maps' dtype, or in float32 for maps of half precision.
+
+    Returns:
+        [N, C, H, W] in the maps' dtype, channels-last.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    return torch.ops.nasfcos.fused_concat(x, y, scale, shift, weight)
+
+
 def modulated_deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -125,11 +143,11 @@ def modulated_deform_conv2d(
             their own.
 
     Returns:
-        [N, Cout, Ho, Wo] in the dtype of ``input``, channels-last where ``input`` is. The arithmetic
-        is float64 for a float64 input and float32 otherwise, also under autocast: half precision is
-        too coarse for pixel positions. Compiled for the CPU it keeps bfloat16 for samples and
-        weights (not for their sums, positions and masks), which doubles the speed of processors
-        that multiply bfloat16.
+        [N, Cout, Ho, Wo] in the dtype of ``input``, channels-last where ``input`` is. The
+        arithmetic is float64 for a float64 input and float32 otherwise, also under autocast: half
+        precision is too coarse for pixel positions. Compiled for the CPU it keeps bfloat16 for
+        samples and weights (not for their sums, positions and masks), which doubles the speed of
+        processors that multiply bfloat16.
 
     A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask
     makes the outputs that use it NaN; gradients there are NaN or zero.

@@ -27,6 +27,9 @@ _SCHEMAS = {
     "sigmoid_focal_loss_backward": (
         "(Tensor grad, Tensor logits, Tensor targets, float gamma, float alpha) -> Tensor"
     ),
+    "fused_concat": (
+        "(Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor weight) -> Tensor"
+    ),
     "modulated_deform_conv2d": (
         "(Tensor input, Tensor offset, Tensor mask, Tensor weight, Tensor? bias, int[2] stride, "
         "int[2] padding, int[2] dilation, int offset_groups) -> Tensor"
@@ -124,6 +127,11 @@ def _(grad, logits, targets, gamma, alpha):
     return logits.new_empty(logits.shape)
 
 
+@torch.library.register_fake("nasfcos::fused_concat", lib=_lib)
+def _(x, y, scale, shift, weight):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
 def _format(maps: Tensor) -> torch.memory_format:
     """The memory format that the deformable convolution gives to what belongs to these maps."""
     last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
@@ -133,13 +141,13 @@ def _format(maps: Tensor) -> torch.memory_format:
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
 def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
     size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
-    output = input.new_empty((input.shape[0], weight.shape[0], *size))
-    return output.contiguous(memory_format=_format(input))
+    shape = (input.shape[0], weight.shape[0], *size)
+    return input.new_empty(shape, memory_format=_format(input))
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
 def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
-    maps = (t.new_empty(t.shape).contiguous(memory_format=_format(t)) for t in (input, offset, mask))
+    maps = [t.new_empty(t.shape, memory_format=_format(t)) for t in (input, offset, mask)]
     return *maps, weight.new_empty(weight.shape)
 
 

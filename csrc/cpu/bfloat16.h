@@ -1,0 +1,17 @@
+// bfloat16 as bits. Compilers make vectors of this arithmetic, which they do not of c10::BFloat16's.
+#pragma once
+
+#include <cstdint>
+
+#include "../macros.h"
+
+NASFCOS_INLINE float widen(uint16_t value) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(value) << 16);
+}
+
+// To the nearest, ties to even; what is not a number stays so whatever its bits.
+NASFCOS_INLINE uint16_t narrow(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}

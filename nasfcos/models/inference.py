@@ -1,0 +1,332 @@
+"""Detectors for inference: the same detections from a faster form of the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import fused_concat
+from .backbones.mobilenet_v2 import InvertedResidual
+from .backbones.resnet import Bottleneck, Stem
+from .detector import Detector
+from .heads.dense import DenseHead, Detections
+from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv
+from .necks.nas_fpn import NASFPN, Concat
+
+FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+"""Norms that are a factor and a shift per channel once training is over."""
+
+
+def optimize_for_inference(
+    model: Detector, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> InferenceDetector:
+    """A copy of a detector that finds the same objects faster, and cannot be trained.
+
+    Batch norms become part of the convolutions before them; maps are channels-last; activations
+    and residual sums are computed with their convolution where the CPU's library can; the searched
+    concatenation with its norm, ReLU and grouped convolution is one pass; branches that nothing
+    uses are gone.
+
+    Args:
+        model: a detector of this package with its weights loaded. It is not changed, and what is
+            loaded into it later does not reach the copy.
+        dtype: of maps and weights. bfloat16 is for processors and GPUs that multiply it; pixels,
+            boxes and scores stay float32.
+        compile: run backbone, neck and head through `torch.compile`, on a GPU with CUDA graphs.
+            Each new size of a batch is compiled when it is first met, which can take minutes.
+
+    Returns:
+        a module that is called as the detector is in evaluation mode.
+
+    Raises:
+        ValueError: a dtype other than float32, bfloat16 and float16.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"detectors run in float32, bfloat16 or float16, not {dtype}")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        for part in (model.backbone, model.neck, model.head):
+            optimized(part)
+            _cast(part, dtype)
+            part.to(memory_format=torch.channels_last)
+    return InferenceDetector(model, dtype, compile)
+
+
+class InferenceDetector(nn.Module):
+    """A detector that is only evaluated; made by `optimize_for_inference`."""
+
+    def __init__(self, model: Detector, dtype: torch.dtype, compile: bool) -> None:
+        super().__init__()
+        self.preprocess = model.preprocess
+        self.backbone = model.backbone
+        self.neck = model.neck
+        self.head = model.head
+        self.dtype = dtype
+        self._outputs = self._compute
+        if compile:
+            on_gpu = model.preprocess.mean.is_cuda
+            mode = "reduce-overhead" if on_gpu else "default"
+            self._outputs = torch.compile(self._compute, mode=mode, dynamic=False)
+        super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Each image's detections, in its own pixels; images as `Detector` takes them.
+
+        Raises:
+            ValueError: no images, or an image of the wrong shape or type.
+        """
+        if len(images) == 0:
+            raise ValueError("the list of images is empty")
+        batch, sizes = self.preprocess(images)
+        batch = batch.to(dtype=self.dtype, memory_format=torch.channels_last)
+        return self.head.detect(self._outputs(batch), sizes)
+
+    def _compute(self, batch: Tensor) -> tuple[list[Tensor], ...]:
+        return self.head(self.neck(self.backbone(batch)))
+
+    def train(self, mode: bool = True) -> InferenceDetector:
+        """
+        Raises:
+            RuntimeError: for `mode`; the detector that this one was made of can be trained.
+        """
+        if mode:
+            raise RuntimeError(
+                "a detector optimised for inference cannot be trained; train the one it was made of"
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------ fused layers
+
+
+class FusedConv(nn.Module):
+    """Convolution, optional sum with a residual, optional ReLU (cut off at `limit`)."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, limit: float | None = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = relu
+        self.limit = limit
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv
+        if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES:
+            return self._activate(conv(x) if residual is None else conv(x).add_(residual))
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        if residual is not None:
+            relu = "relu" if self.relu and self.limit is None else None
+            x = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
+            )
+            return x if relu else self._activate(x)
+        kind, scalars = "none", []
+        if self.relu:
+            kind, scalars = ("relu", []) if self.limit is None else ("hardtanh", [0.0, self.limit])
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, conv.weight, conv.bias, *geometry, kind, scalars, ""
+        )
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return x.clamp_(0, self.limit) if self.relu else x
+
+
+def _onednn_dtypes() -> set[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {torch.float32, torch.bfloat16} if bfloat16 else {torch.float32}
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
+"""What oneDNN, which computes a convolution and what follows it in one, takes on this CPU."""
+
+
+class FusedBottleneck(nn.Module):
+    """`Bottleneck` with its norms folded in."""
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        self.downsample = None
+        if block.downsample is not None:
+            self.downsample = FusedConv(folded(*block.downsample), relu=False)
+        self.conv1 = FusedConv(folded(block.conv1, block.bn1), relu=True)
+        self.conv2 = FusedConv(folded(block.conv2, block.bn2), relu=True)
+        self.conv3 = FusedConv(folded(block.conv3, block.bn3), relu=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)
+
+
+class FusedInvertedResidual(nn.Module):
+    """`InvertedResidual` with its norms folded in."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        *first, self.last = _fuse_sequence(block.conv)
+        self.first = nn.Sequential(*first)
+        self.residual = block.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x), x if self.residual else None)
+
+
+class FusedDeformConv(nn.Module):
+    """`DeformConv` with its norm folded in."""
+
+    def __init__(self, block: DeformConv) -> None:
+        super().__init__()
+        self.conv = folded(block.conv, block.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu_()
+
+
+class FusedConcat(nn.Module):
+    """`Concat` in one pass."""
+
+    def __init__(self, block: Concat) -> None:
+        super().__init__()
+        scale, shift = fixed_affine(block.norm)
+        # Buffers, which stay float32 (see `_cast`).
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_buffer("weight", block.conv.weight.flatten())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return fused_concat(x, y, self.scale, self.shift, self.weight)
+
+
+class InFloat32(nn.Module):
+    """A layer that is computed in float32 whatever its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float())
+
+
+# -------------------------------------------------------------------- from layers to fused ones
+
+
+def fixed_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The factor and the shift [C] of a norm of `FIXED_NORMS` in evaluation."""
+    scale = norm.weight * (norm.running_var + getattr(norm, "eps", 0.0)).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """The convolution itself, its weight [C, ...] and bias [C] changed to include the norm."""
+    scale, shift = fixed_affine(norm)
+    bias = shift if conv.bias is None else conv.bias * scale + shift
+    conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
+    return conv
+
+
+@functools.singledispatch
+def optimized(module: nn.Module) -> nn.Module:
+    """A module's form for inference; the module given is used up. Other modules' layers are
+    optimised where they are."""
+    for name, child in module.named_children():
+        setattr(module, name, optimized(child))
+    return module
+
+
+@optimized.register
+def _(module: nn.Sequential) -> nn.Module:
+    return nn.Sequential(*_fuse_sequence(module))
+
+
+def _fuse_sequence(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Layers with each run of convolution, norm and ReLU or ReLU6 made one."""
+    fused: list[nn.Module] = []
+    for layer in layers:
+        last = fused[-1] if fused else None
+        if isinstance(layer, nn.Conv2d):
+            fused.append(FusedConv(layer, relu=False))
+        elif isinstance(layer, FIXED_NORMS) and isinstance(last, FusedConv) and not last.relu:
+            folded(last.conv, layer)
+        elif isinstance(layer, (nn.ReLU, nn.ReLU6)) and isinstance(last, FusedConv):
+            last.relu = True
+            last.limit = 6.0 if isinstance(layer, nn.ReLU6) else None
+        else:
+            fused.append(optimized(layer))
+    return fused
+
+
+@optimized.register
+def _(module: Stem) -> nn.Module:
+    conv = FusedConv(folded(module.conv1, module.bn1), relu=True)
+    return nn.Sequential(conv, nn.MaxPool2d(3, stride=2, padding=1))
+
+
+@optimized.register
+def _(module: Bottleneck) -> nn.Module:
+    return FusedBottleneck(module)
+
+
+@optimized.register
+def _(module: InvertedResidual) -> nn.Module:
+    return FusedInvertedResidual(module)
+
+
+@optimized.register
+def _(module: ConvNormAct) -> nn.Module:
+    if isinstance(module.norm, FIXED_NORMS):
+        return FusedConv(folded(module.conv, module.norm), relu=True)
+    return FusedConv(module.conv, relu=True) if isinstance(module.norm, nn.Identity) else module
+
+
+@optimized.register
+def _(module: SeparableConv) -> nn.Module:
+    if not isinstance(module.norm, FIXED_NORMS):
+        return module
+    pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
+    return nn.Sequential(module.depthwise, pointwise)
+
+
+@optimized.register
+def _(module: DeformConv) -> nn.Module:
+    return FusedDeformConv(module) if isinstance(module.norm, FIXED_NORMS) else module
+
+
+@optimized.register
+def _(module: Concat) -> nn.Module:
+    even = module.conv.out_channels % 2 == 0
+    return FusedConcat(module) if even and isinstance(module.norm, FIXED_NORMS) else module
+
+
+@optimized.register
+def _(module: NASFPN) -> nn.Module:
+    for node in range(len(module.adapt)):
+        used = node in module.genotype.consumed
+        module.adapt[node] = optimized(module.adapt[node]) if used else nn.Identity()
+    optimized(module.cells)
+    return module
+
+
+@optimized.register
+def _(module: DenseHead) -> nn.Module:
+    # A box side is the exponential of what is predicted: half precision would move it by pixels.
+    for name, child in module.named_children():
+        setattr(module, name, InFloat32(child) if name == "box_pred" else optimized(child))
+    return module
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
+    as anchors and statistics, stay float32."""
+    if isinstance(module, (InFloat32, Scale, *FIXED_NORMS)):
+        return
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for child in module.children():
+        _cast(child, dtype)

@@ -1,0 +1,160 @@
+"""The inference form finds what the model finds."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nasfcos
+from nasfcos.models.inference import FusedConv, InferenceDetector
+from nasfcos.models.layers import DeformConv, FrozenBatchNorm2d, SeparableConv
+from nasfcos.models.necks.nas_fpn import Concat
+from nasfcos.ops import fused_concat, plain
+from tests.known import ROOT, golden, known_image, known_weights
+
+GENOTYPE = [
+    [[0, 2, 1, 3, 1]], [[3, 1, 4, 0, 0]], [[1, 4, 2, 3, 1]], [[3, 5, 4, 4, 1]], [[6, 2, 4, 1, 0]],
+    [[2, 7, 3, 2, 1]], [[4, 0, 3, 3, 1]], [1], [5, 3, 0, 4, 2, 1],
+]  # fmt: skip
+SMALL = ["MODEL.DEVICE", "cpu", "MODEL.NUM_CLASSES", 7, "MODEL.NECK.CHANNELS", 32]
+RESNET = [
+    "MODEL.RESNET.BLOCKS", [1, 2, 1, 1], "MODEL.RESNET.STEM_CHANNELS", 16,
+    "MODEL.RESNET.WIDTH_PER_GROUP", 16,
+]  # fmt: skip
+MODELS = {
+    "R_50_NAS_densebox": RESNET,
+    "R_50_NAS_head": RESNET,
+    "R_50_NAS_retinanet": RESNET,
+    "R_101_X_32x8d_NAS_densebox": [*RESNET, "MODEL.RESNET.NUM_GROUPS", 4],
+    "Mobile_NAS_head": [],
+    "other operations": [*RESNET, "MODEL.RESNET.NORM", "bn", "MODEL.GENOTYPE", GENOTYPE],
+}
+
+
+def lively(name):
+    """A small detector whose norms, offsets and scores all matter, in evaluation mode."""
+    file = "R_50_NAS_head" if name == "other operations" else name
+    cfg = nasfcos.load_config(ROOT / "configs" / "search" / f"{file}.yaml", SMALL + MODELS[name])
+    torch.manual_seed(0)
+    model = nasfcos.build_detector(cfg).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.3)
+            elif isinstance(module, DeformConv):
+                nn.init.normal_(module.conv.conv_offset_mask.weight, std=0.02)
+                nn.init.normal_(module.conv.bias, std=0.1)
+        model.preprocess.std.fill_(60.0)
+        model.head.cls_logits.bias.fill_(-1.5)
+    return model
+
+
+def head_outputs(model, image):
+    dtype = getattr(model, "dtype", torch.float32)
+    with torch.no_grad():
+        batch, _ = model.preprocess([image])
+        return model.head(model.neck(model.backbone(batch.to(dtype))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_same_outputs(name, dtype, tolerance):
+    model = lively(name)
+    before = copy.deepcopy(model.state_dict())
+    fast = nasfcos.optimize_for_inference(model, dtype)
+    image = torch.rand(3, 140, 190, generator=torch.Generator().manual_seed(1))
+    for got, want in zip(head_outputs(fast, image), head_outputs(model, image), strict=True):
+        for a, b in zip(got, want, strict=True):
+            error = (a.float() - b).abs().mean() / b.abs().mean()
+            assert error < tolerance
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_golden_detections():
+    cfg = nasfcos.load_config(
+        ROOT / "configs" / "search" / "R_50_NAS_head.yaml", ["MODEL.DEVICE", "cpu"]
+    )
+    model = nasfcos.build_detector(cfg)
+    nasfcos.load_weights(model, {"model": known_weights("R_50_NAS_head")})
+    (found,) = nasfcos.optimize_for_inference(model)([known_image()])
+    expected = torch.tensor(golden()["R_50_NAS_head"]["detections"])
+    torch.testing.assert_close(found["scores"], expected[:, 4], rtol=1e-4, atol=0)
+    # Those of almost equal scores may come in another order.
+    found = torch.cat((found["boxes"], found["labels"][:, None]), dim=1)
+    apart = (found[:, None] - expected[None, :, [0, 1, 2, 3, 5]]).abs().amax(dim=2)
+    assert (apart.amin(dim=0) < 1e-2).all() and (apart.amin(dim=1) < 1e-2).all()
+
+
+def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
+    fast = nasfcos.optimize_for_inference(lively("R_50_NAS_head"))
+    kinds = {type(module) for module in fast.modules()}
+    assert not kinds & {nn.BatchNorm2d, FrozenBatchNorm2d, Concat, DeformConv} - {DeformConv}
+    unused = set(range(4)) - fast.neck.genotype.consumed
+    assert unused and all(isinstance(fast.neck.adapt[node], nn.Identity) for node in unused)
+    fast = nasfcos.optimize_for_inference(lively("other operations"))
+    searched = [m for m in fast.neck.modules() if isinstance(m, SeparableConv)]
+    assert not searched  # those of the head, which have GroupNorm, stay
+
+
+def test_only_inference():
+    fast = nasfcos.optimize_for_inference(lively("R_50_NAS_head"))
+    assert isinstance(fast, InferenceDetector) and not fast.training and fast.eval() is fast
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        fast.train()
+    with pytest.raises(ValueError, match="the list of images is empty"):
+        fast([])
+    with pytest.raises(ValueError, match="not torch.float64"):
+        nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float64)
+
+
+@pytest.mark.parametrize("limit", [None, 6.0])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_fused_convolution(relu, residual, limit):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, stride=2, padding=1).requires_grad_(False)
+    x = 20 * torch.randn(2, 8, 9, 9)
+    other = 20 * torch.randn(2, 8, 5, 5) if residual else None
+    want = conv(x) if other is None else conv(x) + other
+    want = want.clamp(0, limit) if relu else want
+    given = None if other is None else other.clone()
+    torch.testing.assert_close(FusedConv(conv, relu, limit)(x, given), want)
+    assert given is None or torch.equal(given, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [2, 6, 64, 70])
+def test_concat(channels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, channels, 5, 7, generator=generator).to(dtype).unbind()
+    terms = torch.randn(3, 2 * channels, generator=generator)
+    terms = terms.to(torch.promote_types(dtype, torch.float32)).unbind()
+    got = fused_concat(x, y, *terms)
+    want = plain.fused_concat(*(t.double() for t in (x, y, *terms)))
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+    torch.library.opcheck(torch.ops.nasfcos.fused_concat, (x, y, *terms))
+    # What is not a number does not become zero in the ReLU.
+    x[1, 0, 2, 3] = torch.nan
+    at = fused_concat(x, y, *terms).isnan().nonzero().tolist()
+    assert at == [[1, 0, 2, 3]]
+    with pytest.raises(ValueError):
+        torch.ops.nasfcos.fused_concat(x[:, :1], y[:, :1], *terms)
+
+
+@pytest.mark.slow
+def test_compiled():
+    model = lively("R_50_NAS_head")
+    image = torch.rand(3, 96, 128)
+    fast = nasfcos.optimize_for_inference(model, compile=True)
+    with torch.no_grad():
+        (want,), (got,) = model([image]), fast([image])
+    assert len(want["boxes"]) > 10
+    torch.testing.assert_close(got["scores"], want["scores"], rtol=1e-3, atol=1e-4)
