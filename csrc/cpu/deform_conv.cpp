@@ -57,6 +57,11 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+at::MemoryFormat format_of(const Tensor& maps) {
+  const bool last = maps.is_contiguous(at::MemoryFormat::ChannelsLast) && !maps.is_contiguous();
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 // Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
 // the matrix products become inefficient.
 int64_t block_of(int64_t columns, int64_t positions) {
@@ -185,11 +190,6 @@ template <typename T>
 Maps<T> mutable_maps_of(Tensor& maps) {
   const Tensor flat = maps.view({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
   return {maps.mutable_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
-}
-
-at::MemoryFormat format_of(const Tensor& maps) {
-  const bool last = maps.is_contiguous(at::MemoryFormat::ChannelsLast) && !maps.is_contiguous();
-  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 // The samples of one group at one output position. `offset` and `mask` start at an image's group.
@@ -637,8 +637,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
   });
 
-  Tensor grad_weight = at::zeros(weight.sizes(), weight.options());
+  Tensor grad_weight = empty_as(weight).zero_();
   T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
+  const bool last = format_of(weight) == at::MemoryFormat::ChannelsLast;
+  const int64_t per_channel = last ? 1 : taps, per_tap = last ? g.channels : 1;
   int64_t row_work = 1;
   for (int64_t unit = 0; unit < units; ++unit) {
     if (grad_matrix[unit].defined()) row_work += grad_matrix[unit].size(1);
@@ -651,7 +653,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       for (int64_t o = begin; o < end; ++o) {
         for (int64_t c = 0; c < s.count; ++c) {
           for (int64_t t = 0; t < taps; ++t) {
-            grad_weight_data[(o * g.channels + s.first + c) * taps + t] +=
+            grad_weight_data
+                [o * g.channels * taps + (s.first + c) * per_channel + t * per_tap] +=
                 sum[(o * taps + t) * s.count + c];
           }
         }

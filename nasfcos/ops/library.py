@@ -132,23 +132,17 @@ def _(x, y, scale, shift, weight):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _format(maps: Tensor) -> torch.memory_format:
-    """The memory format that the deformable convolution gives to what belongs to these maps."""
-    last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
 def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
     size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], *size)
-    return input.new_empty(shape, memory_format=_format(input))
+    return input.new_empty(shape).contiguous(memory_format=plain.memory_format(input))
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
 def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
-    maps = [t.new_empty(t.shape, memory_format=_format(t)) for t in (input, offset, mask)]
-    return *maps, weight.new_empty(weight.shape)
+    tensors = (input, offset, mask, weight)
+    return tuple(torch.empty_like(t, memory_format=plain.memory_format(t)) for t in tensors)
 
 
 def _focal_context(ctx, inputs, output) -> None:

@@ -109,9 +109,10 @@ def modulated_deform_conv2d(
     offset, mask = _tame(offset, mask)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    return torch.ops.torchvision.deform_conv2d(
+    output = torch.ops.torchvision.deform_conv2d(
         input, weight, offset, mask, bias, *stride, *padding, *dilation, 1, offset_groups, True
     )
+    return output.contiguous(memory_format=memory_format(input))
 
 
 def modulated_deform_conv2d_backward(
@@ -125,15 +126,26 @@ def modulated_deform_conv2d_backward(
     dilation: list[int],
     offset_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    offset, mask = _tame(offset, mask)
+    tame_offset, tame_mask = _tame(offset, mask)
     bias = weight.new_zeros(weight.shape[0])
     grad_input, grad_weight, grad_offset, grad_mask, _ = (
         torch.ops.torchvision._deform_conv2d_backward(
-            grad.contiguous(), input, weight, offset, mask, bias,
+            grad.contiguous(), input, weight, tame_offset, tame_mask, bias,
             *stride, *padding, *dilation, 1, offset_groups, True,
         )
     )  # fmt: skip
-    return grad_input, grad_offset, grad_mask, grad_weight
+    return tuple(
+        gradient.contiguous(memory_format=memory_format(tensor))
+        for gradient, tensor in (
+            (grad_input, input), (grad_offset, offset), (grad_mask, mask), (grad_weight, weight),
+        )
+    )  # fmt: skip
+
+
+def memory_format(maps: Tensor) -> torch.memory_format:
+    """The memory format that the deformable convolution gives to what belongs to these maps."""
+    last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _tame(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

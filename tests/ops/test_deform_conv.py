@@ -179,11 +179,22 @@ def test_memory_layout_of_the_arguments(layout):
             x, offset, mask = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in leaves[:3])
         return modulated_deform_conv2d(x, offset, mask, weight, bias, **geometry)
 
-    got = outcome(function, tensors)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(outcome(function, tensors), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    assert got[0].is_contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("version", ["dispatched", "plain"])
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_memory_format_of_the_results(format, version, device):
+    """As the fake kernels say, on which compiled code relies."""
+    tensors, geometry = random_case("batch, more than one chunk", torch.float32)
+    x, offset, mask, weight = (t.to(device).contiguous(memory_format=format) for t in tensors[:4])
+    args = (geometry["stride"], geometry["padding"], geometry["dilation"], 2)
+    operators = plain if version == "plain" else torch.ops.nasfcos
+    output = operators.modulated_deform_conv2d(x, offset, mask, weight, None, *args)
+    grads = operators.modulated_deform_conv2d_backward(output, x, offset, mask, weight, *args)
+    assert all(t.is_contiguous(memory_format=format) for t in (output, *grads))
 
 
 def test_result_does_not_depend_on_threads():
