@@ -1,0 +1,210 @@
+"""Timing side by side: A B C A B C ..., in one process, with warm-up and medians."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .memory import peak_bytes
+from .statistics import Summary, paired_ratio
+
+logger = logging.getLogger(__name__)
+
+
+class Skip(Exception):
+    """Something cannot be measured here; the message says why."""
+
+
+@dataclass
+class Variant:
+    """One way to do the work of a case.
+
+    Attributes:
+        name: unique within the case.
+        run: does the work once.
+        theirs: not ours; its figures are there to compare with.
+        amount: of the work that one call does, in the case's `unit` or in its own `unit`.
+        unit: of `amount`, where it is not that of the case.
+        limit: name of the variant whose rate bounds this one's; its share of that is reported.
+        held_bytes: tells what the work keeps in memory between calls (weights, say).
+        memory: whether the memory of a call can be measured (not for work in other processes).
+    """
+
+    name: str
+    run: Callable[[], object]
+    theirs: bool = False
+    amount: float | None = None
+    unit: str | None = None
+    limit: str | None = None
+    held_bytes: Callable[[], int] = lambda: 0
+    memory: bool = True
+
+
+@dataclass
+class Case:
+    """What is measured side by side.
+
+    Attributes:
+        what: one line for people.
+        variants: in the order in which they are measured; if the work changes something they all
+            use, each must leave it as it found it.
+        rivals: names of the variants that the others' times are divided by, the main one first.
+        parameters: what the figures depend on; figures of other parameters are not compared.
+        amount, unit: of the work that one call of any variant does.
+        unavailable: variants that cannot be measured here, and why.
+    """
+
+    what: str
+    variants: list[Variant]
+    rivals: Sequence[str] = ()
+    parameters: dict[str, object] = field(default_factory=dict)
+    amount: float | None = None
+    unit: str = ""
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, make: Callable[[], Variant]) -> None:
+        """Append the variant `name` that `make` gives, or why it cannot be had."""
+        try:
+            self.variants.append(make())
+        except Skip as reason:
+            self.unavailable[name] = str(reason)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much measuring a case is worth.
+
+    Attributes:
+        seconds: to spend on the timed rounds of a case, within the limits of rounds.
+        fewest, most: rounds.
+        warmups: rounds before the timed ones; one where a round takes longer than `seconds`.
+        sample: seconds that one sample takes at least; quicker work is repeated within it.
+    """
+
+    seconds: float
+    fewest: int
+    most: int
+    warmups: int
+    sample: float
+
+
+FULL = Effort(seconds=20, fewest=5, most=50, warmups=2, sample=0.005)
+QUICK = Effort(seconds=0.3, fewest=2, most=10, warmups=1, sample=0.001)
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and which share of the case (0..1) is done."""
+
+
+@dataclass
+class Timings:
+    """What was measured of a case: by variant, seconds of one call in each round; memory; faults.
+
+    A variant is in `seconds` or in `errors`, never in both.
+    """
+
+    seconds: dict[str, list[float]]
+    memory: dict[str, int | None]
+    errors: dict[str, str]
+
+
+def measure(
+    case: Case, device: torch.device, effort: Effort, progress: Progress = lambda what, done: None
+) -> Timings:
+    """Time the variants of a case in turns, and measure the memory of one call of each.
+
+    A variant that raises an exception is left out from then on; the others go on.
+    """
+    timings = Timings({}, {}, {})
+    variants = list(case.variants)
+    calls: dict[str, int] = {}
+
+    def in_turn(what: str, start: float, end: float, action: Callable[[Variant], None]) -> None:
+        for index, variant in enumerate(tuple(variants)):
+            done = start + (end - start) * index / len(case.variants)
+            progress(f"{what}: {variant.name}", done)
+            try:
+                action(variant)
+            except Exception as error:
+                logger.warning("%s failed", variant.name, exc_info=True)
+                timings.errors[variant.name] = f"{type(error).__name__}: {error}"
+                variants.remove(variant)
+
+    def warm_up(variant: Variant) -> None:
+        seconds = _seconds(variant.run, 1, device)
+        # The first call also allocates and fills caches: a quick one is asked again.
+        if seconds < effort.sample:
+            seconds = _seconds(variant.run, 1, device)
+        calls[variant.name] = max(1, math.ceil(effort.sample / max(seconds, 1e-7)))
+
+    def sample(variant: Variant) -> None:
+        seconds = _seconds(variant.run, calls[variant.name], device)
+        timings.seconds.setdefault(variant.name, []).append(seconds)
+
+    def peak(variant: Variant) -> None:
+        extra = peak_bytes(variant.run, device) if variant.memory else None
+        timings.memory[variant.name] = None if extra is None else extra + variant.held_bytes()
+
+    for number in range(effort.warmups):
+        started = time.perf_counter()
+        in_turn("warm-up", 0.1 * number, 0.1 * (number + 1), warm_up)
+        if time.perf_counter() - started > effort.seconds:
+            break
+    in_turn("memory", 0.2, 0.3, peak)
+
+    rounds, number, started = effort.fewest, 0, time.perf_counter()
+    while variants and number < rounds:
+        start, step = 0.3 + 0.7 * number / rounds, 0.7 / rounds
+        in_turn(f"round {number + 1} of {rounds}", start, start + step, sample)
+        number += 1
+        if number == 1:
+            affordable = int(effort.seconds / (time.perf_counter() - started))
+            rounds = min(effort.most, max(effort.fewest, affordable))
+    for name in timings.errors:
+        timings.seconds.pop(name, None)
+    return timings
+
+
+def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Summary]]:
+    """By variant and rival, the variant's time over the rival's in the same rounds."""
+    return {
+        name: {
+            rival: paired_ratio(values, seconds[rival])
+            for rival in case.rivals
+            if rival in seconds and rival != name
+        }
+        for name, values in seconds.items()
+    }
+
+
+def shares(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Summary]:
+    """By variant that has a limit, its rate over that of its limit in the same rounds."""
+    by_name = {variant.name: variant for variant in case.variants}
+    found = {}
+    for name, values in seconds.items():
+        variant = by_name[name]
+        if variant.limit in seconds:
+            limit = by_name[variant.limit]
+            relative = paired_ratio(seconds[variant.limit], values)
+            found[name] = relative.scaled(variant.amount / limit.amount)
+    return found
+
+
+def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Of one call, the mean of several in a row."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

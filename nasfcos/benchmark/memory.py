@@ -1,0 +1,79 @@
+"""What a call needs of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER = "5"
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that was in use during `call()` beyond what was in use before it.
+
+    On CUDA, of the tensors that PyTorch allocated. On the CPU, of the process's resident memory:
+    the allocator first gives back what it keeps of freed memory (so that all that the call needs
+    makes the process grow), the kernel's high-water mark is reset, and read after the call.
+
+    None: this system does not tell (it takes Linux with glibc).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER)
+        before = _status_bytes("VmRSS")
+    except OSError:
+        return None
+    result = call()
+    peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def tensor_bytes(module: nn.Module, optimizer: Optimizer | None = None) -> int:
+    """Bytes of a module's parameters and buffers, and of its optimizer's state."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if optimizer is not None:
+        tensors += [
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+    return storage_bytes(tensors)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind tensors; what several of them share counts once."""
+    sizes = {}
+    for x in tensors:
+        if x.layout == torch.strided:
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        else:
+            sizes[id(x)] = x.numel() * x.element_size()
+    return sum(sizes.values())
+
+
+def _status_bytes(key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"{_STATUS} has no {key}")
+    return 1024 * int(match[1])

@@ -1,0 +1,360 @@
+"""Benchmarks of the parts of a detector: targets, losses, post-processing, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.image_list import ImageList
+
+from ..models.heads.dense import DenseHead
+from ..models.heads.fcos import FCOSHead
+from ..models.heads.retinanet import RetinaNetHead
+from ..models.heads.towers import plain_tower
+from ..ops import batched_nms, modulated_deform_conv2d, sigmoid_focal_loss
+from .inputs import (
+    NUM_CLASSES,
+    OBJECTS,
+    count_candidates,
+    generator,
+    head_outputs,
+    map_shapes,
+    random_target,
+    to_device,
+)
+from .measure import Case, Variant
+from .reference import fcos_detections, retinanet_detections
+from .setting import Setting
+
+TORCHVISION = "torchvision"
+RETINANET_ANCHORS = 9
+CHANNELS = 256
+
+
+class _NoBackbone(nn.Identity):
+    """In the place of a backbone where only what follows it is measured."""
+
+    out_channels = CHANNELS
+
+
+class _MatchesOnly(nn.Module):
+    """In the place of torchvision's head: what it was told to compute losses of."""
+
+    def compute_loss(self, targets, outputs, anchors, matched_idxs):
+        return matched_idxs
+
+
+HEADS = {
+    "fcos": (FCOSHead, FCOS, 1),
+    "retinanet": (RetinaNetHead, RetinaNet, RETINANET_ANCHORS),
+}
+"""By name: our head, torchvision's detector, and anchors of a place."""
+
+
+def our_head(name: str, classes: int, device: torch.device, channels: int = CHANNELS) -> DenseHead:
+    """A head with plain towers."""
+    towers = (plain_tower(channels, num_convs=1, norm=None) for _ in range(2))
+    return HEADS[name][0](channels, classes, *towers).to(device)
+
+
+def their_detector(name: str, classes: int, device: torch.device, **settings) -> nn.Module:
+    """torchvision's detector without a backbone."""
+    return HEADS[name][1](_NoBackbone(), classes, **settings).to(device)
+
+
+def their_anchors(model: nn.Module, size: tuple[int, int], images: int, device) -> list[Tensor]:
+    """The anchors of each image that torchvision's detector works with."""
+    features = [torch.empty(images, 1, *shape, device=device) for shape in map_shapes(*size)]
+    return model.anchor_generator(
+        ImageList(torch.empty(images, 3, *size, device=device), [size] * images), features
+    )
+
+
+def flat(levels: Sequence[Tensor], channels: int) -> Tensor:
+    """Maps [N, A * channels, H, W] as torchvision's heads give them: [N, sum of H * W * A, C]."""
+    return torch.cat(
+        [
+            x.view(len(x), -1, channels, *x.shape[-2:])
+            .permute(0, 3, 4, 1, 2)
+            .reshape(len(x), -1, channels)
+            for x in levels
+        ],
+        dim=1,
+    )
+
+
+def codes_like(logits: list[Tensor], classes: int) -> list[Tensor]:
+    """Small codes of boxes for the anchors that have these logits."""
+    random = generator(1)
+    return [
+        0.1 * torch.randn((len(x), 4 * (x.shape[1] // classes), *x.shape[-2:]), generator=random)
+        for x in logits
+    ]
+
+
+def _size_parameters(size: tuple[int, int], **further: object) -> dict[str, object]:
+    return {"image": f"{size[0]}x{size[1]}", "classes": NUM_CLASSES, **further}
+
+
+# ------------------------------------------------------------------------------ targets and losses
+def _targets(size: tuple[int, int], images: int, device: torch.device) -> list[dict[str, Tensor]]:
+    return [to_device(random_target(*size, seed=seed), device) for seed in range(images)]
+
+
+def assignment(name: str, setting: Setting) -> Case:
+    """Which place answers for which object, in two images."""
+    size, images = setting.image_size(), 2
+    targets = _targets(size, images, setting.device)
+    shapes = map_shapes(*size)
+    head = our_head(name, NUM_CLASSES, setting.device)
+    theirs = their_detector(name, NUM_CLASSES, setting.device)
+    anchors = their_anchors(theirs, size, images, setting.device)
+    theirs.head = _MatchesOnly()
+    case = Case(
+        "target assignment; torchvision's without gathering the labels and boxes of what it "
+        "matched, which ours does",
+        [Variant(TORCHVISION, lambda: theirs.compute_loss(targets, {}, anchors), theirs=True)],
+        rivals=[TORCHVISION],
+        parameters=_size_parameters(size, batch=images, objects=f"{OBJECTS} an image"),
+        amount=images,
+        unit="images",
+    )
+    if name == "fcos":
+        levels = [h * w for h, w in shapes]
+        case.variants[0].run = lambda: theirs.compute_loss(targets, {}, anchors, levels)
+    case.variants.append(Variant("ours", lambda: head.assign(shapes, targets)))
+    return case
+
+
+def losses(name: str, setting: Setting) -> Case:
+    """All loss terms of a batch, target assignment and gradients of the head's outputs included."""
+    size, images = setting.image_size(), 2
+    targets = _targets(size, images, setting.device)
+    anchors_per_place = HEADS[name][2]
+    logits, distances, centerness = head_outputs(
+        *size, images=images, anchors=anchors_per_place
+    )
+    boxes = distances if name == "fcos" else codes_like(logits, NUM_CLASSES)
+    maps = [logits, boxes] + ([centerness] if name == "fcos" else [])
+    maps = [[x.to(setting.device).requires_grad_() for x in levels] for levels in maps]
+    leaves = [x for levels in maps for x in levels]
+    head = our_head(name, NUM_CLASSES, setting.device)
+    theirs = their_detector(name, NUM_CLASSES, setting.device)
+    anchors = their_anchors(theirs, size, images, setting.device)
+    levels = [h * w for h, w in map_shapes(*size)]
+    their_targets = [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in targets]
+
+    def finish(terms: dict[str, Tensor]) -> None:
+        sum(terms.values()).backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    def run_theirs() -> None:
+        outputs = {"cls_logits": flat(maps[0], NUM_CLASSES), "bbox_regression": flat(maps[1], 4)}
+        if name == "fcos":
+            outputs["bbox_ctrness"] = flat(maps[2], 1)
+            finish(theirs.compute_loss(their_targets, outputs, anchors, levels))
+        else:
+            finish(theirs.compute_loss(their_targets, outputs, anchors))
+
+    return Case(
+        "all losses of a batch from the head's maps, forward and backward, target assignment "
+        "included",
+        [
+            Variant(TORCHVISION, run_theirs, theirs=True),
+            Variant("ours", lambda: finish(head.losses(tuple(maps), targets))),
+        ],
+        rivals=[TORCHVISION],
+        parameters=_size_parameters(size, batch=images, objects=f"{OBJECTS} an image"),
+        amount=images,
+        unit="images",
+    )
+
+
+def focal_loss(setting: Setting) -> Case:
+    """The sigmoid focal loss of two images, forward and backward."""
+    places = 2 * (500 if setting.quick else 22_000)
+    random = generator()
+    logits = -4 + torch.randn(places, NUM_CLASSES, generator=random)
+    logits = logits.to(setting.device).requires_grad_()
+    labels = torch.randint(1, NUM_CLASSES + 1, (places,), generator=random)
+    labels[torch.rand(places, generator=random) > 0.01] = 0
+    labels = labels.to(setting.device)
+
+    def one_hot() -> Tensor:
+        hot = torch.zeros_like(logits)
+        where = labels.nonzero().squeeze(1)
+        hot[where, labels[where] - 1] = 1
+        return hot
+
+    made = one_hot()
+    rival = torchvision.ops.sigmoid_focal_loss
+
+    def gradient(loss: Callable[[], Tensor]) -> None:
+        loss().backward()
+        logits.grad = None
+
+    def theirs(targets: Callable[[], Tensor]) -> Tensor:
+        return rival(logits, targets(), alpha=0.25, gamma=2, reduction="sum")
+
+    return Case(
+        "sigmoid focal loss, forward and backward; torchvision's takes dense targets, which are "
+        "there beforehand except where it is said",
+        [
+            Variant(TORCHVISION, lambda: gradient(lambda: theirs(lambda: made)), theirs=True),
+            Variant(
+                f"{TORCHVISION}, targets made",
+                lambda: gradient(lambda: theirs(one_hot)),
+                theirs=True,
+            ),
+            Variant("ours", lambda: gradient(lambda: sigmoid_focal_loss(logits, labels))),
+        ],
+        rivals=[TORCHVISION],
+        parameters={"places": places, "classes": NUM_CLASSES},
+    )
+
+
+# --------------------------------------------------------------------------------- post-processing
+def post_processing(name: str, setting: Setting) -> Case:
+    """From the head's maps to the detections of one image."""
+    size, device = setting.image_size(), setting.device
+    anchors_per_place = HEADS[name][2]
+    logits, distances, centerness = head_outputs(*size, anchors=anchors_per_place)
+    candidates = count_candidates(logits)
+    boxes = distances if name == "fcos" else codes_like(logits, NUM_CLASSES)
+    maps = (logits, boxes) + ((centerness,) if name == "fcos" else ())
+    maps = tuple([x.to(device) for x in levels] for levels in maps)
+    channels_last = tuple(
+        [x.contiguous(memory_format=torch.channels_last) for x in levels] for levels in maps
+    )
+    head = our_head(name, NUM_CLASSES, device)
+    if name == "fcos":
+        by_loops = partial(fcos_detections, maps, [size], head.post_process)
+        scores = [
+            (x.sigmoid() * c.sigmoid()).sqrt() for x, c in zip(logits, centerness, strict=True)
+        ]
+    else:
+        by_loops = partial(retinanet_detections, head, maps, [size])
+        scores = [x.sigmoid() for x in logits]
+    # As many candidates for torchvision, whose score is another function of the same maps.
+    highest = torch.cat([x.flatten() for x in scores]).topk(candidates + 1).values
+    theirs = their_detector(
+        name,
+        NUM_CLASSES,
+        device,
+        score_thresh=highest[-2:].mean().item(),
+        nms_thresh=head.post_process.nms_iou,
+        detections_per_img=head.post_process.detections_per_image,
+    )
+    anchors = their_anchors(theirs, size, 1, device)
+    counts = [h * w * anchors_per_place for h, w in map_shapes(*size)]
+    level_anchors = [list(x.split(counts)) for x in anchors]
+
+    def run_theirs() -> object:
+        outputs = {"cls_logits": flat(maps[0], NUM_CLASSES), "bbox_regression": flat(maps[1], 4)}
+        if name == "fcos":
+            outputs["bbox_ctrness"] = flat(maps[2], 1)
+        by_level = {key: list(x.split(counts, dim=1)) for key, x in outputs.items()}
+        return theirs.postprocess_detections(by_level, level_anchors, [size])
+
+    loops = "loop over levels and classes"
+    runs = {
+        loops: by_loops,
+        TORCHVISION: run_theirs,
+        "ours": lambda: head.detect(maps, [size]),
+        "ours, channels-last maps": lambda: head.detect(channels_last, [size]),
+    }
+    return Case(
+        "detections of one image from the head's maps of five levels",
+        [
+            Variant(key, torch.inference_mode()(run), theirs=key in (loops, TORCHVISION))
+            for key, run in runs.items()
+        ],
+        rivals=[loops, TORCHVISION],
+        parameters=_size_parameters(size, candidates=candidates),
+        amount=1,
+        unit="images",
+    )
+
+
+def nms(count: int, setting: Setting) -> Case:
+    """Class-wise non-maximum suppression of the candidates of an image."""
+    random = generator()
+    objects = random_target(800, 1088, objects=count // 10, seed=1)
+    which = torch.randint(0, len(objects["boxes"]), (count,), generator=random)
+    boxes = objects["boxes"][which]
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    boxes = boxes + 0.1 * sides * torch.randn(count, 4, generator=random)
+    boxes = torch.cat((boxes[:, :2].minimum(boxes[:, 2:]), boxes[:, :2].maximum(boxes[:, 2:])), 1)
+    data = boxes, torch.rand(count, generator=random), objects["labels"][which]
+    boxes, scores, labels = (x.to(setting.device) for x in data)
+    return Case(
+        "class-wise NMS of boxes that are ten to an object",
+        [
+            Variant(
+                TORCHVISION,
+                lambda: torchvision.ops.batched_nms(boxes, scores, labels, 0.6),
+                theirs=True,
+            ),
+            Variant("ours", lambda: batched_nms(boxes, scores, labels, 0.6, legacy=True)),
+        ],
+        rivals=[TORCHVISION],
+        parameters={"boxes": count, "classes": NUM_CLASSES},
+    )
+
+
+# --------------------------------------------------------------------------- deformable convolution
+def deform_conv(backward: bool, setting: Setting) -> Case:
+    """The modulated deformable 3x3 convolution of the searched necks and heads, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    random = generator()
+    groups = 2
+    shapes = {
+        "x": (1, CHANNELS, height, width),
+        "offset": (1, groups * 18, height, width),
+        "mask": (1, groups * 9, height, width),
+        "weight": (CHANNELS, CHANNELS, 3, 3),
+    }
+    tensors = {key: torch.randn(shape, generator=random) for key, shape in shapes.items()}
+    tensors["mask"] = tensors["mask"].sigmoid()
+    tensors["weight"] *= (9 * CHANNELS) ** -0.5
+    tensors = {key: x.to(setting.device).requires_grad_(backward) for key, x in tensors.items()}
+    x, offset, mask, weight = tensors.values()
+    last = [
+        t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+        for t in (x, offset, mask)
+    ]
+    grad = torch.randn(shapes["x"], generator=random).to(setting.device)
+    leaves = [*tensors.values(), *last]
+
+    def ours(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        return modulated_deform_conv2d(x, offset, mask, weight, padding=1, offset_groups=groups)
+
+    def finish(forward: Callable[[], Tensor]) -> None:
+        output = forward()
+        if backward:
+            output.backward(grad)
+            for leaf in leaves:
+                leaf.grad = None
+
+    forwards = {
+        TORCHVISION: lambda: torchvision.ops.deform_conv2d(
+            x, offset, weight, padding=1, mask=mask
+        ),
+        "ours": lambda: ours(x, offset, mask),
+        "ours, channels-last": lambda: ours(*last),
+    }
+    return Case(
+        "modulated deformable 3x3 convolution, float32, "
+        + ("forward and backward" if backward else "forward"),
+        [
+            Variant(key, partial(finish, forward), theirs=key == TORCHVISION)
+            for key, forward in forwards.items()
+        ],
+        rivals=[TORCHVISION],
+        parameters={"map": f"{height}x{width}", "channels": CHANNELS, "offset groups": groups},
+    )

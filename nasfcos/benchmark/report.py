@@ -1,0 +1,113 @@
+"""A report as a table for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .statistics import Summary
+
+RATIO_NOTE = (
+    "Medians; in brackets the quartiles. A ratio is the time divided by that of the rival in the "
+    "same rounds: below 1 is faster.\nMemory is the most that a call needs beyond what the process "
+    "held, and the weights (in training also the optimizer's state);\non CUDA that of PyTorch's "
+    "tensors, on the CPU resident memory."
+)
+STATUS_NOTES = {"skipped": "skipped", "failed": "FAILED"}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The machine, a table a case, and what was left out."""
+    machine = report["machine"]
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads{gpu}",
+        f"torch {machine['torch']}, torchvision {machine['torchvision']}, "
+        f"Python {machine['python']}, commit {machine['commit'] or 'unknown'}, {machine['date']}",
+        RATIO_NOTE,
+    ]
+    if report["quick"]:
+        lines.append("--quick: small work, few repetitions; these figures say little.")
+    return "\n".join(lines) + "\n\n" + "\n\n".join(map(format_case, report["cases"]))
+
+
+def format_case(case: dict[str, Any]) -> str:
+    """One case's heading and table."""
+    if case["status"] != "ok":
+        return f"{case['name']}\n  {STATUS_NOTES[case['status']]}: {case['reason']}"
+    parameters = ", ".join(f"{key} {value}" for key, value in case["parameters"].items())
+    heading = [case["name"], f"  {case['what']}"] + ([f"  {parameters}"] if parameters else [])
+    measured = [v for v in case["variants"] if v["status"] == "ok"]
+    rivals = [name for name in case["rivals"] if any(name in v["ratios"] for v in measured)]
+    columns: list[list[str]] = [["", *(v["name"] for v in measured)]]
+    columns.append(["time", *(_with_quartiles(v["seconds"], seconds_text) for v in measured)])
+    for rival in rivals:
+        cells = [
+            "1" if v["name"] == rival else _with_quartiles(v["ratios"].get(rival), _number)
+            for v in measured
+        ]
+        columns.append([f"/ {rival}", *cells])
+    if any("rate" in v for v in measured):
+        columns.append(
+            ["rate", *(f"{_number(v['rate']['median'])} {v['unit']}" if "rate" in v else ""
+                       for v in measured)]
+        )  # fmt: skip
+    if any("share" in v for v in measured):
+        cells = [_with_quartiles(v.get("share"), _percent) for v in measured]
+        columns.append(["of the limit", *cells])
+    if any(v["memory_bytes"] is not None for v in measured):
+        columns.append(["memory", *(bytes_text(v["memory_bytes"]) for v in measured)])
+    left_out = [
+        f"  {v['name']}: {STATUS_NOTES[v['status']]}: {v['reason']}"
+        for v in case["variants"]
+        if v["status"] != "ok"
+    ]
+    return "\n".join(heading + aligned(columns) + left_out)
+
+
+def aligned(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  " + "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in zip(*columns, strict=True)
+    ]  # fmt: skip
+
+
+def seconds_text(seconds: float) -> str:
+    """A time with three digits and a unit."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 0.9995 or unit == "us":
+            return f"{_number(seconds * factor)} {unit}"
+    raise AssertionError("unreachable")
+
+
+def bytes_text(size: int | None) -> str:
+    """A size in MiB; empty where it is not known."""
+    return "" if size is None else f"{_number(size / 2**20)} MiB"
+
+
+def _number(value: float) -> str:
+    """Three digits, more where they stand before the point."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    rounded = float(f"{value:.3g}")  # 0.9996 is 1.00
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{_number(100 * share)}%"
+
+
+def _with_quartiles(value: dict[str, float] | None, text) -> str:
+    if value is None:
+        return ""
+    summary = Summary.from_json(value)
+    low, high = text(summary.q1), text(summary.q3)
+    if low.split(" ")[1:] == high.split(" ")[1:]:  # the unit need not stand twice
+        low = low.split(" ")[0]
+    return f"{text(summary.median)} ({low} to {high})"

@@ -1,0 +1,210 @@
+"""All benchmarks by name, and running them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import files, limits, machine, parts, whole
+from .detectors import OURS
+from .measure import Case, Progress, Skip, Timings, measure, ratios, shares
+from .setting import Setting
+from .statistics import Summary
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the JSON; raised when what is written changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Something that can be measured.
+
+    Attributes:
+        name: words separated by slashes, the more general first.
+        build: makes the case; raises `Skip` where it cannot be measured.
+        weight: of the time it takes, relative to the others, roughly.
+    """
+
+    name: str
+    build: Callable[[Setting], Case]
+    weight: float = 1
+
+
+def _all() -> Iterator[Benchmark]:
+    """Detector by detector, so that few are in memory at a time."""
+    yield Benchmark("limits", limits.limits)
+    for name in OURS:
+        yield Benchmark(f"inference/{name}", partial(whole.inference, name), 8)
+        yield Benchmark(f"throughput/{name}", partial(whole.throughput, name), 15)
+        yield Benchmark(f"stages/{name}", partial(whole.stages, name), 6)
+        yield Benchmark(f"training/{name}", partial(whole.training, name), 12)
+    yield Benchmark("inference/torchvision", whole.their_inference, 4)
+    yield Benchmark("throughput/torchvision", whole.their_throughput, 8)
+    yield Benchmark("stages/torchvision", whole.their_stages, 2)
+    yield Benchmark("training/torchvision", whole.their_training, 8)
+    yield Benchmark("data/train", partial(files.data_loading, True), 2)
+    yield Benchmark("data/test", partial(files.data_loading, False), 2)
+    for head in parts.HEADS:
+        yield Benchmark(f"assignment/{head}", partial(parts.assignment, head))
+    for head in parts.HEADS:
+        yield Benchmark(f"losses/{head}", partial(parts.losses, head))
+    yield Benchmark("focal_loss", parts.focal_loss)
+    for head in parts.HEADS:
+        yield Benchmark(f"postprocess/{head}", partial(parts.post_processing, head))
+    for count in (1000, 5000):
+        yield Benchmark(f"nms/{count}", partial(parts.nms, count))
+    yield Benchmark("deform_conv/forward", partial(parts.deform_conv, False))
+    yield Benchmark("deform_conv/backward", partial(parts.deform_conv, True), 2)
+    yield Benchmark("evaluation", files.evaluation, 3)
+    yield Benchmark("checkpoint/weights", files.weights)
+    yield Benchmark("checkpoint/resume", files.checkpoint)
+    yield Benchmark("import", files.start_up, 2)
+
+
+BENCHMARKS = tuple(_all())
+
+
+def choose(patterns: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks that a name, its beginning ("inference"), or a pattern ("*/R_50_NAS_head")
+    stands for, in their usual order; all, where no pattern is given.
+
+    Raises:
+        ValueError: a pattern that fits none of them.
+    """
+    if not patterns:
+        return list(BENCHMARKS)
+
+    def fits(name: str, pattern: str) -> bool:
+        return name == pattern or name.startswith(f"{pattern}/") or fnmatch(name, pattern)
+
+    for pattern in patterns:
+        if not any(fits(b.name, pattern) for b in BENCHMARKS):
+            names = ", ".join(b.name for b in BENCHMARKS)
+            raise ValueError(f"no benchmark is called {pattern!r}; there are {names}")
+    return [b for b in BENCHMARKS if any(fits(b.name, pattern) for pattern in patterns)]
+
+
+def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
+    """Measure, with progress on stderr; gives what the JSON file holds.
+
+    A benchmark that cannot be measured is `skipped`, one that raises an exception `failed`; the
+    others go on.
+    """
+    report = {
+        "format": FORMAT,
+        "machine": machine.describe(setting.device),
+        "quick": setting.quick,
+        "cases": [],
+    }
+    with _Bar(benchmarks) as bar:
+        for benchmark in benchmarks:
+            with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
+                own = replace(setting, folder=Path(folder))
+                report["cases"].append(_run_one(benchmark, own, bar.enter(benchmark)))
+            gc.collect()
+            if setting.cuda:
+                torch.cuda.empty_cache()
+    return report
+
+
+def failed(report: dict[str, Any]) -> bool:
+    """Whether something in a report raised an exception."""
+    return any(
+        "failed" in (case["status"], *(v["status"] for v in case.get("variants", ())))
+        for case in report["cases"]
+    )
+
+
+def _run_one(benchmark: Benchmark, setting: Setting, progress: Progress) -> dict[str, Any]:
+    try:
+        progress("preparing", 0)
+        case = benchmark.build(setting)
+    except Skip as reason:
+        return {"name": benchmark.name, "status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        logger.warning("%s failed", benchmark.name, exc_info=True)
+        reason = f"{type(error).__name__}: {error}"
+        return {"name": benchmark.name, "status": "failed", "reason": reason}
+    timings = measure(case, setting.device, setting.effort, progress)
+    return describe_case(benchmark.name, case, timings)
+
+
+def describe_case(name: str, case: Case, timings: Timings) -> dict[str, Any]:
+    """What was measured of a case, for the report."""
+    by_rival, by_limit = ratios(case, timings.seconds), shares(case, timings.seconds)
+    variants = []
+    for variant in case.variants:
+        entry: dict[str, Any] = {"name": variant.name, "theirs": variant.theirs}
+        variants.append(entry)
+        if variant.name in timings.errors:
+            entry |= {"status": "failed", "reason": timings.errors[variant.name]}
+            continue
+        amount = case.amount if variant.amount is None else variant.amount
+        seconds = Summary.of(timings.seconds[variant.name])
+        entry |= {
+            "status": "ok",
+            "seconds": seconds.to_json(),
+            "memory_bytes": timings.memory.get(variant.name),
+            "ratios": {rival: r.to_json() for rival, r in by_rival[variant.name].items()},
+        }
+        if amount is not None:
+            rate = seconds.inverse().scaled(amount)
+            entry |= {"rate": rate.to_json(), "unit": f"{variant.unit or case.unit}/s"}
+        if variant.name in by_limit:
+            entry |= {"limit": variant.limit, "share": by_limit[variant.name].to_json()}
+    variants += [
+        {"name": key, "theirs": False, "status": "skipped", "reason": reason}
+        for key, reason in case.unavailable.items()
+    ]
+    return {
+        "name": name,
+        "status": "ok",
+        "what": case.what,
+        "parameters": case.parameters,
+        "rivals": list(case.rivals),
+        "variants": variants,
+    }
+
+
+class _Bar(contextlib.AbstractContextManager):
+    """Progress on stderr: a bar for people who watch, otherwise a line a benchmark."""
+
+    def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
+        self.benchmarks = list(benchmarks)
+        self.watched = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=sum(b.weight for b in benchmarks),
+            disable=not self.watched,
+            bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} to go: {desc}",
+        )
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def enter(self, benchmark: Benchmark) -> Progress:
+        """What a benchmark tells its progress to."""
+        number = self.benchmarks.index(benchmark)
+        before = sum(b.weight for b in self.benchmarks[:number])
+        if not self.watched:
+            place = f"[{number + 1}/{len(self.benchmarks)}]"
+            print(f"{place} {benchmark.name}", file=sys.stderr, flush=True)
+
+        def progress(what: str, done: float) -> None:
+            self.bar.n = before + benchmark.weight * done
+            self.bar.set_description_str(f"{benchmark.name}: {what}")
+
+        return progress

@@ -1,0 +1,286 @@
+"""Benchmarks of whole detectors: latency, throughput, training, and how their stages fare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..models.inference import InferenceDetector
+from ..search.cost import multiply_adds
+from .detectors import (
+    CANDIDATES,
+    THEIR_FCOS,
+    THEIR_RETINANET,
+    inference_call,
+    optimized,
+    our_detector,
+    our_step,
+    their_detector,
+    their_step,
+)
+from .inputs import NUM_CLASSES, OBJECTS, random_target, smooth_image, to_device
+from .limits import COPY, GIGABYTES, MULTIPLY_ADDS, copy_limit, matmul_limit, matmul_name
+from .measure import Case, Skip, Variant
+from .memory import storage_bytes, tensor_bytes
+from .setting import Setting
+
+AUTOCAST = "bfloat16 autocast"
+
+
+def rival_of(name: str) -> str:
+    """torchvision's nearest to a config of ours."""
+    return THEIR_RETINANET if "retinanet" in name else THEIR_FCOS
+
+
+def inference(name: str, setting: Setting) -> Case:
+    """The latency of detection by a config of ours in all its modes, and by torchvision."""
+    return _inference(name, 1, setting)
+
+
+def throughput(name: str, setting: Setting) -> Case:
+    """The same with several images at once."""
+    return _inference(name, _batch_size(setting), setting)
+
+
+def their_inference(setting: Setting) -> Case:
+    """The latency of torchvision's two detectors."""
+    return _their_inference(1, setting)
+
+
+def their_throughput(setting: Setting) -> Case:
+    """The same with several images at once."""
+    return _their_inference(_batch_size(setting), setting)
+
+
+def _batch_size(setting: Setting) -> int:
+    return 8 if setting.cuda else 2
+
+
+def _inference(name: str, batch: int, setting: Setting) -> Case:
+    case, images = _inference_case(batch, setting, rivals=[rival_of(name)])
+    _add_theirs(case, rival_of(name), images, setting)
+    model = our_detector(name, setting.image_size(), setting.device)
+
+    def variant(mode: str, model: nn.Module, amp: torch.dtype | None = None) -> Variant:
+        call = inference_call(model, images, amp)
+        return Variant(mode, call, held_bytes=partial(tensor_bytes, model))
+
+    case.variants.append(variant("plain float32", model))
+    if setting.cuda:
+        case.variants.append(variant(f"plain {AUTOCAST}", model, torch.bfloat16))
+    for compile in (False, True) if setting.compile else (False,):
+        for dtype in (torch.float32, torch.bfloat16):
+            mode = f"optimized {str(dtype)[6:]}{', compiled' if compile else ''}"
+            case.add(mode, lambda m=mode, d=dtype, c=compile: variant(m, optimized(model, d, c)))
+    return case
+
+
+def _their_inference(batch: int, setting: Setting) -> Case:
+    case, images = _inference_case(batch, setting, rivals=[THEIR_FCOS])
+    for name in (THEIR_FCOS, THEIR_RETINANET):
+        _add_theirs(case, name, images, setting)
+    return case
+
+
+def _inference_case(
+    batch: int, setting: Setting, rivals: Sequence[str]
+) -> tuple[Case, list[Tensor]]:
+    height, width = setting.image_size()
+    image = smooth_image(height, width).to(setting.device)
+    case = Case(
+        "detection in images that are on the device, post-processing included",
+        [],
+        rivals=list(rivals) + [f"{name}, {AUTOCAST}" for name in rivals if setting.cuda],
+        parameters={
+            "image": f"{height}x{width}",
+            "batch": batch,
+            "classes": NUM_CLASSES,
+            "candidates": f"{CANDIDATES} an image",
+        },
+        amount=batch,
+        unit="images",
+    )
+    return case, [image.clone() for _ in range(batch)]
+
+
+def _add_theirs(case: Case, name: str, images: list[Tensor], setting: Setting) -> None:
+    model = their_detector(name, setting.image_size(), setting.device)
+    modes = {name: None, **({f"{name}, {AUTOCAST}": torch.bfloat16} if setting.cuda else {})}
+    for mode, amp in modes.items():
+        call = inference_call(model, images, amp)
+        case.variants.append(
+            Variant(mode, call, theirs=True, held_bytes=partial(tensor_bytes, model))
+        )
+
+
+def training(name: str, setting: Setting) -> Case:
+    """A training step of a config of ours, and of torchvision."""
+    case, work = _training_case(setting, rivals=[rival_of(name)])
+    _add_steps(case, rival_of(name), their_step, work, theirs=True)
+    _add_steps(case, name, our_step, work, theirs=False)
+    return case
+
+
+def their_training(setting: Setting) -> Case:
+    """Training steps of torchvision's two detectors, and of one with nothing frozen."""
+    case, work = _training_case(setting, rivals=[THEIR_FCOS])
+    for name in (THEIR_FCOS, THEIR_RETINANET):
+        _add_steps(case, name, their_step, work, theirs=True)
+    unfrozen = partial(their_step, frozen=False)
+    _add_steps(case, THEIR_FCOS, unfrozen, work, theirs=True, label="nothing frozen, ")
+    return case
+
+
+def _training_case(setting: Setting, rivals: list[str]) -> tuple[Case, tuple]:
+    batch = 4 if setting.cuda else 2
+    height, width = setting.image_size((800, 1333) if setting.cuda else (512, 512))
+    image = smooth_image(height, width).to(setting.device)
+    targets = [
+        to_device(random_target(height, width, seed=seed), setting.device) for seed in range(batch)
+    ]
+    modes = {"float32": None, **({AUTOCAST: torch.bfloat16} if setting.cuda else {})}
+    case = Case(
+        "a training step: forward, backward, SGD; batch norms of the backbone and its first two "
+        "stages frozen; images on the device",
+        [],
+        rivals=[f"{name}, {mode}" for mode in reversed(modes) for name in rivals],
+        parameters={
+            "image": f"{height}x{width}",
+            "batch": batch,
+            "classes": NUM_CLASSES,
+            "objects": f"{OBJECTS} an image",
+        },
+        amount=batch,
+        unit="images",
+    )
+    return case, ((height, width), [image] * batch, targets, modes)
+
+
+def _add_steps(
+    case: Case, name: str, build: Callable, work: tuple, theirs: bool, label: str = ""
+) -> None:
+    size, images, targets, modes = work
+    for mode, amp in modes.items():
+        model, optimizer, step = build(name, size, images, targets, amp)
+        held = partial(tensor_bytes, model, optimizer)
+        case.variants.append(Variant(f"{name}, {label}{mode}", step, theirs, held_bytes=held))
+
+
+def stages(name: str, setting: Setting) -> Case:
+    """How near each stage of a detector of ours comes to the machine's limits."""
+    case, images = _stages_case(setting)
+    plain = our_detector(name, setting.image_size(), setting.device)
+    with torch.inference_mode():
+        batch, _ = plain.preprocess(images)
+        features = plain.backbone(batch)
+        pyramid = plain.neck(features)
+    work = {
+        "backbone": multiply_adds(plain.backbone, batch),
+        "neck": multiply_adds(plain.neck, features),
+        "head": multiply_adds(plain.head, pyramid),
+    }
+    _add_stages(case, "plain float32", plain, images, work, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        mode = f"optimized {str(dtype)[6:]}"
+        try:
+            _add_stages(case, mode, optimized(plain, dtype, False), images, work, dtype)
+        except Skip as reason:
+            case.unavailable[mode] = str(reason)
+    return case
+
+
+def their_stages(setting: Setting) -> Case:
+    """The same of torchvision's FCOS, whose backbone has the neck in it."""
+    case, images = _stages_case(setting)
+    model = their_detector(THEIR_FCOS, setting.image_size(), setting.device)
+    with torch.inference_mode():
+        inputs, _ = model.transform(images)
+        pyramid = list(model.backbone(inputs.tensors).values())
+        outputs = model.head(pyramid)
+        anchors = model.anchor_generator(inputs, pyramid)
+    sizes = [x.shape[-2] * x.shape[-1] for x in pyramid]
+    by_level = {name: list(x.split(sizes, dim=1)) for name, x in outputs.items()}
+    level_anchors = [list(x.split(sizes)) for x in anchors]
+    limit = matmul_name(torch.float32)
+
+    def add(name: str, run: Callable[[], object], amount: float, unit: str, limit: str) -> None:
+        run = torch.inference_mode()(run)
+        case.variants.append(Variant(f"{THEIR_FCOS}: {name}", run, True, amount, unit, limit))
+
+    work = multiply_adds(model.backbone, inputs.tensors), multiply_adds(model.head, pyramid)
+    add("backbone and neck", lambda: model.backbone(inputs.tensors), work[0], MULTIPLY_ADDS, limit)
+    add("head", lambda: model.head(pyramid), work[1], MULTIPLY_ADDS, limit)
+    add(
+        "post-processing",
+        lambda: model.postprocess_detections(by_level, level_anchors, inputs.image_sizes),
+        storage_bytes(outputs.values()) / 1e9,
+        GIGABYTES,
+        COPY,
+    )
+    return case
+
+
+def _stages_case(setting: Setting) -> tuple[Case, list[Tensor]]:
+    """The case with the limits in it, and the images."""
+    height, width = setting.image_size()
+    case = Case(
+        "the stages of a detector, each by itself, and what share of the measured rate of matrix "
+        "products (post-processing: of copying) it reaches",
+        [],
+        parameters={
+            "image": f"{height}x{width}",
+            "batch": 1,
+            "classes": NUM_CLASSES,
+            "candidates": f"{CANDIDATES} an image",
+        },
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        case.add(matmul_name(dtype), lambda d=dtype: matmul_limit(d, setting))
+    case.variants.append(copy_limit(setting))
+    return case, [smooth_image(height, width).to(setting.device)]
+
+
+@torch.inference_mode()
+def _add_stages(
+    case: Case,
+    mode: str,
+    model: nn.Module,
+    images: list[Tensor],
+    work: dict[str, float],
+    dtype: torch.dtype,
+) -> None:
+    """One variant a stage, on what the stages before it give."""
+    batch, sizes = model.preprocess(images)
+    if isinstance(model, InferenceDetector):
+        batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
+    features = model.backbone(batch)
+    pyramid = model.neck(features)
+    outputs = model.head(pyramid)
+    maps = [x for levels in outputs for x in levels]
+    calls = {
+        "backbone": lambda: model.backbone(batch),
+        "neck": lambda: model.neck(features),
+        "head": lambda: model.head(pyramid),
+    }
+    for name, call in calls.items():
+        case.variants.append(
+            Variant(
+                f"{mode}: {name}",
+                torch.inference_mode()(call),
+                amount=work[name],
+                unit=MULTIPLY_ADDS,
+                limit=matmul_name(dtype),
+            )
+        )
+    case.variants.append(
+        Variant(
+            f"{mode}: post-processing",
+            torch.inference_mode()(lambda: model.head.detect(outputs, sizes)),
+            amount=storage_bytes(maps) / 1e9,
+            unit=GIGABYTES,
+            limit=COPY,
+        )
+    )

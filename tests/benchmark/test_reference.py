@@ -1,0 +1,58 @@
+"""The rivals that are written here give what ours gives, or the comparison would mean nothing."""
+
+import pytest
+import torch
+
+from nasfcos.benchmark.inputs import head_outputs
+from nasfcos.benchmark.parts import (
+    HEADS,
+    codes_like,
+    flat,
+    our_head,
+    their_anchors,
+    their_detector,
+)
+from nasfcos.benchmark.reference import fcos_detections, retinanet_detections
+from nasfcos.models.heads.dense import flatten_map
+
+CPU = torch.device("cpu")
+SIZES = [(192, 256), (180, 240)]
+CLASSES = 6
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours["scores"]) > 10
+        for key in ("boxes", "scores", "labels"):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("objects", [0, 20])
+def test_fcos_by_loops(objects):
+    maps = head_outputs(192, 256, images=2, objects=objects, classes=CLASSES)
+    head = our_head("fcos", CLASSES, CPU)
+    by_loops = fcos_detections(maps, SIZES, head.post_process)
+    found = head.detect(maps, SIZES)
+    if objects:
+        assert_same(found, by_loops)
+    else:
+        assert [len(x["scores"]) for x in found] == [len(x["scores"]) for x in by_loops]
+
+
+def test_retinanet_by_loops():
+    logits, _, _ = head_outputs(192, 256, images=2, objects=8, classes=CLASSES, anchors=9)
+    maps = logits, codes_like(logits, CLASSES)
+    head = our_head("retinanet", CLASSES, CPU)
+    assert_same(head.detect(maps, SIZES), retinanet_detections(head, maps, SIZES))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_torchvision_gets_the_same_places(name):
+    anchors_per_place = HEADS[name][2]
+    logits, _, _ = head_outputs(192, 256, classes=CLASSES, anchors=anchors_per_place)
+    flattened = flat(logits, CLASSES)
+    ours = torch.cat([flatten_map(x, CLASSES) for x in logits], dim=1)
+    assert torch.equal(flattened, ours)
+    anchors = their_anchors(their_detector(name, CLASSES, CPU), (192, 256), 1, CPU)
+    assert [x.shape for x in anchors] == [(flattened.shape[1], 4)]

@@ -1,0 +1,74 @@
+"""Measure the detectors and their parts beside torchvision's and other usual libraries.
+
+python tools/benchmark.py --json output/benchmark.json
+python tools/benchmark.py --only inference/R_50_NAS_head training
+python tools/benchmark.py --device cuda --quick
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nasfcos.benchmark.report import format_report
+from nasfcos.benchmark.setting import Setting
+from nasfcos.benchmark.suite import BENCHMARKS, choose, failed, run
+from nasfcos.config import ConfigError
+from nasfcos.engine.distributed import resolve_device
+from nasfcos.evaluation.files import write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Measure the detectors and their parts side by side with usual libraries.",
+        epilog=f"benchmarks: {', '.join(b.name for b in BENCHMARKS)}",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="small work: two minutes on two cores")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME",
+        help='names of benchmarks, their beginnings ("inference") or patterns ("*/R_50_NAS_head")',
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, in pixels"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    parser.add_argument("--images", metavar="FOLDER", help="pictures for data loading")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure compiled models too (minutes to start)"
+    )
+    args = parser.parse_args()
+    try:
+        benchmarks = choose(args.only)
+        device = resolve_device(args.device)
+    except (ValueError, ConfigError) as error:
+        parser.error(str(error))
+    if args.size and min(args.size) < 32:
+        parser.error("--size: images must be 32 pixels high and wide at least")
+    if args.images and not Path(args.images).is_dir():
+        parser.error(f"--images: {args.images} is no folder")
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error("--threads must be positive")
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="nasfcos_benchmark_") as folder:
+        setting = Setting(
+            device=device,
+            folder=Path(folder),
+            quick=args.quick,
+            size=tuple(args.size) if args.size else None,
+            images=Path(args.images) if args.images else None,
+            compile=args.compile,
+        )
+        report = run(benchmarks, setting)
+    if args.json:
+        write_json(args.json, report, indent=2)
+    print(format_report(report))
+    return int(failed(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
