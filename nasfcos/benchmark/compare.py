@@ -1,0 +1,173 @@
+"""What became slower or faster between two reports of the benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .machine import SAME_FOR_COMPARISON
+from .report import aligned, seconds_text
+from .statistics import Summary
+from .suite import FORMAT
+
+SLOWER, FASTER, SAME, NEW, GONE, FAILS, OTHER = (
+    "slower", "faster", "as fast", "new", "gone", "fails", "other work",
+)  # fmt: skip
+
+
+class ReportError(ValueError):
+    """A file that is no report; the message names it and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one variant of one case.
+
+    Attributes:
+        name: of case and variant.
+        verdict: `SLOWER` or `FASTER` (by more than the threshold, and beyond the spread of both),
+            `SAME`, `NEW`, `GONE`, `FAILS` (it was measured, and now raises an exception), or
+            `OTHER` (its parameters changed: nothing to compare).
+        figure: what is compared: "ratio" (to the main rival), "share" (of the limit; here what a
+            limit's rate is of its own, so that less is better) or "seconds".
+        old, new: None where there is none.
+    """
+
+    name: str
+    verdict: str
+    figure: str = ""
+    old: Summary | None = None
+    new: Summary | None = None
+
+    @property
+    def factor(self) -> float | None:
+        """By which the time grew."""
+        return None if self.old is None or self.new is None else self.new.median / self.old.median
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """A file that `tools/benchmark.py --json` wrote.
+
+    Raises:
+        ReportError: there is none, or it is something else.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if report["format"] != FORMAT:
+            raise ReportError(f"{path} has format {report['format']}, this program reads {FORMAT}")
+        for case in report["cases"]:
+            _figures(case)
+        machine_differences(report, report)
+    except ReportError:
+        raise
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path} is no report of tools/benchmark.py: {error!r}") from error
+    return report
+
+
+def machine_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What absolute times depend on and is not the same, a line each."""
+    return [
+        f"{key}: {old['machine'][key]} -> {new['machine'][key]}"
+        for key in SAME_FOR_COMPARISON
+        if old["machine"][key] != new["machine"][key]
+    ]
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 1.1) -> list[Change]:
+    """The changes of all that is ours, case by case.
+
+    Ratios to the main rival are compared where there is one, since they depend on the machine
+    least; shares of a limit elsewhere, and seconds where there is neither. What is slower must be
+    so by more than `threshold` times, and its lower quartile above the old upper one.
+    """
+    before, after = (
+        {case["name"]: case for case in report["cases"]} for report in (old, new)
+    )
+    changes = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        changes += _compare_case(name, before.get(name), after.get(name), threshold)
+    return changes
+
+
+def _compare_case(
+    name: str, old: dict[str, Any] | None, new: dict[str, Any] | None, threshold: float
+) -> Iterator[Change]:
+    before, after = (_figures(case) if case else {} for case in (old, new))
+    changed = before and after and old["parameters"] != new["parameters"]
+    for variant in [*before, *(key for key in after if key not in before)]:
+        full = f"{name}: {variant}"
+        if changed:
+            yield Change(full, OTHER)
+        elif variant not in before:
+            yield Change(full, NEW)
+        elif variant not in after:
+            yield Change(full, FAILS if _fails(new, variant) else GONE)
+        else:
+            kinds = ("ratio", "share", "seconds")  # the best one that both have
+            kind = next(k for k in kinds if k in before[variant] and k in after[variant])
+            earlier, later = before[variant][kind], after[variant][kind]
+            yield Change(full, _verdict(earlier, later, threshold), kind, earlier, later)
+
+
+def _fails(case: dict[str, Any] | None, variant: str) -> bool:
+    if case is None or case["status"] != "ok":
+        return case is not None and case["status"] == "failed"
+    return any(v["name"] == variant and v["status"] == "failed" for v in case["variants"])
+
+
+def _verdict(old: Summary, new: Summary, threshold: float) -> str:
+    if new.median > threshold * old.median and new.q1 > old.q3:
+        return SLOWER
+    if old.median > threshold * new.median and old.q1 > new.q3:
+        return FASTER
+    return SAME
+
+
+def _figures(case: dict[str, Any]) -> dict[str, dict[str, Summary]]:
+    """Of each variant of ours that was measured, by kind; less is better in all of them."""
+    if case["status"] != "ok":
+        return {}
+    figures = {}
+    for variant in case["variants"]:
+        if variant["status"] != "ok" or variant["theirs"]:
+            continue
+        figures[variant["name"]] = own = {"seconds": Summary.from_json(variant["seconds"])}
+        for rival in case["rivals"][:1]:
+            if rival in variant["ratios"]:
+                own["ratio"] = Summary.from_json(variant["ratios"][rival])
+        if "share" in variant:
+            own["share"] = Summary.from_json(variant["share"]).inverse()
+    return figures
+
+
+def format_changes(changes: list[Change], threshold: float) -> str:
+    """A table of what is not the same, the worst first, and a line that counts the rest."""
+    order = (FAILS, SLOWER, GONE, OTHER, NEW, FASTER)
+    shown = sorted(
+        (change for change in changes if change.verdict != SAME),
+        key=lambda c: (order.index(c.verdict), -(c.factor or 0)),
+    )
+
+    def text(change: Change, value: Summary | None) -> str:
+        if value is None:
+            return ""
+        show = seconds_text if change.figure == "seconds" else "{:.3g}".format
+        return f"{show(value.median)} ({show(value.q1)} to {show(value.q3)})"
+
+    columns = [
+        ["", *(c.name for c in shown)],
+        ["", *(c.verdict for c in shown)],
+        ["factor", *("" if c.factor is None else f"{c.factor:.2f}" for c in shown)],
+        ["compared", *(c.figure for c in shown)],
+        ["old", *(text(c, c.old) for c in shown)],
+        ["new", *(text(c, c.new) for c in shown)],
+    ]
+    same = len(changes) - len(shown)
+    note = f"{same} of {len(changes)} changed by less than {threshold:g} times or their spread."
+    return "\n".join([*(aligned(columns) if shown else []), note])

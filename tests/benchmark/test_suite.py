@@ -1,0 +1,146 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nasfcos.benchmark.measure import Case, Skip, Variant
+from nasfcos.benchmark.setting import Setting
+from nasfcos.benchmark.suite import BENCHMARKS, Benchmark, choose, failed, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def names(*patterns):
+    return [benchmark.name for benchmark in choose(patterns)]
+
+
+def test_benchmarks_are_chosen_by_name_beginning_or_pattern():
+    assert names("focal_loss") == ["focal_loss"]
+    assert names("nms") == ["nms/1000", "nms/5000"]
+    assert names("inference/R_50_NAS_head", "limits") == ["limits", "inference/R_50_NAS_head"]
+    assert {name.split("/")[0] for name in names("*/Mobile_NAS_head")} == {
+        "inference", "throughput", "stages", "training",
+    }  # fmt: skip
+    assert choose([]) == list(BENCHMARKS)
+    assert len({b.name for b in BENCHMARKS}) == len(BENCHMARKS)
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(ValueError, match="no benchmark is called 'inferense'.* focal_loss"):
+        choose(["limits", "inferense"])
+
+
+def test_a_report_of_good_missing_and_broken_work(tmp_path, capsys):
+    folders = []
+
+    def good(setting):
+        folders.append(setting.folder)
+        (setting.folder / "file").write_text("x")
+        case = Case(
+            "sums",
+            [
+                Variant("rival", lambda: sum(range(2000)), theirs=True),
+                Variant("ours", lambda: sum(range(1000)), limit="rival", amount=5),
+                Variant("broken", lambda: 1 / 0),
+            ],
+            rivals=["rival"],
+            amount=10,
+            unit="numbers",
+        )
+        case.unavailable["other"] = "not installed"
+        case.variants[0].amount = 10
+        return case
+
+    def missing(setting):
+        raise Skip("no such machine")
+
+    def broken(setting):
+        raise OSError("disk gone")
+
+    benchmarks = [Benchmark("good", good), Benchmark("missing", missing), Benchmark("bad", broken)]
+    report = run(benchmarks, Setting(torch.device("cpu"), tmp_path, quick=True))
+    assert failed(report)
+    json.dumps(report, allow_nan=False)
+    case, skipped, bad = report["cases"]
+    assert skipped == {"name": "missing", "status": "skipped", "reason": "no such machine"}
+    assert bad == {"name": "bad", "status": "failed", "reason": "OSError: disk gone"}
+    rival, ours, fault, other = case["variants"]
+    assert rival["theirs"] and rival["ratios"] == {}
+    assert ours["unit"] == "numbers/s" and ours["limit"] == "rival"
+    seconds = ours["seconds"]["median"]
+    assert ours["rate"]["median"] == pytest.approx(5 / seconds)
+    ratio = ours["ratios"]["rival"]["median"]
+    assert ratio > 0
+    assert ours["share"]["count"] == ours["seconds"]["count"]
+    assert fault["status"] == "failed" and "ZeroDivisionError" in fault["reason"]
+    assert other["reason"] == "not installed"
+    assert [folder.parent for folder in folders] == [tmp_path] and not folders[0].exists()
+    assert not failed(run(benchmarks[1:2], Setting(torch.device("cpu"), tmp_path, quick=True)))
+    assert "[2/3] missing" in capsys.readouterr().err
+
+
+def main_of(tool, monkeypatch, *arguments):
+    """The exit code of a tool's `main` with these arguments."""
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+    try:
+        return module.main()
+    except SystemExit as end:
+        return end.code
+
+
+def test_from_the_command_line_to_a_comparison(tmp_path, monkeypatch, capsys):
+    first = tmp_path / "first.json"
+    command = [
+        *(sys.executable, ROOT / "tools" / "benchmark.py", "--quick", "--threads", "1"),
+        *("--size", "64", "96", "--only", "nms/1000", "assignment/fcos", "--json", first),
+    ]
+    measured = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert measured.returncode == 0, measured.stderr
+    assert "[1/2] assignment/fcos" in measured.stderr
+    assert "nms/1000\n" in measured.stdout and "image 64x96" in measured.stdout
+    report = json.loads(first.read_text())
+    assert [case["name"] for case in report["cases"]] == ["assignment/fcos", "nms/1000"]
+    assert report["machine"]["threads"] == 1 and "--quick" in report["machine"]["command"]
+    ours = report["cases"][1]["variants"][1]
+    assert ours["ratios"]["torchvision"]["median"] > 0
+
+    def compare(*arguments):
+        code = main_of("compare_benchmarks", monkeypatch, *arguments)
+        return code, *capsys.readouterr()
+
+    code, _, errors = compare(first, first)
+    assert (code, errors) == (0, "")
+    for figures in (ours["seconds"], ours["ratios"]["torchvision"]):
+        for key in ("median", "q1", "q3"):
+            figures[key] *= 1000
+    report["machine"]["cores"] = 1000
+    second = tmp_path / "second.json"
+    second.write_text(json.dumps(report))
+    code, text, errors = compare(first, second)
+    assert code == 1
+    assert "nms/1000: ours  slower  1000.00" in text
+    assert "-> 1000" in errors
+    assert compare(second, first, "--threshold", 2)[0] == 0
+    code, _, errors = compare(first, tmp_path / "none.json")
+    assert code == 2 and "none.json cannot be read" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "no benchmark is called 'nothing'"),
+        (["--size", 1, 1], "--size"),
+        (["--threads", 0], "--threads must be positive"),
+        (["--images", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, monkeypatch, capsys):
+    assert main_of("benchmark", monkeypatch, "--quick", *arguments) == 2
+    assert message in capsys.readouterr().err

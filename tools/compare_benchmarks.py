@@ -1,0 +1,48 @@
+"""Say what became slower or faster between two reports of tools/benchmark.py.
+
+python tools/compare_benchmarks.py old.json new.json --threshold 1.1
+
+The exit code is 1 if something became slower, 2 if a file cannot be used.
+"""
+
+import argparse
+import sys
+
+from nasfcos.benchmark.compare import (
+    SLOWER,
+    ReportError,
+    compare,
+    format_changes,
+    machine_differences,
+    read_report,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare two reports of tools/benchmark.py.")
+    parser.add_argument("old", metavar="OLD.json")
+    parser.add_argument("new", metavar="NEW.json")
+    parser.add_argument(
+        "--threshold", type=float, default=1.1, metavar="FACTOR",
+        help="changes below this factor count as none (default: 1.1)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.threshold < 1:
+        parser.error("--threshold must be at least 1")
+    try:
+        old, new = read_report(args.old), read_report(args.new)
+    except ReportError as error:
+        parser.error(str(error))
+    if differences := machine_differences(old, new):
+        print(
+            "warning: the reports are of different machines or libraries; times in seconds say "
+            "little about the program:\n  " + "\n  ".join(differences),
+            file=sys.stderr,
+        )
+    changes = compare(old, new, args.threshold)
+    print(format_changes(changes, args.threshold))
+    return int(any(change.verdict == SLOWER for change in changes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
