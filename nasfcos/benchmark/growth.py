@@ -1,0 +1,344 @@
+"""How time and memory grow with the size of the work, one axis at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..ops import batched_nms
+from . import machine
+from .detectors import inference_call, optimized, our_detector, our_step
+from .inputs import (
+    NUM_CLASSES,
+    generator,
+    head_outputs,
+    map_shapes,
+    random_target,
+    smooth_image,
+    to_device,
+)
+from .measure import Case, Effort, Skip, Variant, measure
+from .parts import HEADS, codes_like, our_head
+from .report import aligned, bytes_text, seconds_text
+from .setting import Setting
+from .statistics import Summary, growth_exponent
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+EFFORT = Effort(seconds=0.5, fewest=3, most=7, warmups=1, sample=0.002)
+MODEL = "R_50_NAS_head"
+SMALL = (128, 128)
+"""(height, width) of images on axes where their size does not matter."""
+MEDIUM = (512, 640)
+LABELS = {"fcos": "FCOS", "retinanet": "RetinaNet"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Something that grows.
+
+    Attributes:
+        name: for --only and the file of its plot.
+        label: of the axis, with its unit.
+        what: is measured, in a line.
+        values: of the axis, from small to large.
+        case: what to measure at a value, in a folder of its own; raises `Skip` where that cannot
+            be done here.
+    """
+
+    name: str
+    label: str
+    what: str
+    values: tuple[int, ...]
+    case: Callable[[int, Setting], Case]
+
+
+# ------------------------------------------------------------------------------------------- cases
+def _image_size(pixels: int, setting: Setting) -> Case:
+    side = math.isqrt(pixels)
+    largest_trained = 384 if setting.device.type == "cpu" else 1024
+    return _model_case((side, side), 1, setting, training=side <= largest_trained)
+
+
+def _batch(images: int, setting: Setting) -> Case:
+    return _model_case(SMALL, images, setting, training=True)
+
+
+def _model_case(size: tuple[int, int], batch: int, setting: Setting, training: bool) -> Case:
+    images = [smooth_image(*size).to(setting.device) for _ in range(batch)]
+    targets = [to_device(random_target(*size, seed=i), setting.device) for i in range(batch)]
+    model = our_detector(MODEL, size, setting.device)
+    case = Case("", [Variant("inference, plain", inference_call(model, images))])
+    case.add(
+        "inference, optimized",
+        lambda: Variant(
+            "inference, optimized",
+            inference_call(optimized(model, torch.float32, False), images),
+        ),
+    )
+    if training:
+        case.variants.append(Variant("training step", our_step(MODEL, size, images, targets)[2]))
+    return case
+
+
+def _objects(objects: int, setting: Setting) -> Case:
+    case = Case("", [])
+    for name in HEADS:
+        target = to_device(random_target(*MEDIUM, objects=objects), setting.device)
+        _add_losses(case, name, target, NUM_CLASSES, MEDIUM, setting)
+    return case
+
+
+def _classes(classes: int, setting: Setting) -> Case:
+    case = Case("", [])
+    size = (256, 320)
+    for name in HEADS:
+        target = to_device(random_target(*size, classes=classes), setting.device)
+        head, maps = _add_losses(case, name, target, classes, size, setting)
+        detached = tuple([x.detach() for x in levels] for levels in maps)
+        case.variants.append(
+            Variant(
+                f"{LABELS[name]}: post-processing",
+                torch.inference_mode()(lambda h=head, m=detached: h.detect(m, [size])),
+            )
+        )
+    return case
+
+
+def _add_losses(
+    case: Case,
+    name: str,
+    target: dict[str, Tensor],
+    classes: int,
+    size: tuple[int, int],
+    setting: Setting,
+) -> tuple[torch.nn.Module, tuple[list[Tensor], ...]]:
+    """Assignment, and losses with gradients; gives the head and the maps."""
+    logits, distances, centerness = head_outputs(*size, classes=classes, anchors=HEADS[name][2])
+    boxes = distances if name == "fcos" else codes_like(logits, classes)
+    maps = (logits, boxes) + ((centerness,) if name == "fcos" else ())
+    maps = tuple([x.to(setting.device).requires_grad_() for x in levels] for levels in maps)
+    head = our_head(name, classes, setting.device)
+    shapes = map_shapes(*size)
+
+    def losses() -> None:
+        sum(head.losses(maps, [target]).values()).backward()
+        for levels in maps:
+            for x in levels:
+                x.grad = None
+
+    label = LABELS[name]
+    case.variants.append(Variant(f"{label}: assignment", lambda: head.assign(shapes, [target])))
+    case.variants.append(Variant(f"{label}: assignment and losses", losses))
+    return head, maps
+
+
+def _detections(count: int, setting: Setting) -> Case:
+    device, random = setting.device, generator(count)
+    maps = head_outputs(*MEDIUM, objects=0)
+    total = sum(x.numel() for x in maps[0])
+    sure = torch.randperm(total, generator=random)[:count].sort().values
+    first = 0
+    for level in maps[0]:
+        own = sure[(sure >= first) & (sure < first + level.numel())] - first
+        level.fill_(-10.0).view(-1)[own] = torch.rand(len(own), generator=random) * 4 - 2
+        first += level.numel()
+    maps = tuple([x.to(device) for x in levels] for levels in maps)
+    head = our_head("fcos", NUM_CLASSES, device)
+
+    objects = random_target(800, 1088, objects=max(1, count // 10), seed=1)
+    which = torch.arange(count) % len(objects["boxes"])
+    near = objects["boxes"][which] + torch.randn(count, 4, generator=random)
+    near, labels = near.to(device), objects["labels"][which].to(device)
+    scores = torch.rand(count, generator=random).to(device)
+    place = torch.arange(count)
+    corner = 10.0 * torch.stack((place % 1000, place // 1000), dim=1)
+    apart = torch.cat((corner, corner + 5), dim=1).to(device)
+    one_class = torch.ones_like(labels)
+    return Case(
+        "",
+        [
+            Variant(
+                "post-processing, so many candidates",
+                torch.inference_mode()(lambda: head.detect(maps, [MEDIUM])),
+            ),
+            Variant(
+                "NMS, 80 classes, ten boxes an object",
+                lambda: batched_nms(near, scores, labels, 0.6, legacy=True),
+            ),
+            Variant(
+                "NMS, one class, no overlap",
+                lambda: batched_nms(apart, scores, one_class, 0.6, legacy=True),
+            ),
+        ],
+    )
+
+
+AXES = (
+    Axis("image", "image size (pixels)", f"{MODEL}: one square image",
+         tuple(side**2 for side in (128, 192, 256, 384, 512, 768)), _image_size),
+    Axis("batch", "images in a batch", f"{MODEL}: images of {SMALL[0]}x{SMALL[1]}",
+         (1, 2, 4, 8), _batch),
+    Axis("objects", "objects in the image",
+         f"one image of {MEDIUM[0]}x{MEDIUM[1]}, {NUM_CLASSES} classes",
+         (1, 3, 10, 30, 100, 300, 1000), _objects),
+    Axis("classes", "classes", "one image of 256x320 with ten objects",
+         (1, 3, 10, 30, 100, 300, 1200), _classes),
+    Axis("detections", "candidates (post-processing) or boxes (NMS)",
+         f"one image of {MEDIUM[0]}x{MEDIUM[1]}, {NUM_CLASSES} classes",
+         (10, 30, 100, 300, 1000, 3000, 10000), _detections),
+)  # fmt: skip
+PROCESSES = (1, 2)
+
+
+# --------------------------------------------------------------------------------------- measuring
+def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
+    """Measure the axes of these names (all, if there are none), with progress on stderr.
+
+    What cannot be measured, or raises an exception, is reported with the axis; the rest goes on.
+
+    Raises:
+        ValueError: a name that no axis has.
+    """
+    known = [axis.name for axis in AXES] + ["processes"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no axis is called {name!r}; there are {', '.join(known)}")
+    chosen = [axis for axis in AXES if not names or axis.name in names]
+    report = {"format": FORMAT, "machine": machine.describe(setting.device), "axes": []}
+    for axis in chosen:
+        report["axes"].append(_measure_axis(axis, setting))
+    if not names or "processes" in names:
+        report["axes"].append(_measure_processes(setting))
+    return report
+
+
+def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
+    entry = _new_entry(axis.name, axis.label, axis.what)
+    values = axis.values[:3] if setting.quick else axis.values
+    watched = sys.stderr.isatty()
+    for value in tqdm(values, desc=axis.name, disable=not watched):
+        if not watched:
+            print(f"{axis.name}: {value}", file=sys.stderr, flush=True)
+        try:
+            case = axis.case(value, setting)
+            timings = measure(case, setting.device, EFFORT)
+        except Skip as reason:
+            entry["left_out"][str(value)] = str(reason)
+            continue
+        except Exception as error:
+            logger.warning("%s %d failed", axis.name, value, exc_info=True)
+            entry["errors"][str(value)] = f"{type(error).__name__}: {error}"
+            continue
+        entry["left_out"] |= case.unavailable
+        entry["errors"] |= {f"{key}, {value}": text for key, text in timings.errors.items()}
+        for name, seconds in timings.seconds.items():
+            _add_point(entry, name, value, seconds, timings.memory[name])
+    return _finish(entry)
+
+
+def _measure_processes(setting: Setting) -> dict[str, Any]:
+    """Training steps of one and of two processes started by torchrun, one image each."""
+    entry = _new_entry(
+        "processes",
+        "processes",
+        f"{MODEL}: a training step of one image of {SMALL[0]}x{SMALL[1]} for each process, one "
+        "thread each, through torchrun",
+    )
+    for count in PROCESSES:
+        print(f"processes: {count}", file=sys.stderr, flush=True)
+        with TemporaryDirectory(dir=setting.folder) as folder:
+            result = Path(folder) / "result.json"
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *(f"--nproc_per_node={count}", "-m", "nasfcos.benchmark.scaling"),
+                *(setting.device.type, MODEL, *map(str, SMALL), str(result)),
+            ]
+            if setting.cuda and torch.cuda.device_count() < count:
+                entry["left_out"][str(count)] = f"{torch.cuda.device_count()} GPUs"
+                continue
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0 or not result.exists():
+                logger.warning("%d processes failed:\n%s", count, done.stderr)
+                entry["errors"][str(count)] = f"torchrun ended with code {done.returncode}"
+                continue
+            found = json.loads(result.read_text())
+        _add_point(entry, "training step", count, found["seconds"], found["memory_bytes"])
+    return _finish(entry)
+
+
+def _new_entry(name: str, label: str, what: str) -> dict[str, Any]:
+    return {
+        "name": name, "label": label, "what": what, "curves": [], "left_out": {}, "errors": {},
+    }  # fmt: skip
+
+
+def _add_point(
+    entry: dict[str, Any], curve: str, x: int, seconds: Sequence[float], memory: int | None
+) -> None:
+    curves = {c["name"]: c for c in entry["curves"]}
+    if curve not in curves:
+        entry["curves"].append({"name": curve, "points": []})
+        curves[curve] = entry["curves"][-1]
+    point = {"x": x, "seconds": Summary.of(seconds).to_json(), "memory_bytes": memory}
+    curves[curve]["points"].append(point)
+
+
+def _finish(entry: dict[str, Any]) -> dict[str, Any]:
+    """Add the exponents of growth."""
+    for curve in entry["curves"]:
+        points = curve["points"]
+        x = [point["x"] for point in points]
+        curve["time_exponent"] = growth_exponent(x, [p["seconds"]["median"] for p in points])
+        memory = [point["memory_bytes"] or 0 for point in points]
+        curve["memory_exponent"] = growth_exponent(x, memory)
+    return entry
+
+
+def failed(report: dict[str, Any]) -> bool:
+    """Whether something in a report raised an exception."""
+    return any(axis["errors"] for axis in report["axes"])
+
+
+def format_growth(report: dict[str, Any]) -> str:
+    """A table an axis: for each curve the times and the memory along it, and the exponents."""
+    return "\n\n".join(map(_format_axis, report["axes"]))
+
+
+def _format_axis(axis: dict[str, Any]) -> str:
+    values = sorted({point["x"] for curve in axis["curves"] for point in curve["points"]})
+    columns: list[list[str]] = [["", *(str(x) for x in values), "exponent"]]
+    for curve in axis["curves"]:
+        points = {point["x"]: point for point in curve["points"]}
+        times = [seconds_text(points[x]["seconds"]["median"]) if x in points else ""
+                 for x in values]  # fmt: skip
+        sizes = [bytes_text(points[x]["memory_bytes"]) if x in points else "" for x in values]
+        columns.append([curve["name"], *times, f"{curve['time_exponent']:.2f}"])
+        columns.append(["memory", *sizes, f"{curve['memory_exponent']:.2f}"])
+    lines = [axis["name"], f"  {axis['what']}; down: {axis['label']}"]
+    lines += _stacked(columns)
+    lines += [f"  {key}: skipped: {reason}" for key, reason in axis["left_out"].items()]
+    lines += [f"  {key}: FAILED: {reason}" for key, reason in axis["errors"].items()]
+    return "\n".join(lines)
+
+
+def _stacked(columns: list[list[str]], curves: int = 2) -> list[str]:
+    """Tables of so many curves each, one below the other, so that lines stay short."""
+    first, rest = columns[0], columns[1:]
+    lines = []
+    for start in range(0, len(rest), 2 * curves):
+        lines += aligned([first, *rest[start : start + 2 * curves]])
+    return lines

@@ -1,0 +1,58 @@
+"""One process of a job that torchrun started: training steps together with the others, timed.
+
+Arguments: device, config (of `detectors.OURS`), height, width, and the file that process 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..engine import distributed
+from ..engine.train import forward_backward, update
+from .detectors import our_step
+from .inputs import random_target, smooth_image, to_device
+from .measure import synchronize
+from .memory import peak_bytes
+
+WARMUPS, STEPS = 2, 7
+
+
+def main(device_name: str, name: str, height: str, width: str, result: str) -> None:
+    size = int(height), int(width)
+    with distributed.session(device_name) as device:
+        torch.set_num_threads(1)
+        images = [smooth_image(*size, seed=distributed.rank()).to(device)]
+        targets = [to_device(random_target(*size, seed=distributed.rank()), device)]
+        model: nn.Module
+        model, optimizer, _ = our_step(name, size, images, targets)
+        if distributed.world_size() > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+        def step() -> None:
+            forward_backward(model, images, targets, scaler)
+            update(optimizer, scaler)
+
+        seconds = []
+        for number in range(WARMUPS + STEPS):
+            distributed.barrier()
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            distributed.barrier()
+            if number >= WARMUPS:
+                seconds.append(time.perf_counter() - started)
+        memory = peak_bytes(step, device)
+        if distributed.rank() == 0:
+            Path(result).write_text(json.dumps({"seconds": seconds, "memory_bytes": memory}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

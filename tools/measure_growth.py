@@ -1,0 +1,57 @@
+"""Measure how time and memory grow with the size of the work.
+
+python tools/measure_growth.py --json output/growth.json --plots output/growth
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nasfcos.benchmark.growth import failed, format_growth, measure_growth
+from nasfcos.benchmark.plots import plot_growth
+from nasfcos.benchmark.setting import Setting
+from nasfcos.config import ConfigError
+from nasfcos.engine.distributed import resolve_device
+from nasfcos.evaluation.files import write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Measure how time and memory grow with image size, batch, objects in an image, "
+        "classes, detections and processes."
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="the smaller values only")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="AXIS",
+        help="of image, batch, objects, classes, detections, processes",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--plots", metavar="FOLDER", help="write a picture of each axis there")
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    args = parser.parse_args()
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error("--threads must be positive")
+        torch.set_num_threads(args.threads)
+    try:
+        device = resolve_device(args.device)
+        with tempfile.TemporaryDirectory(prefix="nasfcos_growth_") as folder:
+            report = measure_growth(args.only, Setting(device, Path(folder), args.quick))
+    except (ValueError, ConfigError) as error:
+        parser.error(str(error))
+    if args.json:
+        write_json(args.json, report, indent=2)
+    if args.plots:
+        for axis in report["axes"]:
+            if axis["curves"]:
+                plot_growth(axis, Path(args.plots) / f"growth_{axis['name']}.png")
+    print(format_growth(report))
+    return int(failed(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
