@@ -57,8 +57,9 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+// That of maps of which these may be some channels.
 at::MemoryFormat format_of(const Tensor& maps) {
-  const bool last = maps.is_contiguous(at::MemoryFormat::ChannelsLast) && !maps.is_contiguous();
+  const bool last = maps.size(1) > 1 && maps.stride(1) == 1 && !maps.is_contiguous();
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 

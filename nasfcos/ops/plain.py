@@ -143,8 +143,9 @@ def modulated_deform_conv2d_backward(
 
 
 def memory_format(maps: Tensor) -> torch.memory_format:
-    """The memory format that the deformable convolution gives to what belongs to these maps."""
-    last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    """The memory format that the deformable convolution gives to what belongs to these maps, which
+    may be some channels of others."""
+    last = maps.shape[1] > 1 and maps.stride(1) == 1 and not maps.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 

@@ -40,8 +40,6 @@ from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
 from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
-from ..models.layers import ModulatedDeformConv
-from ..models.necks.nas_fpn import Concat, FPNCell, WeightedSum
 from .cache import FeatureCache
 from .cost import latency_ms, multiply_adds
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
@@ -109,39 +107,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.neck = nn.Identity() if neck is None else neck
         self.head = head
-        for module in self.modules():
-            if isinstance(module, (WeightedSum, Concat, ModulatedDeformConv)):
-                module.register_forward_pre_hook(_all_channels_last)
-            if isinstance(module, (FPNCell, ModulatedDeformConv)):
-                module.register_forward_hook(_channels_last_output)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         """Maps [N, C, H, W] by level to the head's raw outputs."""
         return self.head(self.neck(maps))
-
-
-class _ChannelsLast(torch.autograd.Function):
-    """Nothing but the layout: map and gradient go on channels last.
-
-    The deformable convolution gives maps (and gradients) of the other layout, as do some gradients
-    of other layers. Where two layouts meet, each layer behind takes several times longer.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last).view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=torch.channels_last)
-
-
-def _all_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(_ChannelsLast.apply(x) for x in inputs)
-
-
-def _channels_last_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return _ChannelsLast.apply(output)
 
 
 def build_decoder(

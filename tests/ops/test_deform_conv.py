@@ -189,7 +189,10 @@ def test_memory_layout_of_the_arguments(layout):
 def test_memory_format_of_the_results(format, version, device):
     """As the fake kernels say, on which compiled code relies."""
     tensors, geometry = random_case("batch, more than one chunk", torch.float32)
-    x, offset, mask, weight = (t.to(device).contiguous(memory_format=format) for t in tensors[:4])
+    x, offset, mask, weight = (t.to(device) for t in tensors[:4])
+    x, weight = (t.contiguous(memory_format=format) for t in (x, weight))
+    both = torch.cat((offset, mask), dim=1).contiguous(memory_format=format)
+    offset, mask = both.split((offset.shape[1], mask.shape[1]), dim=1)
     args = (geometry["stride"], geometry["padding"], geometry["dilation"], 2)
     operators = plain if version == "plain" else torch.ops.nasfcos
     output = operators.modulated_deform_conv2d(x, offset, mask, weight, None, *args)
