@@ -26,7 +26,7 @@ from .data.transforms import resize, to_uint8_tensor
 from .engine.checkpoint import newest_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
-from .engine.test import to_original_size
+from .engine.test import inference_form, to_original_size
 from .evaluation.files import replacing
 from .models.build import build_detector
 from .models.weights import Weights, WeightsError, load_weights, read_weights
@@ -53,7 +53,7 @@ class Predictor:
         >>> [predictor.class_names[label - 1] for label in found["labels"]]
 
     Attributes:
-        model: the detector, in evaluation mode.
+        model: the detector, in its form for inference in TEST.DTYPE.
         class_names: the name of label n at n - 1: as the weights record them, else those of the
             training data of the config, else "1", "2", ...
     """
@@ -71,7 +71,7 @@ class Predictor:
                 names an ImageNet backbone the newest checkpoint in OUTPUT_DIR.
 
         Raises:
-            ConfigError: there are no weights of a detector.
+            ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
             WeightsError: the weights cannot be read or are those of another model.
         """
         source = weights if weights is not None else _find_weights(cfg)
@@ -81,9 +81,9 @@ class Predictor:
         classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
         self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
-        self.model = build_detector(cfg, classes)
-        load_weights(self.model, recorded)
-        self.model.to(self.device).eval()
+        model = build_detector(cfg, classes)
+        load_weights(model, recorded)
+        self.model = inference_form(cfg, model.to(self.device))
         self.min_size = cfg.INPUT.MIN_SIZE_TEST
         self.max_size = cfg.INPUT.MAX_SIZE_TEST
 

@@ -126,6 +126,16 @@ def test_what_is_no_image_is_refused(predictor, tmp_path):
             predictor(bad)
 
 
+def test_dtype(cfg, checkpoint, picture):
+    exact = Predictor(cfg, checkpoint)(picture)
+    rounded = Predictor(small_config("TEST.DTYPE", "bfloat16"), checkpoint)(picture)
+    assert rounded["scores"].dtype == rounded["boxes"].dtype == torch.float32
+    assert not torch.equal(rounded["scores"], exact["scores"])
+    torch.testing.assert_close(rounded["scores"][:10], exact["scores"][:10], rtol=0.02, atol=0.001)
+    with pytest.raises(ConfigError, match="TEST.DTYPE: float16 needs a GPU"):
+        Predictor(small_config("TEST.DTYPE", "float16"), checkpoint)
+
+
 def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoint):
     assert Predictor(cfg, checkpoint).class_names == CLASSES
     nameless = {"model": torch.load(checkpoint, weights_only=True)["model"]}

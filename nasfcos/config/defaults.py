@@ -163,6 +163,9 @@ _C.SOLVER.LOG_PERIOD = 20
 _C.TEST = CN()
 # Images of one batch over all processes.
 _C.TEST.IMS_PER_BATCH = 8
+# Of maps and weights in testing and prediction: float32, or bfloat16 or float16 where the device
+# multiplies those faster.
+_C.TEST.DTYPE = "float32"
 # Iterations between evaluations while training; 0: only at the end.
 _C.TEST.EVAL_PERIOD = 0
 # Class probability below which a prediction is dropped before NMS.

@@ -44,6 +44,7 @@ CHOICES = {
     "SOLVER.SCHEDULE": ("step", "cosine"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "SOLVER.AMP": ("off", "bf16", "fp16"),
+    "TEST.DTYPE": ("float32", "bfloat16", "float16"),
     "SEARCH.PROXY.AMP": ("off", "bf16"),
     "SEARCH.STRATEGY": ("ppo", "random", "evolution"),
     "SEARCH.OBJECTIVE.COST": ("none", "flops", "latency"),

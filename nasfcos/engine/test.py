@@ -16,7 +16,8 @@ from ..boxes import clip_boxes
 from ..config import ConfigError
 from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
 from ..evaluation import evaluate, format_metrics
-from ..models import build_detector, load_weights
+from ..models import Detector, build_detector, load_weights, optimize_for_inference
+from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from . import distributed
 from .checkpoint import check_classes, newest_weights
@@ -32,9 +33,12 @@ Detections = dict[int, dict[str, Tensor]]
 
 
 def test(
-    cfg: CfgNode, model: nn.Module, device: torch.device, classes: Sequence[str] | None = None
+    cfg: CfgNode, model: Detector, device: torch.device, classes: Sequence[str] | None = None
 ) -> dict[str, dict]:
-    """Detect in every data set of DATASETS.TEST and measure; the model comes back as it was.
+    """Detect in every data set of DATASETS.TEST and measure.
+
+    What detects is a copy of the model for inference in TEST.DTYPE; the model itself stays as it
+    is.
 
     Writes ``inference/<data set>/bbox.json`` and ``metrics.json`` in OUTPUT_DIR.
 
@@ -48,8 +52,7 @@ def test(
         On process 0 the metrics (see `nasfcos.evaluation.evaluate`) of each data set by name; on
         the others an empty dict.
     """
-    training = model.training
-    model.eval()
+    fast = inference_form(cfg, model)
     results = {}
     for name in cfg.DATASETS.TEST:
         dataset = build_dataset(cfg, name, classes)
@@ -58,7 +61,7 @@ def test(
         )
         logger.info("%s: testing on %d images", name, len(dataset))
         start = time.perf_counter()
-        shares = distributed.gather(detect(model, loader, device, title=name))
+        shares = distributed.gather(detect(fast, loader, device, title=name))
         if shares is not None:
             detections, seconds = merge(shares), time.perf_counter() - start
             logger.info(
@@ -69,11 +72,22 @@ def test(
             results[name] = evaluate(dataset, detections, folder)
             logger.info("%s: results in %s\n%s", name, folder, format_metrics(results[name]))
         distributed.barrier()
-    model.train(training)
     return results
 
 
 test.__test__ = False  # not a test case, whatever pytest makes of the name
+
+
+def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
+    """The model for inference in TEST.DTYPE.
+
+    Raises:
+        ConfigError: a dtype that its device does not take.
+    """
+    try:
+        return optimize_for_inference(model, getattr(torch, cfg.TEST.DTYPE))
+    except ValueError as error:
+        raise ConfigError(f"TEST.DTYPE: {error}") from error
 
 
 def load_test_model(

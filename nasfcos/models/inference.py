@@ -43,10 +43,13 @@ def optimize_for_inference(
         a module that is called as the detector is in evaluation mode.
 
     Raises:
-        ValueError: a dtype other than float32, bfloat16 and float16.
+        ValueError: a dtype other than float32, bfloat16 and, on a GPU, float16.
     """
+    device = next(model.parameters()).device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"detectors run in float32, bfloat16 or float16, not {dtype}")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("float16 needs a GPU; take bfloat16 or float32 on the CPU")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         for part in (model.backbone, model.neck, model.head):

@@ -110,6 +110,8 @@ def test_only_inference():
         fast([])
     with pytest.raises(ValueError, match="not torch.float64"):
         nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float64)
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float16)
 
 
 @pytest.mark.parametrize("limit", [None, 6.0])
