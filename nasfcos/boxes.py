@@ -23,11 +23,12 @@ def legacy_areas(boxes: Tensor) -> Tensor:
 
 def legacy_iou(a: Tensor, b: Tensor) -> Tensor:
     """Legacy intersection over union [N, M] of boxes [N, 4] and [M, 4]."""
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    sides = (bottom_right - top_left + 1).clamp(min=0)
-    intersection = sides[..., 0] * sides[..., 1]
-    return intersection / (legacy_areas(a)[:, None] + legacy_areas(b)[None] - intersection)
+    x0, y0, x1, y1 = a.t()[..., None]
+    left, top, right, bottom = b.t().contiguous()  # in one piece each is read far faster
+    width = torch.minimum(x1, right).sub_(torch.maximum(x0, left)).add_(1).clamp_(min=0)
+    height = torch.minimum(y1, bottom).sub_(torch.maximum(y0, top)).add_(1).clamp_(min=0)
+    intersection = width * height
+    return intersection / (legacy_areas(a)[:, None] + legacy_areas(b)).sub_(intersection)
 
 
 def clip_boxes(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:

@@ -95,13 +95,12 @@ class Detector(nn.Module):
     def _checked_targets(
         self, images: Sequence[Tensor], targets: Targets | None
     ) -> list[dict[str, Tensor]]:
-        """The targets on the model's device; values are checked where that costs no waiting."""
+        """The targets, where they lie; values are checked where that costs no waiting."""
         if targets is None or len(targets) != len(images):
             given = "none" if targets is None else len(targets)
             raise ValueError(
                 f"in training mode every image needs a target; {len(images)} images, {given} given"
             )
-        device = self.preprocess.mean.device
         checked = []
         for index, target in enumerate(targets):
             for key in ("boxes", "labels"):
@@ -115,12 +114,7 @@ class Detector(nn.Module):
                 )
             if boxes.device.type == "cpu" and len(boxes):
                 self._check_values(boxes, labels, index)
-            checked.append(
-                {
-                    "boxes": boxes.to(device, torch.float32, non_blocking=True),
-                    "labels": labels.to(device, torch.int64, non_blocking=True),
-                }
-            )
+            checked.append({"boxes": boxes.float(), "labels": labels.long()})
         return checked
 
     def _check_values(self, boxes: Tensor, labels: Tensor, index: int) -> None:

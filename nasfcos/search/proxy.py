@@ -156,9 +156,10 @@ class Examples:
         head = head.to(device)
         assigned = []
         for target in cache.targets:
-            one = head.assign(shapes, [{key: x.to(device) for key, x in target.items()}])
+            one = head.assign(shapes, [target])
+            positive = (one.labels[0] > 0).nonzero().squeeze(1)
             # Half a million labels an image (RetinaNet at 800 pixels) deserve less than int64.
-            assigned.append((one.labels.to(torch.int16), one.positive, one.wanted))
+            assigned.append((one.labels.to(torch.int16), positive, one.wanted[0, positive]))
         labels, positive, wanted = zip(*assigned, strict=True)
         self._labels = torch.cat(labels)
         self._positive, self._wanted = list(positive), list(wanted)
@@ -182,12 +183,11 @@ class Examples:
         counts = torch.tensor([len(self._positive[row]) for row in rows])
         first = torch.arange(len(rows)) * self._labels.shape[1]
         offset = first.repeat_interleave(counts).to(self.device, non_blocking=True)
-        assignment = Assignment(
-            self._labels[indices.to(self.device, non_blocking=True)].long(),
-            torch.cat([self._positive[row] for row in rows]) + offset,
-            torch.cat([self._wanted[row] for row in rows]),
-        )
-        return maps, assignment
+        labels = self._labels[indices.to(self.device, non_blocking=True)].long()
+        wanted = torch.zeros(labels.numel(), 4, device=self.device)
+        positive = torch.cat([self._positive[row] for row in rows]) + offset
+        wanted[positive] = torch.cat([self._wanted[row] for row in rows])
+        return maps, Assignment(labels, wanted.view(*labels.shape, 4))
 
 
 def open_examples(

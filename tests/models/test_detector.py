@@ -11,7 +11,7 @@ import nasfcos
 from nasfcos.boxes import legacy_sizes
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models.heads.dense import STRIDES, Candidates, PostProcess, threshold_logit
-from nasfcos.models.heads.fcos import assign_fcos, fcos_locations
+from nasfcos.models.heads.fcos import WORD, assign_fcos
 from nasfcos.models.heads.retinanet import (
     BACKGROUND,
     BETWEEN,
@@ -19,11 +19,10 @@ from nasfcos.models.heads.retinanet import (
     decode,
     encode,
     match_anchors,
-    shift_anchors,
 )
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
-from nasfcos.ops import nms
+from nasfcos.ops import nms, sigmoid_focal_loss
 
 TINY = [
     "MODEL.DEVICE", "cpu", "MODEL.NUM_CLASSES", 3, "MODEL.RESNET.BLOCKS", [1, 1, 1, 1],
@@ -37,6 +36,8 @@ CELLS = [
     [[3, 4, 1, 4, 0]],
     [[1, 1, 4, 0, 1]],
 ]
+SHAPES = [(9, 12), (5, 6), (3, 3), (2, 2), (1, 1)]
+SIZES = [(70, 90), (66, 96)]
 
 
 def tiny(*overrides):
@@ -237,33 +238,61 @@ def random_boxes(count, generator):
 
 
 def test_fcos_assignment_against_a_plain_loop():
+    """Two images, more boxes than a word has bits."""
     generator = torch.Generator().manual_seed(1)
-    boxes = random_boxes(12, generator)
-    boxes[3] = boxes[2]  # a tie of areas: the first wins
-    labels = torch.arange(1, 13)
-    shapes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
-    locations = [
-        fcos_locations(*shape, stride, "cpu") for shape, stride in zip(shapes, STRIDES, strict=True)
+    targets = [
+        {"boxes": random_boxes(count, generator), "labels": torch.randint(1, 4, (count,))}
+        for count in (12, 2 * WORD + 3)
     ]
+    targets[0]["boxes"][3] = targets[0]["boxes"][2]  # a tie of areas: the first wins
+    targets[0]["labels"][2:4] = torch.tensor([1, 2])
+    shapes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
     ranges = [(-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)]
-    got_labels, got_distances = assign_fcos(locations, ranges, {"boxes": boxes, "labels": labels})
-    index = positives = 0
-    for (rows, columns), stride, (low, high) in zip(shapes, STRIDES, ranges, strict=True):
-        for y, x in itertools.product(range(rows), range(columns)):
-            px, py = x * stride + stride // 2, y * stride + stride // 2
-            best = None
-            for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                distances = (px - box[0], py - box[1], box[2] - px, box[3] - py)
-                if min(distances) > 0 and low <= max(distances) <= high:
-                    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
-                    if best is None or area < best[0]:
-                        best = (area, label, distances)
-            assert got_labels[index].item() == (best[1] if best else 0)
-            if best:
-                positives += 1
-                assert got_distances[index].tolist() == list(best[2])
-            index += 1
-    assert positives > 100 and 4 not in got_labels
+    got = tiny().head.assign(shapes, targets)
+    indices = assign_fcos(shapes, ranges, targets[0]["boxes"][None])[0]
+    assert 2 in indices and 3 not in indices
+    positives = 0
+    for target, got_labels, got_distances in zip(targets, got.labels, got.wanted, strict=True):
+        index = 0
+        for (rows, columns), stride, (low, high) in zip(shapes, STRIDES, ranges, strict=True):
+            for y, x in itertools.product(range(rows), range(columns)):
+                px, py = x * stride + stride // 2, y * stride + stride // 2
+                best = None
+                for box, label in zip(target["boxes"].tolist(), target["labels"], strict=True):
+                    distances = (px - box[0], py - box[1], box[2] - px, box[3] - py)
+                    if min(distances) > 0 and low <= max(distances) <= high:
+                        area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+                        if best is None or area < best[0]:
+                            best = (area, label, distances)
+                assert got_labels[index].item() == (best[1] if best else 0)
+                if best:
+                    positives += 1
+                    assert got_distances[index].tolist() == list(best[2])
+                index += 1
+    assert positives > 300
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_assignment_of_a_batch_is_that_of_each_image(head):
+    generator = torch.Generator().manual_seed(4)
+    head = tiny("MODEL.HEAD.NAME", head).head
+    targets = [
+        {"boxes": random_boxes(count, generator), "labels": torch.randint(1, 4, (count,))}
+        for count in (3, 0, 40)
+    ]
+    together = head.assign(SHAPES, targets)
+    for index, target in enumerate(targets):
+        alone = head.assign(SHAPES, [target])
+        assert torch.equal(together.labels[index], alone.labels[0])
+        positive = alone.labels[0] > 0
+        assert positive.any() == (index != 1)
+        assert torch.equal(together.wanted[index][positive], alone.wanted[0][positive])
+        if head.box_pred.out_channels > 4:
+            anchors = torch.cat(head.anchors(SHAPES))[positive]
+            match = match_anchors(torch.cat(head.anchors(SHAPES)), target["boxes"], 0.5, 0.4)
+            boxes = decode(alone.wanted[0][positive], anchors)
+            wanted = target["boxes"][match[positive]]
+            torch.testing.assert_close(boxes, wanted, rtol=1e-4, atol=1e-2)
 
 
 def test_anchor_matching_against_a_plain_loop():
@@ -306,8 +335,66 @@ def test_anchors():
     torch.testing.assert_close(heights, torch.cat([h * scale for h in (6, 8, 12)]))
     assert anchors[0].tolist() == [-18, -8, 25, 15]
     torch.testing.assert_close((anchors[:, :2] + anchors[:, 2:]) / 2, torch.full((9, 2), 3.5))
-    shifted = shift_anchors(anchors, 2, 3, 8).reshape(2, 3, 9, 4)
+    levels = tiny("MODEL.HEAD.NAME", "retinanet").head.anchors(SHAPES)
+    assert [len(level) for level in levels] == [h * w * 9 for h, w in SHAPES]
+    shifted = levels[0].reshape(*SHAPES[0], 9, 4)
     torch.testing.assert_close(shifted[1, 2], anchors + torch.tensor([16.0, 8, 16, 8]))
+    torch.testing.assert_close(
+        levels[1][-9:], cell_anchors(16, [64 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
+        + torch.tensor([80.0, 64, 80, 64]),
+    )  # fmt: skip
+
+
+def plain_losses(head, outputs, assignment):
+    """With the places of objects picked out."""
+    flat = [
+        torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, channels) for x in maps], 1)
+        for maps, channels in zip(outputs, (head.num_classes, 4, 1), strict=False)
+    ]
+    labels = assignment.labels
+    positive = labels > 0
+    count = positive.sum().item()
+    predicted, wanted = flat[1][positive], assignment.wanted[positive]
+    classes = sigmoid_focal_loss(flat[0].flatten(0, 1), labels.flatten(), gamma=2.0, alpha=0.25)
+    losses = {"loss_cls": classes / (count + len(labels))}
+    if len(flat) == 2:
+        smooth = torch.nn.functional.smooth_l1_loss(predicted, wanted, beta=0.11, reduction="sum")
+        return losses | {"loss_box": smooth / (4 * count)}
+    left, top, right, bottom = wanted.unbind(1)
+    target = (
+        (torch.minimum(left, right) / torch.maximum(left, right))
+        * (torch.minimum(top, bottom) / torch.maximum(top, bottom))
+    ).sqrt()
+    inside = torch.minimum(predicted, wanted)
+    area = lambda x: (x[:, 0] + x[:, 2]) * (x[:, 1] + x[:, 3])  # noqa: E731
+    union = area(predicted) + area(wanted) - area(inside)
+    box = -torch.log((area(inside) + 1) / (union + 1))
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    return losses | {
+        "loss_box": (box * target).sum() / target.sum(),
+        "loss_centerness": cross_entropy(flat[2][positive].squeeze(1), target),
+    }
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_losses_against_places_picked_out(head, layout):
+    head = tiny("MODEL.HEAD.NAME", head).head
+    outputs = [[x.requires_grad_() for x in maps] for maps in known_outputs(head, layout)]
+    maps = [x for level in outputs for x in level]
+    targets = [target((5, 3, 40, 50, 1), (30, 20, 90, 60, 3)), target()]
+    assignment = head.assign(SHAPES, targets)
+    expected = plain_losses(head, outputs, assignment)
+    losses = {name: term.loss for name, term in head.loss_terms(outputs, assignment).items()}
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=0)
+        got, wanted = (
+            torch.autograd.grad(x, maps, allow_unused=True, materialize_grads=True)
+            for x in (loss, expected[name])
+        )
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
 def test_box_code_round_trip():
@@ -320,10 +407,6 @@ def test_box_code_round_trip():
 
 
 # ----------------------------------------------------------------------- post-processing
-
-SHAPES = [(9, 12), (5, 6), (3, 3), (2, 2), (1, 1)]
-SIZES = [(70, 90), (66, 96)]
-
 
 def known_outputs(head, layout=torch.contiguous_format, dtype=torch.float32, seed=0):
     """Raw outputs of a head for two images: class probabilities from nearly 0 to nearly 1."""
@@ -355,11 +438,13 @@ def plain_detections(head, outputs, sizes):
             probabilities = maps[0].reshape(-1, head.num_classes).sigmoid()
             predicted = maps[1].reshape(-1, 4)
             if len(maps) == 3:
-                points = fcos_locations(h, w, STRIDES[level], "cpu")
+                y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+                stride = STRIDES[level]
+                points = torch.stack((x, y), dim=2).view(-1, 2) * stride + stride // 2
                 boxes = torch.cat((points - predicted[:, :2], points + predicted[:, 2:]), dim=1)
                 factor = maps[2].reshape(-1).sigmoid()
             else:
-                anchors = shift_anchors(head.get_buffer(f"anchors{level}"), h, w, STRIDES[level])
+                anchors = head.anchors(shapes)[level]
                 boxes, factor = decode(predicted, anchors), torch.ones(len(anchors))
             found = [
                 (probability * factor[place], class_, boxes[place])

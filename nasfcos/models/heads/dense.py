@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...boxes import clip_boxes
-from ...ops import batched_nms
+from ...ops import batched_nms, sigmoid_focal_loss
 
 Detections = dict[str, Tensor]
 """``boxes`` [N, 4] legacy xyxy in pixels, ``scores`` [N], ``labels`` [N] from 1; best first."""
@@ -32,16 +32,15 @@ STRIDES = (8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a head should predict for N images, at the L places (or anchors) of all their levels.
+    """What a head should predict for N images, at the L places of all their levels.
 
     Attributes:
         labels: [N, L] int64, 0 background, -1 ignored.
-        positive: [P] int64, the places of objects, ascending indices into the N * L.
-        wanted: [P, 4] what the head should predict of the boxes there.
+        wanted: [N, L, 4] what the head should predict of the boxes; means nothing but where there
+            is an object.
     """
 
     labels: Tensor
-    positive: Tensor
     wanted: Tensor
 
 
@@ -52,7 +51,7 @@ class LossTerm(NamedTuple):
     """
 
     loss: Tensor
-    weight: Tensor | float
+    weight: Tensor
 
 
 class Cells(NamedTuple):
@@ -194,7 +193,7 @@ class DenseHead(nn.Module):
         raise NotImplementedError
 
     def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
-        """What to predict for targets on the head's device, on maps of these (height, width)."""
+        """What to predict on maps of these (height, width). Nothing waits for a GPU."""
         raise NotImplementedError
 
     def loss_terms(
@@ -202,6 +201,24 @@ class DenseHead(nn.Module):
     ) -> dict[str, LossTerm]:
         """The named loss terms of a batch, normalised over this process's images."""
         raise NotImplementedError
+
+    def class_loss(self, logits: Sequence[Tensor], labels: Tensor) -> LossTerm:
+        """The focal loss of all levels' logits, over positives + images.
+
+        Level by level, so that maps that lie channels last are not copied.
+        """
+        parts = labels.split([x[0].numel() // self.num_classes for x in logits], dim=1)
+        total = sum(
+            sigmoid_focal_loss(
+                flatten_map(x, self.num_classes).flatten(0, 1),
+                part.flatten(),
+                gamma=self.focal_gamma,
+                alpha=self.focal_alpha,
+            )
+            for x, part in zip(logits, parts, strict=True)
+        )
+        examples = (labels > 0).sum() + len(labels)
+        return LossTerm(total / examples, examples)
 
     def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
         """The named losses (scalars) of a batch: its `loss_terms` for what `assign` says."""
@@ -289,6 +306,27 @@ def read_cells(maps: Sequence[Tensor], cells: Cells, channels: int) -> Tensor:
     return torch.cat(rows).unflatten(1, (-1, channels)).flatten(0, 1).float()
 
 
+def all_cells(shapes: Sequence[tuple[int, int]], device: torch.device) -> Cells:
+    """All cells of maps of these (height, width) for one image."""
+    counts = [height * width for height, width in shapes]
+    index = torch.arange(sum(counts), device=device)
+    return locate_cells(index, counts, [(1, 0, *shape) for shape in shapes])
+
+
+def padded_targets(targets: Targets, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The boxes [N, M, 4] and labels [N, M] of all images, M the most of any (at least one): empty
+    boxes of label 0, which hold no place and overlap with nothing, make up the rest."""
+    most = max(1, *(len(target["boxes"]) for target in targets))
+    source = targets[0]["boxes"].device
+    boxes = torch.zeros(len(targets), most, 4, device=source)
+    boxes[..., 2:] = -1
+    labels = torch.zeros(len(targets), most, dtype=torch.int64, device=source)
+    for index, target in enumerate(targets):
+        boxes[index, : len(target["boxes"])] = target["boxes"]
+        labels[index, : len(target["labels"])] = target["labels"]
+    return to_device(boxes, device), to_device(labels, device)
+
+
 def nonzero(mask: Tensor) -> Tensor:
     """The indices [K] of the true elements of a mask [L]."""
     if mask.device.type == "cpu":  # ten times as fast as torch's
@@ -297,8 +335,10 @@ def nonzero(mask: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device; the host does not wait for a GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on another device; the host does not wait for a GPU."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def prediction_layer(in_channels: int, out_channels: int, bias: float = 0.0) -> nn.Conv2d:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...boxes import legacy_areas
-from ...ops import sigmoid_focal_loss
 from ..layers import Scale, group_norm
 from ..registry import HEADS
 from .dense import (
@@ -21,9 +21,12 @@ from .dense import (
     LossTerm,
     PostProcess,
     Targets,
+    all_cells,
     flatten_levels,
+    padded_targets,
     prediction_layer,
     prior_bias,
+    to_device,
 )
 from .towers import Tower, build_towers
 
@@ -82,17 +85,18 @@ class FCOSHead(DenseHead):
         ]
         return logits, distances, centerness
 
+    @torch.no_grad()
     def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
-        """`assign_fcos` of each image; wanted are the distances."""
+        """`assign_fcos`; wanted are the distances."""
         device = self.cls_logits.weight.device
-        locations = [
-            fcos_locations(*shape, stride, device)
-            for shape, stride in zip(shapes, STRIDES, strict=True)
-        ]
-        assigned = [assign_fcos(locations, self.size_ranges, target) for target in targets]
-        labels, distances = map(torch.stack, zip(*assigned, strict=True))
-        positive = labels.flatten().nonzero().squeeze(1)
-        return Assignment(labels, positive, distances.flatten(0, 1)[positive])
+        boxes, box_labels = padded_targets(targets, device)
+        winner = assign_fcos(shapes, self.size_ranges, boxes)
+        box = winner.clamp(min=0)
+        labels = torch.where(winner < 0, 0, box_labels.gather(1, box))
+        points = self.places(all_cells(shapes, device))
+        corners = boxes.gather(1, box[..., None].expand(-1, -1, 4))
+        distances = torch.cat((points - corners[..., :2], corners[..., 2:] - points), dim=2)
+        return Assignment(labels, distances)
 
     def loss_terms(
         self, outputs: tuple[list[Tensor], ...], assignment: Assignment
@@ -101,28 +105,26 @@ class FCOSHead(DenseHead):
         over positives + images, centerness-weighted IoU loss over the sum of its weights, mean
         cross-entropy of centerness over positives)."""
         logits, distances, centerness = outputs
-        positive, wanted = assignment.positive, assignment.wanted
-        examples = len(positive) + len(assignment.labels)
-        loss_cls = sigmoid_focal_loss(
-            flatten_levels(logits, self.num_classes).flatten(0, 1),
-            assignment.labels.flatten(),
-            gamma=self.focal_gamma,
-            alpha=self.focal_alpha,
-        ) / examples
-
-        predicted = flatten_levels(distances, 4).flatten(0, 1)[positive]
-        center_logits = flatten_levels(centerness, 1).flatten()[positive].float()
-        if len(positive) == 0:  # empty sums: zero, and every parameter keeps its gradient
-            box_weight, loss_box, loss_centerness = 0.0, predicted.sum(), center_logits.sum()
-        else:
-            weight = centerness_targets(wanted)
-            box_weight = weight.sum()
-            loss_box = (iou_loss(predicted, wanted) * weight).sum() / box_weight
-            loss_centerness = F.binary_cross_entropy_with_logits(center_logits, weight)
+        # All places take part, those without an object at no weight: how many have one, and which,
+        # only the device knows.
+        positive = assignment.labels > 0
+        predicted, wanted = (
+            torch.where(positive[..., None], x, 1.0)
+            for x in (flatten_levels(distances, 4), assignment.wanted)
+        )
+        weight = torch.where(positive, centerness_targets(wanted), 0.0)
+        box_weight, count = weight.sum(), positive.sum()
+        loss_box = (iou_loss(predicted, wanted) * weight).sum()
+        loss_centerness = F.binary_cross_entropy_with_logits(
+            flatten_levels(centerness, 1).squeeze(2).float(),
+            weight,
+            weight=positive.float(),
+            reduction="sum",
+        )
         return {
-            "loss_cls": LossTerm(loss_cls, examples),
-            "loss_box": LossTerm(loss_box, box_weight),
-            "loss_centerness": LossTerm(loss_centerness, len(positive)),
+            "loss_cls": self.class_loss(logits, assignment.labels),
+            "loss_box": LossTerm(loss_box / torch.where(count > 0, box_weight, 1.0), box_weight),
+            "loss_centerness": LossTerm(loss_centerness / count.clamp(min=1), count),
         }
 
     def places(self, cells: Cells) -> Tensor:
@@ -132,73 +134,100 @@ class FCOSHead(DenseHead):
         return decode_fcos(places, predictions)
 
 
-def fcos_locations(height: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """The image points (x, y) [height * width, 2] of a map's cells, row by row, in pixels."""
-    x = torch.arange(width, device=device, dtype=torch.float32) * stride + stride // 2
-    y = torch.arange(height, device=device, dtype=torch.float32) * stride + stride // 2
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack((grid_x.flatten(), grid_y.flatten()), dim=1)
-
-
 def decode_fcos(locations: Tensor, distances: Tensor) -> Tensor:
     """Boxes xyxy [..., 4] from points [..., 2] and distances (left, top, right, bottom)."""
     return torch.cat((locations - distances[..., :2], locations + distances[..., 2:]), dim=-1)
 
 
+# Boxes are handled by words of as many as a float32 has bits to tell apart.
+WORD = 24
+
+
 def assign_fcos(
-    locations: Sequence[Tensor],
-    size_ranges: Sequence[tuple[float, float]],
-    target: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """What each location of one image should predict.
+    shapes: Sequence[tuple[int, int]], size_ranges: Sequence[tuple[float, float]], boxes: Tensor
+) -> Tensor:
+    """The box that each location answers for.
 
     A location is positive for a box when it lies strictly inside and the largest of its distances
     lies in its level's range (both ends included). Of several boxes the one of least legacy area
     wins, the first on a tie.
 
+    All of that is asked for each column and each row of a map, which gives a bit for each box; at a
+    location those of its column and its row come together. So M boxes cost M / 24 words a location.
+
     Args:
-        locations: per level [L, 2].
+        shapes: (height, width) of each level.
         size_ranges: per level (lowest, highest) of the largest distance, in pixels.
-        target: ``boxes`` [M, 4], ``labels`` [M].
+        boxes: [N, M, 4], M at least one.
 
     Returns:
-        labels [sum of L] (0: background) and distances [sum of L, 4]; those of background locations
-        mean nothing.
+        [N, sum of height * width] indices into M, -1 for background.
     """
-    points = torch.cat(list(locations))
-    boxes, box_labels = target["boxes"], target["labels"]
-    if len(boxes) == 0:
-        return (
-            torch.zeros(len(points), dtype=torch.int64, device=points.device),
-            torch.zeros(len(points), 4, device=points.device),
-        )
-    counts = torch.tensor([len(x) for x in locations], device=points.device)
-    limits = torch.tensor(size_ranges, device=points.device)
-    lowest, highest = limits.repeat_interleave(counts, dim=0)[:, None].unbind(dim=2)
-    to_sides = (points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None])
-    distances = torch.cat(to_sides, dim=2)
-    largest = distances.amax(dim=2)
-    fits = (distances.amin(dim=2) > 0) & (largest >= lowest) & (largest <= highest)
-    areas = legacy_areas(boxes)[None].expand(len(points), -1)
-    areas = torch.where(fits, areas, torch.inf)
-    winner = areas.argmin(dim=1)
-    rows = torch.arange(len(points), device=points.device)
-    labels = torch.where(fits[rows, winner], box_labels[winner], 0)
-    return labels, distances[rows, winner]
+    # From small to large: the winner is the first that fits.
+    order = legacy_areas(boxes).argsort(dim=1, stable=True)
+    padding = -boxes.shape[1] % WORD
+    boxes = F.pad(boxes.gather(1, order[..., None].expand_as(boxes)), (0, 0, 0, padding))
+    columns = _along([width for _, width in shapes], size_ranges, boxes[..., 0::2])
+    rows = _along([height for height, _ in shapes], size_ranges, boxes[..., 1::2])
+    fits = []
+    for (inside_x, far_x), (inside_y, far_y) in zip(columns, rows, strict=True):
+        far = far_y[..., None] | far_x[..., None, :]
+        fits.append((inside_y[..., None] & inside_x[..., None, :] & far).flatten(2))
+    words = torch.cat(fits, dim=2)
+    # The first box of a word is its highest bit, which the exponent of a float32 tells.
+    exponent = words.float().view(torch.int32) >> 23
+    first = 126 + WORD - exponent
+    first += WORD * torch.arange(len(words[0]), dtype=torch.int32, device=words.device)[:, None]
+    first = torch.where(words > 0, first, len(order[0])).amin(dim=1)
+    return F.pad(order, (0, 1), value=-1).gather(1, first.long())
+
+
+def _along(
+    lengths: Sequence[int], size_ranges: Sequence[tuple[float, float]], sides: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """`assign_fcos` along one axis.
+
+    Args:
+        lengths: cells of each level along the axis.
+        size_ranges: as there.
+        sides: [N, M, 2] where boxes begin and end on the axis, M a multiple of `WORD`.
+
+    Returns:
+        for each level two words of bits [N, M / WORD, length]: which boxes a place lies inside, no
+        side farther than the highest distance, and from which some side is at least as far as the
+        lowest.
+    """
+    centres = [np.arange(n) * s + s // 2 for n, s in zip(lengths, STRIDES, strict=True)]
+    limits = np.repeat(np.array(size_ranges).T, lengths, axis=1)
+    table = np.stack((np.concatenate(centres), *limits)).astype(np.float32)
+    table = to_device(torch.from_numpy(table), sides.device)
+    centres, lowest, highest = table.unbind()
+    before, after = centres - sides[..., :1], sides[..., 1:] - centres
+    farthest = torch.maximum(before, after)
+    inside = (torch.minimum(before, after) > 0) & (farthest <= highest)
+    words = (_pack(x).split(list(lengths), dim=2) for x in (inside, farthest >= lowest))
+    return list(zip(*words, strict=True))
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """[N, M, S] bool as words [N, M / WORD, S] int32, the first bit highest."""
+    value = 2 ** torch.arange(WORD - 1, -1, -1, dtype=torch.int32, device=bits.device)
+    return (bits.unflatten(1, (-1, WORD)) * value[:, None]).sum(dim=2, dtype=torch.int32)
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) [N] of positive distances [N, 4]."""
-    horizontal, vertical = distances[:, 0::2], distances[:, 1::2]
-    ratio = horizontal.amin(1) / horizontal.amax(1) * (vertical.amin(1) / vertical.amax(1))
-    return ratio.sqrt()
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) [...] of positive distances [..., 4]."""
+    left, top, right, bottom = distances.unbind(-1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+    return (horizontal * (torch.minimum(top, bottom) / torch.maximum(top, bottom))).sqrt()
 
 
 def iou_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """-log((I + 1) / (U + 1)) [N] of boxes given by their distances [N, 4] from one point each."""
+    """-log((I + 1) / (U + 1)) [...] of boxes given by their distances [..., 4] from a point."""
 
     def area(distances: Tensor) -> Tensor:
-        return (distances[:, 0] + distances[:, 2]) * (distances[:, 1] + distances[:, 3])
+        left, top, right, bottom = distances.unbind(-1)
+        return (left + right) * (top + bottom)
 
     intersection = area(torch.minimum(predicted, wanted))
     union = area(predicted) + area(wanted) - intersection

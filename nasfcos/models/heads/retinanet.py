@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...boxes import legacy_iou, legacy_sizes
-from ...ops import sigmoid_focal_loss
 from ..registry import HEADS
 from .dense import (
     STRIDES,
@@ -21,13 +20,15 @@ from .dense import (
     LossTerm,
     PostProcess,
     Targets,
+    all_cells,
     flatten_levels,
+    padded_targets,
     prediction_layer,
     prior_bias,
 )
 from .towers import Tower, build_towers
 
-CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+CENTRE_WEIGHT, SIZE_WEIGHT = 10.0, 5.0  # of box codes
 LARGEST_LOG_SCALE = math.log(1000 / 16)
 IGNORED = -1
 
@@ -100,45 +101,47 @@ class RetinaNetHead(DenseHead):
 
     def anchors(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Legacy boxes [height * width * anchors, 4] of each level, in the order (y, x, anchor)."""
-        return [
-            shift_anchors(self.get_buffer(f"anchors{level}"), *shape, STRIDES[level])
-            for level, shape in enumerate(shapes)
-        ]
+        cells = all_cells(shapes, self.cls_logits.weight.device)
+        anchors = self.places(cells)
+        per_cell = len(anchors) // len(cells.index)
+        return list(anchors.split([count * per_cell for count in cells.counts]))
 
+    @torch.no_grad()
     def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
         """`match_anchors` of each image; wanted are the box codes."""
         anchors = torch.cat(self.anchors(shapes))
-        labels, wanted = [], []
-        for target in targets:
-            match = match_anchors(anchors, target["boxes"], self.fg_iou, self.bg_iou)
-            foreground = match >= 0
-            labels.append(anchor_labels(match, target["labels"]))
-            wanted.append(encode(target["boxes"][match[foreground]], anchors[foreground]))
-        labels = torch.stack(labels)
-        positive = (labels.flatten() > 0).nonzero().squeeze(1)
-        return Assignment(labels, positive, torch.cat(wanted))
+        boxes, box_labels = padded_targets(targets, anchors.device)
+        match = torch.stack(
+            [
+                match_anchors(anchors, own[: len(target["boxes"])], self.fg_iou, self.bg_iou)
+                for own, target in zip(boxes, targets, strict=True)
+            ]
+        )
+        box = match.clamp(min=0)
+        labels = torch.where(match == BETWEEN, IGNORED, 0)
+        labels = torch.where(match >= 0, box_labels.gather(1, box), labels)
+        matched = boxes.gather(1, box[..., None].expand(-1, -1, 4))
+        return Assignment(labels, encode(matched, anchors))
 
     def loss_terms(
         self, outputs: tuple[list[Tensor], ...], assignment: Assignment
     ) -> dict[str, LossTerm]:
         """``loss_cls`` (focal, over positives + images) and ``loss_box`` (smooth L1)."""
         logits, codes = outputs
-        positive = assignment.positive
-        examples = len(positive) + len(assignment.labels)
-        loss_cls = sigmoid_focal_loss(
-            flatten_levels(logits, self.num_classes).flatten(0, 1),
-            assignment.labels.flatten(),
-            gamma=self.focal_gamma,
-            alpha=self.focal_alpha,
-        ) / examples
-        predicted = flatten_levels(codes, 4).flatten(0, 1)[positive].float()
-        box_weight = len(positive) * self.box_loss_divisor
+        positive = assignment.labels > 0
+        # Anchors without an object take part with a difference of zero: how many have one, and
+        # which, only the device knows.
+        predicted, wanted = (
+            torch.where(positive[..., None], x, 0.0)
+            for x in (flatten_levels(codes, 4).float(), assignment.wanted)
+        )
+        box_weight = positive.sum() * self.box_loss_divisor
         loss_box = nn.functional.smooth_l1_loss(
-            predicted, assignment.wanted, beta=self.smooth_l1_beta, reduction="sum"
-        ) / max(1, box_weight)
+            predicted, wanted, beta=self.smooth_l1_beta, reduction="sum"
+        )
         return {
-            "loss_cls": LossTerm(loss_cls, examples),
-            "loss_box": LossTerm(loss_box, box_weight),
+            "loss_cls": self.class_loss(logits, assignment.labels),
+            "loss_box": LossTerm(loss_box / box_weight.clamp(min=1), box_weight),
         }
 
     def places(self, cells: Cells) -> Tensor:
@@ -166,63 +169,55 @@ def cell_anchors(stride: int, sizes: Sequence[float], aspect_ratios: Sequence[fl
     return torch.tensor(np.array(anchors), dtype=torch.float32)
 
 
-def shift_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Anchors [A, 4] repeated at each place of a map: [height * width * A, 4], order (y, x, a)."""
-    y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride
-    x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
-    return (shifts + cell).reshape(-1, 4)
-
-
 BACKGROUND, BETWEEN = -1, -2
+BOXES_AT_ONCE = 4
 
 
 def match_anchors(anchors: Tensor, boxes: Tensor, fg_iou: float, bg_iou: float) -> Tensor:
     """The box [A] that each anchor [A, 4] answers for: an index into boxes [M, 4], or
     `BACKGROUND` (best IoU below `bg_iou`), or `BETWEEN` (below `fg_iou`).
 
-    Every anchor that attains a box's best IoU is matched all the same, to its own best box.
+    Every anchor that attains a box's best IoU is matched all the same, to its own best box (the
+    first of several). Memory does not grow with M.
     """
-    if len(boxes) == 0:
-        return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
-    iou = legacy_iou(boxes, anchors)
-    best_iou, best_box = iou.max(dim=0)
+    anchors = anchors.t().contiguous().t()  # what `legacy_iou` would do again and again
+    best_iou = torch.full_like(anchors[:, 0], -1)
+    best_box = torch.full_like(best_iou, BACKGROUND, dtype=torch.int32)
+    closest = torch.zeros_like(best_iou, dtype=torch.bool)
+    for first, some in enumerate(boxes.split(BOXES_AT_ONCE)):
+        iou = legacy_iou(some, anchors)
+        largest = iou.amax(dim=1)
+        attained = torch.where(largest > 0, largest, torch.inf)
+        for index, row in enumerate(iou, first * BOXES_AT_ONCE):
+            closest |= row == attained[index % BOXES_AT_ONCE]
+            best_box.masked_fill_(row > best_iou, index)
+            torch.maximum(best_iou, row, out=best_iou)
     match = torch.where(best_iou < fg_iou, BETWEEN, best_box)
     match = torch.where(best_iou < bg_iou, BACKGROUND, match)
-    closest = ((iou == iou.amax(dim=1, keepdim=True)) & (iou > 0)).any(dim=0)
-    return torch.where(closest, best_box, match)
-
-
-def anchor_labels(match: Tensor, box_labels: Tensor) -> Tensor:
-    """Labels [A] for the focal loss (0 background, -1 ignored) of `match_anchors`' result [A]."""
-    labels = torch.where(match == BETWEEN, IGNORED, 0)
-    foreground = match >= 0
-    labels[foreground] = box_labels[match[foreground]]
-    return labels
+    return torch.where(closest, best_box, match).long()
 
 
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres and sizes, each [N, 2] (x, y), of legacy boxes [N, 4]."""
-    sizes = torch.stack(legacy_sizes(boxes), dim=1)
-    return boxes[:, :2] + 0.5 * sizes, sizes
+    """Centres and sizes, each [..., 2] (x, y), of legacy boxes [..., 4]."""
+    sizes = torch.stack(legacy_sizes(boxes), dim=-1)
+    return boxes[..., :2] + 0.5 * sizes, sizes
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Box codes [N, 4]: weighted relative shift of the centre and log ratio of the sizes."""
+    """Box codes [..., 4]: weighted relative shift of the centre and log ratio of the sizes."""
     centre, size = _centres(boxes)
     anchor_centre, anchor_size = _centres(anchors)
-    code = torch.cat(((centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)), 1)
-    return code * code.new_tensor(CODE_WEIGHTS)
+    shift = (centre - anchor_centre) / anchor_size * CENTRE_WEIGHT
+    return torch.cat((shift, torch.log(size / anchor_size) * SIZE_WEIGHT), dim=-1)
 
 
 def decode(codes: Tensor, anchors: Tensor) -> Tensor:
-    """Legacy boxes [N, 4] from codes [N, 4]; sizes grow at most 62.5-fold."""
-    codes = codes / codes.new_tensor(CODE_WEIGHTS)
+    """Legacy boxes [..., 4] from codes [..., 4]; sizes grow at most 62.5-fold."""
     anchor_centre, anchor_size = _centres(anchors)
-    centre = codes[:, :2] * anchor_size + anchor_centre
-    half = 0.5 * codes[:, 2:].clamp(max=LARGEST_LOG_SCALE).exp() * anchor_size
-    return torch.cat((centre - half, centre + half - 1), dim=1)
+    centre = codes[..., :2] / CENTRE_WEIGHT * anchor_size + anchor_centre
+    scale = (codes[..., 2:] / SIZE_WEIGHT).clamp(max=LARGEST_LOG_SCALE).exp()
+    half = 0.5 * scale * anchor_size
+    return torch.cat((centre - half, centre + half - 1), dim=-1)
 
 
 @HEADS.register("retinanet")
