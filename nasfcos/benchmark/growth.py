@@ -30,6 +30,7 @@ from .inputs import (
     to_device,
 )
 from .measure import Case, Effort, Skip, Variant, measure
+from .memory import RESOLUTION
 from .parts import HEADS, codes_like, our_head
 from .report import aligned, bytes_text, seconds_text
 from .setting import Setting
@@ -304,7 +305,8 @@ def _finish(entry: dict[str, Any]) -> dict[str, Any]:
         x = [point["x"] for point in points]
         curve["time_exponent"] = growth_exponent(x, [p["seconds"]["median"] for p in points])
         memory = [point["memory_bytes"] or 0 for point in points]
-        curve["memory_exponent"] = growth_exponent(x, memory)
+        known = [m if m >= RESOLUTION else 0 for m in memory]
+        curve["memory_exponent"] = growth_exponent(x, known)
     return entry
 
 

@@ -16,29 +16,45 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
 
+RESOLUTION = 2**18
+"""Bytes below which `peak_bytes` says little: the kernel counts pages a batch at a time."""
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that was in use during `call()` beyond what was in use before it.
 
-    On CUDA, of the tensors that PyTorch allocated. On the CPU, of the process's resident memory:
-    the allocator first gives back what it keeps of freed memory (so that all that the call needs
-    makes the process grow), the kernel's high-water mark is reset, and read after the call.
+def bytes_in_use(device: torch.device) -> int | None:
+    """On CUDA, of the tensors that PyTorch allocated. On the CPU, the process's resident memory,
+    after the allocator gave back what it keeps of freed memory.
 
     None: this system does not tell (it takes Linux with glibc).
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that was in use (see `bytes_in_use`) during `call()` beyond what was in use
+    before it.
+
+    Since the allocator gives back freed memory first, all that the call needs makes the process
+    grow, and the kernel's high-water mark tells by how much.
+    """
+    before = bytes_in_use(device)
+    if before is None:
+        return None
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         _CLEAR_REFS.write_text(_RESET_HIGH_WATER)
-        before = _status_bytes("VmRSS")
     except OSError:
         return None
     result = call()

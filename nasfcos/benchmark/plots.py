@@ -9,12 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation.files import replacing
+from .memory import RESOLUTION
 
 
 def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
     """Write a picture of one axis of `growth.measure_growth`: time left, memory right, both axes
-    logarithmic, with the exponent of the upper half of each curve in the legend."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    logarithmic, with the exponent of the upper half of each curve in the legend. Memory that is too
+    small to be measured is left out."""
+    figure = Figure(figsize=(12, 5.2 + 0.22 * len(axis["curves"])), layout="constrained")
     times, memory = figure.subplots(1, 2)
     for curve in axis["curves"]:
         x = [point["x"] for point in curve["points"]]
@@ -33,7 +35,7 @@ def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
             alpha=0.2,
             linewidth=0,
         )
-        known = [p for p in curve["points"] if p["memory_bytes"]]
+        known = [p for p in curve["points"] if (p["memory_bytes"] or 0) >= RESOLUTION]
         if known:
             memory.plot(
                 [p["x"] for p in known],
@@ -59,4 +61,4 @@ def _dress(axes: Axes, title: str, label: str, values: list[int]) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .memory import RESOLUTION
 from .statistics import Summary
 
 RATIO_NOTE = (
@@ -88,7 +89,11 @@ def seconds_text(seconds: float) -> str:
 
 def bytes_text(size: int | None) -> str:
     """A size in MiB; empty where it is not known."""
-    return "" if size is None else f"{_number(size / 2**20)} MiB"
+    if size is None:
+        return ""
+    if size < RESOLUTION:
+        return f"< {_number(RESOLUTION / 2**20)} MiB"
+    return f"{_number(size / 2**20)} MiB"
 
 
 def _number(value: float) -> str:

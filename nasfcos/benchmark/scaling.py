@@ -19,7 +19,7 @@ from ..engine.train import forward_backward, update
 from .detectors import our_step
 from .inputs import random_target, smooth_image, to_device
 from .measure import synchronize
-from .memory import peak_bytes
+from .memory import bytes_in_use, peak_bytes
 
 WARMUPS, STEPS = 2, 7
 
@@ -28,6 +28,7 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
     size = int(height), int(width)
     with distributed.session(device_name) as device:
         torch.set_num_threads(1)
+        at_first = bytes_in_use(device)
         images = [smooth_image(*size, seed=distributed.rank()).to(device)]
         targets = [to_device(random_target(*size, seed=distributed.rank()), device)]
         model: nn.Module
@@ -49,7 +50,10 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
             distributed.barrier()
             if number >= WARMUPS:
                 seconds.append(time.perf_counter() - started)
+        kept = bytes_in_use(device)
         memory = peak_bytes(step, device)
+        if memory is not None:  # the model, the optimizer's state, and the buckets of gradients
+            memory += kept - at_first
         if distributed.rank() == 0:
             Path(result).write_text(json.dumps({"seconds": seconds, "memory_bytes": memory}))
 

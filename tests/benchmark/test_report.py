@@ -22,7 +22,7 @@ def test_times_have_three_digits(seconds, text):
 
 def test_sizes():
     assert bytes_text(3 * 2**19) == "1.50 MiB"
-    assert bytes_text(0) == "0 MiB"
+    assert bytes_text(0) == "< 0.250 MiB"
     assert bytes_text(None) == ""
 
 
