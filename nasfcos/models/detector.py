@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .heads.dense import DenseHead, Detections, Targets
+from .heads.dense import DenseHead, Detections, Targets, to_device
 
 CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
@@ -46,13 +46,18 @@ class Preprocess(nn.Module):
             math.ceil(max(side) / self.size_divisibility) * self.size_divisibility
             for side in zip(*sizes, strict=True)
         )
-        batch = self.mean.new_zeros(len(images), 3, height, width)
+        batch = self.mean.new_empty(len(images), 3, height, width)
         mean, std = (x.flip(0)[:, None, None] for x in (self.mean, self.std))
         for image, padded in zip(images, batch, strict=True):
-            image = image.to(self.mean.device, non_blocking=True)
-            pixels = image.float() if image.dtype == torch.uint8 else image.float() * 255
+            # Small on its way to the device, and then written once and changed in place.
+            image = to_device(image, batch.device)
             _, h, w = image.shape
-            padded[:, :h, :w] = (pixels.flip(0) - mean) / std
+            pixels = padded[:, :h, :w].copy_(image.flip(0))
+            if image.is_floating_point():
+                pixels *= 255
+            pixels.sub_(mean).div_(std)
+            padded[:, h:] = 0
+            padded[:, :h, w:] = 0
         return batch, sizes
 
 

@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nasfcos
 from nasfcos.boxes import legacy_sizes
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
+from nasfcos.models import build_detector
+from nasfcos.models.detector import Detector
 from nasfcos.models.heads.dense import STRIDES, Candidates, PostProcess, threshold_logit
 from nasfcos.models.heads.fcos import WORD, assign_fcos
 from nasfcos.models.heads.retinanet import (
@@ -198,6 +202,65 @@ def test_uint8_and_float_images_are_the_same():
     assert (batch[1, :, 30:] == 0).all() and (batch[:, :, :, 50:] == 0).all()
     red = image[0, 3, 4].item() - 122.7717  # channels are reversed
     assert batch[0, 2, 3, 4].item() == pytest.approx(red, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.float64])
+def test_preprocessing_written_out(dtype):
+    preprocess = tiny().preprocess
+    preprocess.mean.copy_(torch.tensor([120.0, 110.5, 100.25]))
+    preprocess.std.copy_(torch.tensor([58.0, 57.0, 56.5]))
+    pixels = [(torch.rand(3, *size) * 255).to(torch.uint8) for size in ((40, 50), (64, 33))]
+    images = [x if dtype == torch.uint8 else (x / 255).to(dtype) for x in pixels]
+    batch, _ = preprocess(images)
+    assert batch.dtype == torch.float32 and batch.shape == (2, 3, 64, 64)
+    expected = torch.zeros(2, 3, 64, 64)
+    for index, x in enumerate(pixels):
+        blue, green, red = x.double().flip(0)
+        normal = torch.stack(((blue - 100.25) / 56.5, (green - 110.5) / 57, (red - 120) / 58))
+        expected[index, :, : x.shape[1], : x.shape[2]] = normal.float()
+    rounding = 3e-3 if dtype == torch.float16 else 1e-6
+    torch.testing.assert_close(batch, expected, rtol=1e-6, atol=rounding)
+    assert images[0].dtype == dtype  # the caller's images are untouched
+    assert dtype != torch.uint8 or torch.equal(images[0], pixels[0])
+
+
+class _Copies(TorchDispatchMode):
+    """Records what is copied between devices, and whether the host waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting, self.all = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[func is torch.ops.aten.copy_.default]
+            if source.device != result.device:
+                self.all += 1
+                if not (kwargs.get("non_blocking") or True in args[2:]):
+                    self.waiting.append((source.device, result.device, list(source.shape)))
+        return result
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
+    """On a GPU that is not there: nothing has a shape or takes a turn that depends on values."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(Detector, "_check_values", lambda *_: None)  # of tensors of the CPU
+    cfg = nasfcos.load_config(None, [*TINY, "MODEL.HEAD.NAME", head])
+    images = [torch.zeros(3, 90, 130, dtype=torch.uint8), torch.zeros(3, 128, 100)]
+    with FakeTensorMode(allow_non_fake_inputs=True), _Copies() as copies:
+        with torch.device("cuda"):
+            model = build_detector(cfg, 3)
+        copies.waiting.clear()
+        losses = model(images, TARGETS)
+        assert all(loss.is_cuda and loss.shape == () for loss in losses.values())
+        with pytest.raises(DynamicOutputShapeException):  # the test would notice
+            losses["loss_cls"].nonzero()
+    assert copies.all >= 4 and not copies.waiting
+    with FakeTensorMode(allow_non_fake_inputs=True):  # gradients need a device that is there
+        sum(build_detector(cfg, 3)(images, TARGETS).values()).backward()
 
 
 @pytest.mark.parametrize(
