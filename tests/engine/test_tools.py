@@ -106,6 +106,32 @@ def test_a_killed_and_resumed_run_ends_bit_identical(job, tmp_path):
     assert iterations == sorted(set(iterations)) and set(range(2, 25, 2)) < set(iterations)
 
 
+def test_two_machines(job, tmp_path):
+    """The README's launch over two machines, which are two launchers here."""
+    endpoint = f"localhost:{free_port()}"
+    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}")  # fmt: skip
+    machines = [
+        job(
+            "train_net.py", "--skip-test", output="machines",
+            launcher=(sys.executable, *launcher, f"--node-rank={rank}"),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [succeed(machine) for machine in machines]
+    assert sum(output.count("saved ") for output in outputs) == 3  # by one process of all
+    succeed(job("train_net.py", "--skip-test", "SOLVER.ACCUMULATE", 2, output="one"))
+    assert_same_training(weights(tmp_path / "machines"), weights(tmp_path / "one"))
+
+
+def assert_same_training(one, other):
+    """Of two processes, and of one with its batch in two parts: each process normalises its losses
+    (and its batch norms) over its own share, as a part does."""
+    for name in one:
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+
+
 def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
     launch = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
     two = job(
@@ -115,12 +141,8 @@ def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
     assert "2 process(es)" in output
     assert output.count("saved ") == 3  # one process writes, and talks
     assert (tmp_path / "two" / "log_rank1.txt").exists()
-    # Each process normalises its losses (and its batch norms) over its own share, as a part does.
     succeed(job("train_net.py", "--skip-test", "SOLVER.ACCUMULATE", 2, output="one"))
-    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
-            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+    assert_same_training(weights(tmp_path / "one"), weights(tmp_path / "two"))
     states = load_checkpoint(tmp_path / "two" / "model_final.pth")["random"]
     assert len(states) == 2
 

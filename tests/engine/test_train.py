@@ -267,7 +267,7 @@ def test_fine_tuning_starts_at_zero_with_a_fresh_optimizer(config):
     trained, tuned = final_weights(first), state["model"]
     assert all(torch.equal(trained[k], tuned[k]) for k in trained if k.endswith("weight"))
     # The moments are those of one step: the gradients alone.
-    model = build_model(second, CPU)
+    model = build_model(second, CPU).to(memory_format=torch.channels_last)
     model.load_state_dict(trained)
     images, targets = next(iter(build_train_loader(second)))
     forward_backward(model.train(), images, targets, NO_SCALING)
