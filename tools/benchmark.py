@@ -2,7 +2,10 @@
 
 python tools/benchmark.py --json output/benchmark.json
 python tools/benchmark.py --only inference/R_50_NAS_head training
-python tools/benchmark.py --device cuda --quick
+python tools/benchmark.py --device cuda --compile
+
+All of it takes the better part of an hour on two CPU cores; --quick tries everything on small work,
+in about two minutes.
 """
 
 import argparse
@@ -26,7 +29,7 @@ def main() -> int:
         epilog=f"benchmarks: {', '.join(b.name for b in BENCHMARKS)}",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="small work: two minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="small work: about two minutes")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME",
         help='names of benchmarks, their beginnings ("inference") or patterns ("*/R_50_NAS_head")',

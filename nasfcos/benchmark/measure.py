@@ -33,6 +33,8 @@ class Variant:
         limit: name of the variant whose rate bounds this one's; its share of that is reported.
         held_bytes: tells what the work keeps in memory between calls (weights, say).
         memory: whether the memory of a call can be measured (not for work in other processes).
+        compiles: its first calls compile something; they are not counted, and the time of the very
+            first is reported.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Variant:
     limit: str | None = None
     held_bytes: Callable[[], int] = lambda: 0
     memory: bool = True
+    compiles: bool = False
 
 
 @dataclass
@@ -96,20 +99,28 @@ class Effort:
 FULL = Effort(seconds=20, fewest=5, most=50, warmups=2, sample=0.005)
 QUICK = Effort(seconds=0.3, fewest=2, most=10, warmups=1, sample=0.001)
 
+COMPILING_CALLS = 4
+"""Calls until nothing is compiled or recorded any more (CUDA graphs are in the third)."""
+
 Progress = Callable[[str, float], None]
 """Told what is being done and which share of the case (0..1) is done."""
 
 
 @dataclass
 class Timings:
-    """What was measured of a case: by variant, seconds of one call in each round; memory; faults.
+    """What was measured of a case, by variant.
 
-    A variant is in `seconds` or in `errors`, never in both.
+    Attributes:
+        seconds: of one call, in each round.
+        memory: bytes that a call needs, with what is held between calls; None: not known.
+        errors: of those that raised an exception; they have no `seconds`.
+        first: seconds of the first call of those that compile.
     """
 
-    seconds: dict[str, list[float]]
-    memory: dict[str, int | None]
-    errors: dict[str, str]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -119,7 +130,7 @@ def measure(
 
     A variant that raises an exception is left out from then on; the others go on.
     """
-    timings = Timings({}, {}, {})
+    timings = Timings()
     variants = list(case.variants)
     calls: dict[str, int] = {}
 
@@ -133,6 +144,11 @@ def measure(
                 logger.warning("%s failed", variant.name, exc_info=True)
                 timings.errors[variant.name] = f"{type(error).__name__}: {error}"
                 variants.remove(variant)
+
+    def compile(variant: Variant) -> None:
+        if variant.compiles:
+            timings.first[variant.name] = _seconds(variant.run, 1, device)
+            _seconds(variant.run, COMPILING_CALLS - 1, device)
 
     def warm_up(variant: Variant) -> None:
         seconds = _seconds(variant.run, 1, device)
@@ -149,6 +165,7 @@ def measure(
         extra = peak_bytes(variant.run, device) if variant.memory else None
         timings.memory[variant.name] = None if extra is None else extra + variant.held_bytes()
 
+    in_turn("compiling", 0, 0, compile)
     for number in range(effort.warmups):
         started = time.perf_counter()
         in_turn("warm-up", 0.1 * number, 0.1 * (number + 1), warm_up)

@@ -57,6 +57,10 @@ def format_case(case: dict[str, Any]) -> str:
     if any("share" in v for v in measured):
         cells = [_with_quartiles(v.get("share"), _percent) for v in measured]
         columns.append(["of the limit", *cells])
+    if any("first_call_seconds" in v for v in measured):
+        cells = [seconds_text(v["first_call_seconds"]) if "first_call_seconds" in v else ""
+                 for v in measured]  # fmt: skip
+        columns.append(["first call", *cells])
     if any(v["memory_bytes"] is not None for v in measured):
         columns.append(["memory", *(bytes_text(v["memory_bytes"]) for v in measured)])
     left_out = [

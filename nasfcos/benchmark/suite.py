@@ -36,28 +36,28 @@ class Benchmark:
     Attributes:
         name: words separated by slashes, the more general first.
         build: makes the case; raises `Skip` where it cannot be measured.
-        weight: of the time it takes, relative to the others, roughly.
+        weight: the time it takes, relative to the others, roughly.
     """
 
     name: str
     build: Callable[[Setting], Case]
-    weight: float = 1
+    weight: float = 2.5
 
 
 def _all() -> Iterator[Benchmark]:
     """Detector by detector, so that few are in memory at a time."""
     yield Benchmark("limits", limits.limits)
     for name in OURS:
-        yield Benchmark(f"inference/{name}", partial(whole.inference, name), 8)
-        yield Benchmark(f"throughput/{name}", partial(whole.throughput, name), 15)
-        yield Benchmark(f"stages/{name}", partial(whole.stages, name), 6)
-        yield Benchmark(f"training/{name}", partial(whole.training, name), 12)
+        yield Benchmark(f"inference/{name}", partial(whole.inference, name), 9)
+        yield Benchmark(f"throughput/{name}", partial(whole.throughput, name), 18)
+        yield Benchmark(f"stages/{name}", partial(whole.stages, name), 8)
+        yield Benchmark(f"training/{name}", partial(whole.training, name), 8)
     yield Benchmark("inference/torchvision", whole.their_inference, 4)
     yield Benchmark("throughput/torchvision", whole.their_throughput, 8)
-    yield Benchmark("stages/torchvision", whole.their_stages, 2)
+    yield Benchmark("stages/torchvision", whole.their_stages, 3)
     yield Benchmark("training/torchvision", whole.their_training, 8)
-    yield Benchmark("data/train", partial(files.data_loading, True), 2)
-    yield Benchmark("data/test", partial(files.data_loading, False), 2)
+    yield Benchmark("data/train", partial(files.data_loading, True), 4)
+    yield Benchmark("data/test", partial(files.data_loading, False), 4)
     for head in parts.HEADS:
         yield Benchmark(f"assignment/{head}", partial(parts.assignment, head))
     for head in parts.HEADS:
@@ -68,11 +68,11 @@ def _all() -> Iterator[Benchmark]:
     for count in (1000, 5000):
         yield Benchmark(f"nms/{count}", partial(parts.nms, count))
     yield Benchmark("deform_conv/forward", partial(parts.deform_conv, False))
-    yield Benchmark("deform_conv/backward", partial(parts.deform_conv, True), 2)
-    yield Benchmark("evaluation", files.evaluation, 3)
+    yield Benchmark("deform_conv/backward", partial(parts.deform_conv, True))
+    yield Benchmark("evaluation", files.evaluation, 5)
     yield Benchmark("checkpoint/weights", files.weights)
     yield Benchmark("checkpoint/resume", files.checkpoint)
-    yield Benchmark("import", files.start_up, 2)
+    yield Benchmark("import", files.start_up, 5)
 
 
 BENCHMARKS = tuple(_all())
@@ -161,6 +161,8 @@ def describe_case(name: str, case: Case, timings: Timings) -> dict[str, Any]:
             "memory_bytes": timings.memory.get(variant.name),
             "ratios": {rival: r.to_json() for rival, r in by_rival[variant.name].items()},
         }
+        if variant.name in timings.first:
+            entry["first_call_seconds"] = timings.first[variant.name]
         if amount is not None:
             rate = seconds.inverse().scaled(amount)
             entry |= {"rate": rate.to_json(), "unit": f"{variant.unit or case.unit}/s"}

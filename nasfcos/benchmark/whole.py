@@ -64,9 +64,11 @@ def _inference(name: str, batch: int, setting: Setting) -> Case:
     _add_theirs(case, rival_of(name), images, setting)
     model = our_detector(name, setting.image_size(), setting.device)
 
-    def variant(mode: str, model: nn.Module, amp: torch.dtype | None = None) -> Variant:
+    def variant(
+        mode: str, model: nn.Module, amp: torch.dtype | None = None, compiles: bool = False
+    ) -> Variant:
         call = inference_call(model, images, amp)
-        return Variant(mode, call, held_bytes=partial(tensor_bytes, model))
+        return Variant(mode, call, held_bytes=partial(tensor_bytes, model), compiles=compiles)
 
     case.variants.append(variant("plain float32", model))
     if setting.cuda:
@@ -74,7 +76,10 @@ def _inference(name: str, batch: int, setting: Setting) -> Case:
     for compile in (False, True) if setting.compile else (False,):
         for dtype in (torch.float32, torch.bfloat16):
             mode = f"optimized {str(dtype)[6:]}{', compiled' if compile else ''}"
-            case.add(mode, lambda m=mode, d=dtype, c=compile: variant(m, optimized(model, d, c)))
+            case.add(
+                mode,
+                lambda m=mode, d=dtype, c=compile: variant(m, optimized(model, d, c), compiles=c),
+            )
     return case
 
 

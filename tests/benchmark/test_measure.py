@@ -40,6 +40,16 @@ def test_rounds_fill_the_time_up_to_the_most():
     assert len(timings.seconds["A"]) == 11
 
 
+def test_first_calls_that_compile_do_not_count():
+    log = []
+    compiled = recorder(log, "B")
+    compiled.compiles = True
+    timings = measure(Case("", [recorder(log, "A"), compiled]), CPU, ONE_CALL)
+    assert log == ["B"] * 4 + list("AB") * 5
+    assert timings.first.keys() == {"B"} and timings.first["B"] > 0
+    assert len(timings.seconds["B"]) == 3
+
+
 def test_quick_work_is_repeated_within_a_sample():
     log = []
     effort = Effort(seconds=0, fewest=1, most=1, warmups=1, sample=0.002)
@@ -66,7 +76,7 @@ def test_progress_goes_from_0_to_1():
     measure(case, CPU, ONE_CALL, lambda what, done: told.append((what, done)))
     shares = [done for _, done in told]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] <= 1
-    assert told[0][0] == "warm-up: A" and told[-1][0] == "round 3 of 3: B"
+    assert told[2][0] == "warm-up: A" and told[-1][0] == "round 3 of 3: B"
 
 
 def test_ratios_to_each_rival():

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from nasfcos.benchmark.report import aligned, bytes_text, format_report, seconds_text
@@ -33,7 +35,7 @@ def test_columns_are_aligned():
 
 def test_a_case_as_a_table():
     limited = variant("ours", 0.5, 0.25, share=summary(0.5), limit="limit")
-    limited |= {"rate": summary(8.0), "unit": "images/s"}
+    limited |= {"rate": summary(8.0), "unit": "images/s", "first_call_seconds": 61.5}
     rival = variant("rival", 2.0, theirs=True)
     broken = {"name": "other", "theirs": False, "status": "failed", "reason": "OSError: x"}
     text = format_report(report(case("inference/model", rival, limited, broken)))
@@ -41,11 +43,13 @@ def test_a_case_as_a_table():
     start = lines.index("inference/model")
     assert lines[start + 1 : start + 3] == ["  some work", "  batch 1"]
     heading, first, second, failure = lines[start + 3 : start + 7]
-    assert heading.split() == ["time", "/", "rival", "rate", "of", "the", "limit", "memory"]
+    expected = ["time", "/ rival", "rate", "of the limit", "first call", "memory"]
+    assert re.split(r"\s{2,}", heading.strip()) == expected
     assert first.split()[:2] == ["rival", "2.00"] and " 1  " in first
     assert "500 ms (495 to 505 ms)" in second
     assert "0.250 (0.247 to 0.253)" in second
-    assert "8.00 images/s" in second and "50.0%" in second and second.endswith("1.00 MiB")
+    assert "8.00 images/s" in second and "61.5 s" in second
+    assert "50.0%" in second and second.endswith("1.00 MiB")
     assert len({line.rindex("MiB") for line in (first, second)}) == 1
     assert failure == "  other: FAILED: OSError: x"
 
