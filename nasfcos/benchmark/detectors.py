@@ -178,9 +178,10 @@ def our_step(
     targets: Sequence[dict[str, Tensor]],
     amp: torch.dtype | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """A detector of `OURS`, its optimizer, and the training step of `nasfcos.engine`."""
+    """A detector of `OURS`, its optimizer, and the training step as `nasfcos.engine` takes it."""
     device = images[0].device
     model = our_detector.__wrapped__(name, size, device).train()  # not the shared one
+    model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(our_config(name), model)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
@@ -199,10 +200,12 @@ def their_step(
     targets: Sequence[dict[str, Tensor]],
     amp: torch.dtype | None = None,
     frozen: bool = True,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
     """The same of torchvision, as its reference scripts train: SGD with momentum."""
     device = images[0].device
     model = their_detector.__wrapped__(name, size, device, frozen).train()
+    model = model.to(memory_format=memory_format)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=STEP_SIZE, momentum=0.9, weight_decay=1e-4)
     # Its labels start at 0, the background, of which these detectors predict nothing.

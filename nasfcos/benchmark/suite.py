@@ -52,10 +52,10 @@ def _all() -> Iterator[Benchmark]:
         yield Benchmark(f"throughput/{name}", partial(whole.throughput, name), 18)
         yield Benchmark(f"stages/{name}", partial(whole.stages, name), 8)
         yield Benchmark(f"training/{name}", partial(whole.training, name), 8)
-    yield Benchmark("inference/torchvision", whole.their_inference, 4)
-    yield Benchmark("throughput/torchvision", whole.their_throughput, 8)
+    yield Benchmark("inference/torchvision", whole.their_inference, 6)
+    yield Benchmark("throughput/torchvision", whole.their_throughput, 11)
     yield Benchmark("stages/torchvision", whole.their_stages, 3)
-    yield Benchmark("training/torchvision", whole.their_training, 8)
+    yield Benchmark("training/torchvision", whole.their_training, 11)
     yield Benchmark("data/train", partial(files.data_loading, True), 4)
     yield Benchmark("data/test", partial(files.data_loading, False), 4)
     for head in parts.HEADS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -87,6 +88,10 @@ def _their_inference(batch: int, setting: Setting) -> Case:
     case, images = _inference_case(batch, setting, rivals=[THEIR_FCOS])
     for name in (THEIR_FCOS, THEIR_RETINANET):
         _add_theirs(case, name, images, setting)
+    last = copy.deepcopy(their_detector(THEIR_FCOS, setting.image_size(), setting.device))
+    call = inference_call(last.to(memory_format=torch.channels_last), images)
+    held = partial(tensor_bytes, last)
+    case.variants.append(Variant(f"{THEIR_FCOS}, channels-last", call, True, held_bytes=held))
     return case
 
 
@@ -130,12 +135,14 @@ def training(name: str, setting: Setting) -> Case:
 
 
 def their_training(setting: Setting) -> Case:
-    """Training steps of torchvision's two detectors, and of one with nothing frozen."""
+    """Training steps of torchvision's two detectors, and of one of them in other forms."""
     case, work = _training_case(setting, rivals=[THEIR_FCOS])
     for name in (THEIR_FCOS, THEIR_RETINANET):
         _add_steps(case, name, their_step, work, theirs=True)
     unfrozen = partial(their_step, frozen=False)
     _add_steps(case, THEIR_FCOS, unfrozen, work, theirs=True, label="nothing frozen, ")
+    last = partial(their_step, memory_format=torch.channels_last)
+    _add_steps(case, THEIR_FCOS, last, work, theirs=True, label="channels-last, ")
     return case
 
 
