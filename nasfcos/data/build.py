@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from .catalog import class_names, find_dataset, with_training_classes
 from .dataset import DetectionDataset, load_dataset
+from .images import load_pixels
 from .records import DataError, UnreadableImage
 from .samplers import TestBatchSampler, TrainBatchSampler, augmentation_rng
 from .transforms import TestTransform, TrainTransform
@@ -22,6 +24,20 @@ from .transforms import TestTransform, TrainTransform
 logger = logging.getLogger(__name__)
 
 Batch = tuple[list[Tensor], list[dict]]
+
+
+class _Pixels(Dataset):
+    """A data set with arrays of its pictures, which may be smaller versions of them."""
+
+    def __init__(self, dataset: DetectionDataset, enough: int):
+        self.dataset = dataset
+        self.load = partial(load_pixels, enough=enough)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, dict]:
+        return self.dataset.read(index, self.load)
 
 
 class _TrainingView(Dataset):
@@ -110,7 +126,10 @@ class BatchLoader:
 
 def start_worker(_: int) -> None:
     """Set up a worker process: one thread, and no signal that was not meant for it."""
+    import cv2
+
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # not 1: that would wait for threads that only the main process has
     # Ctrl-C, and often SIGTERM, reach the whole process group at once. The main process still needs
     # batches to finish its step and ends its workers itself, so only its own SIGTERM counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -207,21 +226,18 @@ def build_train_loader(
                 f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on "
                 "(DATALOADER.SKIP_EMPTY leaves out those without)"
             )
-    view = _TrainingView(
-        ConcatDataset(datasets),
-        indices,
-        TrainTransform(
-            min_sizes=tuple(cfg.INPUT.MIN_SIZE_TRAIN),
-            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-            size_range=tuple(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) or None,
-            flip_prob=cfg.INPUT.FLIP_PROB,
-            brightness=cfg.INPUT.BRIGHTNESS,
-            contrast=cfg.INPUT.CONTRAST,
-            saturation=cfg.INPUT.SATURATION,
-            hue=cfg.INPUT.HUE,
-        ),
-        cfg.SEED,
+    transform = TrainTransform(
+        min_sizes=tuple(cfg.INPUT.MIN_SIZE_TRAIN),
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        size_range=tuple(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) or None,
+        flip_prob=cfg.INPUT.FLIP_PROB,
+        brightness=cfg.INPUT.BRIGHTNESS,
+        contrast=cfg.INPUT.CONTRAST,
+        saturation=cfg.INPUT.SATURATION,
+        hue=cfg.INPUT.HUE,
     )
+    pixels = [_Pixels(dataset, transform.largest_short_side) for dataset in datasets]
+    view = _TrainingView(ConcatDataset(pixels), indices, transform, cfg.SEED)
     sampler = TrainBatchSampler(
         groups=_groups(cfg, [records[i] for i in indices]),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,

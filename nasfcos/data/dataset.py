@@ -1,6 +1,9 @@
 """The one data set class, whatever the format of the annotations."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,10 @@ from .records import Annotations, DataError, UnreadableImage, clip_and_filter
 from .voc import read_voc
 
 logger = logging.getLogger(__name__)
+
+Loader = Callable[[Path, tuple[int, int]], tuple[Any, tuple[int, int]]]
+"""Gives for a file and its annotated (height, width) an image in any form, and the (height, width)
+of the whole picture."""
 
 
 class DetectionDataset(Dataset):
@@ -67,16 +74,19 @@ class DetectionDataset(Dataset):
             UnreadableImage: this image is missing or does not decode (logged once).
             DataError: more images than `max_bad_images` were.
         """
+        return self.read(index, _load_image)
+
+    def read(self, index: int, load: Loader) -> tuple[Any, dict]:
+        """`dataset[index]` with an image as `load` gives it."""
         record = self.records[index]
         path = self.spec.images / record.file_name
         try:
-            image = load_image(path, (record.height, record.width))
+            image, size = load(path, (record.height, record.width))
         except Exception as error:
             self._report_bad(index, error)
             raise UnreadableImage(f"{path} cannot be read: {error}") from error
         keep = ~record.ignored
         boxes, labels = record.boxes[keep], record.labels[keep]
-        size = (image.height, image.width)
         if size != (record.height, record.width):
             boxes, labels = self._fit(boxes, labels, size, record.height, record.width, path)
         return image, {
@@ -112,6 +122,11 @@ class DetectionDataset(Dataset):
                 f"do not decode ({names}{', ...' if len(bad) > 5 else ''}), more than "
                 f"DATASETS.MAX_BAD_IMAGES = {self.max_bad_images}; the last one: {error}"
             ) from error
+
+
+def _load_image(path: Path, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    image = load_image(path, size)
+    return image, (image.height, image.width)
 
 
 def load_dataset(spec: DatasetSpec, max_bad_images: int = 10) -> DetectionDataset:

@@ -6,7 +6,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what displays a picture of an EXIF orientation
+_QUARTER_TURNS = (5, 6, 7, 8)  # those that swap width and height
+_END_OF_JPEG = b"\xff\xd9"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -58,15 +68,82 @@ def load_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
         Whatever PIL raises for a file that is missing or does not decode.
     """
     with Image.open(path) as image:
-        orientation = _orientation(image)
-        width, height = image.size
-        as_stored = (
-            orientation in _QUARTER_TURNS
-            and height != width
-            and annotated_size is not None
-            and tuple(annotated_size) == (height, width)
-        )
+        orientation = _orientation_to_apply(image, annotated_size)
         image.load()
-        if 2 <= orientation <= 8 and not as_stored:
+        if orientation != 1:
             image = ImageOps.exif_transpose(image)
         return to_rgb(image)
+
+
+def load_pixels(
+    path: str | Path,
+    annotated_size: tuple[int, int] | None = None,
+    enough: int | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """`load_image` as an array [H, W, 3], and the (height, width) of the whole picture.
+
+    Ordinary JPEG files are decoded faster, to the same pixels.
+
+    Args:
+        path, annotated_size: see `load_image`.
+        enough: pixels of the short side that suffice; a JPEG file may be decoded at 1/2, 1/4 or 1/8
+            of its size as long as they are left.
+    """
+    found = _decode_jpeg(Path(path), annotated_size, enough)
+    if found is None:
+        image = load_image(path, annotated_size)
+        found = np.array(image), (image.height, image.width)
+    return found
+
+
+def _decode_jpeg(
+    path: Path, annotated_size: tuple[int, int] | None, enough: int | None
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """None for a file that is better left to PIL: of another kind, or damaged."""
+    import cv2  # here, since most of what imports this module decodes nothing with it
+
+    flags = {
+        1: cv2.IMREAD_COLOR,
+        2: cv2.IMREAD_REDUCED_COLOR_2,
+        4: cv2.IMREAD_REDUCED_COLOR_4,
+        8: cv2.IMREAD_REDUCED_COLOR_8,
+    }
+    with Image.open(path) as image:
+        if image.format != "JPEG" or image.mode != "RGB":
+            return None
+        orientation = _orientation_to_apply(image, annotated_size)
+        width, height = image.size
+    data = path.read_bytes()
+    if not data.rstrip(b"\0").endswith(_END_OF_JPEG):  # some versions of OpenCV would not mind
+        return None
+    # Sides that do not divide would leave boxes beside their pixels.
+    fitting = [
+        by
+        for by in flags
+        if enough and min(height, width) >= by * enough and height % by == width % by == 0
+    ]
+    reduction = max(fitting, default=1)
+    pixels = cv2.imdecode(
+        np.frombuffer(data, np.uint8), flags[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    )
+    if pixels is None or pixels.shape != (height // reduction, width // reduction, 3):
+        return None
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    if orientation != 1:
+        pixels = np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+    if orientation in _QUARTER_TURNS:
+        height, width = width, height
+    return pixels, (height, width)
+
+
+def _orientation_to_apply(image: Image.Image, annotated_size: tuple[int, int] | None) -> int:
+    """The EXIF orientation that a picture is to be turned by, 1 for none; see `load_image`."""
+    orientation = _orientation(image)
+    width, height = image.size
+    as_stored = (
+        orientation in _QUARTER_TURNS
+        and height != width
+        and annotated_size is not None
+        and tuple(annotated_size) == (height, width)
+    )
+    return orientation if orientation in _TURNS and not as_stored else 1

@@ -1,6 +1,7 @@
 """From a decoded picture to the model's input: sizes, flips, colours.
 
-Boxes are legacy inclusive xyxy; all randomness comes from the generator that is passed in.
+Boxes are legacy inclusive xyxy; all randomness comes from the generator that is passed in. Testing
+resizes as the released models were tested, with PIL; training several times faster.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 
@@ -53,7 +55,32 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
     """[3, H, W] uint8 of an RGB picture."""
-    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
+    import cv2
+
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    cv2.split(np.asarray(image), list(planes))  # twice as fast as numpy
+    return torch.from_numpy(planes)
+
+
+def resize_fast(pixels: np.ndarray, shape: tuple[int, int], flip: bool) -> Tensor:
+    """An array [H, W, 3] resized to (height, width), and mirrored if `flip`: [3, height, width].
+
+    What `resize` gives, but for at most one step of brightness: in a fifth of the values of a
+    picture that is enlarged, in a thousandth of one that shrinks.
+    """
+    import cv2
+
+    height, width = shape
+    if pixels.shape[0] > height or pixels.shape[1] > width:  # OpenCV's would alias
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        x = interpolate(x, shape, mode="bilinear", antialias=True)
+        pixels = x[0].permute(1, 2, 0).numpy()
+    if flip:
+        pixels = cv2.flip(pixels, 1)
+    result = np.empty((3, height, width), np.uint8)
+    for plane, larger in zip(cv2.split(pixels), result, strict=True):
+        cv2.resize(plane, (width, height), dst=larger, interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(result)
 
 
 @dataclass(frozen=True)
@@ -92,17 +119,22 @@ class TrainTransform:
     hue: float = 0.0
 
     def __call__(
-        self, image: Image.Image, target: dict, rng: np.random.Generator
+        self, pixels: np.ndarray, target: dict, rng: np.random.Generator
     ) -> tuple[Tensor, dict]:
-        old = (image.height, image.width)
+        """An array [H, W, 3] of a whole picture or of a smaller version of it, and its target, with
+        `boxes` in a picture of `original_size` (height, width)."""
+        old = target["original_size"]
         new = resized_shape(*old, self._draw_size(rng), self.max_size)
         flip = rng.random() < self.flip_prob
-        image = resize(self._jitter(image, rng), new)
         boxes = scale_boxes(target["boxes"], old, new)
         if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             boxes = flip_boxes(boxes, new[1])
-        return to_uint8_tensor(image), {**target, "boxes": boxes}
+        return resize_fast(self._jitter(pixels, rng), new, flip), {**target, "boxes": boxes}
+
+    @property
+    def largest_short_side(self) -> int:
+        """The most pixels that the short side of a picture will have."""
+        return max(self.size_range or self.min_sizes)
 
     def _draw_size(self, rng: np.random.Generator) -> int:
         if self.size_range is not None:
@@ -110,16 +142,20 @@ class TrainTransform:
             return int(rng.integers(low, high + 1))
         return self.min_sizes[int(rng.integers(len(self.min_sizes)))]
 
-    def _jitter(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _jitter(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         changes = [
             (F.adjust_brightness, self.brightness, 1.0),
             (F.adjust_contrast, self.contrast, 1.0),
             (F.adjust_saturation, self.saturation, 1.0),
             (F.adjust_hue, self.hue, 0.0),
         ]
-        for i in rng.permutation(len(changes)):
+        order = rng.permutation(len(changes))
+        if not any(strength > 0 for _, strength, _ in changes):
+            return pixels
+        image = Image.fromarray(pixels)
+        for i in order:
             change, strength, centre = changes[i]
             if strength > 0:
                 amount = rng.uniform(centre - strength, centre + strength)
                 image = change(image, amount if centre == 0 else max(0.0, amount))
-        return image
+        return np.array(image)

@@ -6,6 +6,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -64,6 +66,17 @@ def test_repeats_exactly_whatever_the_workers(config):
     assert_same(alone, helped)
     other = list(islice(build_train_loader(config("SEED", 1)), 6))
     assert [names(batch) for batch in alone] != [names(batch) for batch in other]
+
+
+def test_workers_start_after_opencv_had_threads_in_this_process(config):
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (9, 9), 2)
+        alone = list(islice(build_train_loader(config()), 2))
+        assert_same(alone, list(islice(build_train_loader(config("DATALOADER.NUM_WORKERS", 2)), 2)))
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_resumes_identically(config):

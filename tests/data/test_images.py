@@ -6,7 +6,7 @@ from PIL import Image
 
 from nasfcos.data import DataError, build_dataset
 from nasfcos.data.dataset import DetectionDataset
-from nasfcos.data.images import load_image, read_size
+from nasfcos.data.images import load_image, load_pixels, read_size
 from nasfcos.data.records import UnreadableImage
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))
@@ -79,6 +79,89 @@ def test_annotated_size_decides_about_quarter_turns(tmp_path):
     assert load_image(path, (99, 99)).size == (24, 32)
     half_turn = stored_with_orientation(tmp_path / "y.png", 3)
     assert rgb(load_image(half_turn, (24, 32)))[-1, -1].tolist() == [255, 0, 0]
+
+
+def photograph(size=(90, 127)):
+    """Colours that vary at every scale."""
+    rng = np.random.default_rng(0)
+    layers = [
+        np.array(Image.fromarray(rng.integers(0, 80, (n, n, 3), dtype=np.uint8)).resize(size[::-1]))
+        for n in (3, 13, 64)
+    ]
+    return Image.fromarray(sum(layers))
+
+
+JPEGS = {
+    "plain": {},
+    "fine": {"quality": 98, "subsampling": 0},
+    "half": {"subsampling": 1},
+    "coarse": {"quality": 10},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "rgb": {"keep_rgb": True},
+    "grey": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_pixels_of_jpegs_are_those_of_pil(tmp_path, kind):
+    settings = dict(JPEGS[kind])
+    photograph().convert(settings.pop("mode", "RGB")).save(tmp_path / "x.jpg", **settings)
+    pixels, size = load_pixels(tmp_path / "x.jpg")
+    assert size == (90, 127) and pixels.dtype == np.uint8
+    assert (pixels == rgb(load_image(tmp_path / "x.jpg"))).all()
+
+
+@pytest.mark.parametrize("annotated", [None, (24, 32), (32, 24)])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_pixels_are_turned_as_pictures_are(tmp_path, orientation, suffix, annotated):
+    path = stored_with_orientation(tmp_path / f"x.{suffix}", orientation)
+    image = load_image(path, annotated)
+    pixels, size = load_pixels(path, annotated)
+    assert size == (image.height, image.width)
+    assert (pixels == rgb(image)).all()
+
+
+def test_pixels_of_real_photographs_are_those_of_pil(real_data):
+    paths = sorted((real_data / "coco").rglob("*.jpg"))[::4]
+    assert len(paths) >= 10
+    for path in paths:
+        assert (load_pixels(path)[0] == rgb(load_image(path))).all(), path
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "enough", "reduction"),
+    [((96, 128), None, 1), ((96, 128), 97, 1), ((96, 128), 49, 1), ((96, 128), 48, 2),
+     ((96, 128), 25, 2), ((96, 128), 24, 4), ((96, 128), 12, 8), ((96, 128), 1, 8),
+     ((96, 127), 12, 1), ((95, 128), 12, 1), ((96, 132), 12, 4)],
+)  # fmt: skip
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(
+    tmp_path, size, enough, reduction, orientation
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(size).save(tmp_path / "x.jpg", exif=exif, quality=95, subsampling=0)
+    pixels, whole_size = load_pixels(tmp_path / "x.jpg", enough=enough)
+    whole = load_image(tmp_path / "x.jpg")
+    assert whole_size == (whole.height, whole.width)
+    assert pixels.shape == (whole.height // reduction, whole.width // reduction, 3)
+    assert np.abs(pixels - rgb(whole.reduce(reduction))).mean() < 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_files_that_break_off_are_not_taken_for_whole(tmp_path, share):
+    path = tmp_path / "x.jpg"
+    photograph().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(OSError, match="truncated"):
+        load_pixels(path)
+    path.write_bytes(whole + b"\0" * 50)  # such as some cameras and file systems leave
+    assert (load_pixels(path)[0] == rgb(load_image(path))).all()
 
 
 @pytest.fixture

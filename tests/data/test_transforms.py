@@ -10,6 +10,7 @@ from nasfcos.data.transforms import (
     TrainTransform,
     flip_boxes,
     resize,
+    resize_fast,
     resized_shape,
     scale_boxes,
     to_uint8_tensor,
@@ -52,12 +53,38 @@ def test_resize_is_pils_antialiased_bilinear():
     assert (small[:, :, 1:3].float() - 127.5).abs().max() < 20
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(80, 107), (61, 90), (60, 89), (30, 44), (17, 25), (59, 95), (60, 95), (200, 20)]
+)
+def test_fast_resize_is_the_other_one_but_for_a_step_of_brightness(shape, flip):
+    rough = np.random.default_rng(1).integers(0, 255, (60, 89, 3), dtype=np.uint8)
+    smooth = np.array(Image.fromarray(rough).resize((12, 9)).resize((89, 60)))
+    for pixels in (rough, smooth):
+        found = resize_fast(pixels, shape, flip)
+        expected = to_uint8_tensor(resize(Image.fromarray(pixels), shape))
+        expected = expected.flip(2) if flip else expected
+        assert found.shape == expected.shape == (3, *shape) and found.dtype == torch.uint8
+        assert found.is_contiguous()
+        assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_tensor_of_a_picture():
+    pixels = np.random.default_rng(1).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    assert (to_uint8_tensor(Image.fromarray(pixels)).numpy() == pixels.transpose(2, 0, 1)).all()
+
+
 def picture():
     """A black picture with one white rectangle that is its only object."""
     pixels = np.zeros((60, 100, 3), np.uint8)
     pixels[20:41, 10:31] = 255
-    box = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
-    return Image.fromarray(pixels), {"boxes": box, "labels": torch.tensor([1]), "image_id": 5}
+    target = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0]]),
+        "labels": torch.tensor([1]),
+        "image_id": 5,
+        "original_size": (60, 100),
+    }
+    return pixels, target
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -70,6 +97,15 @@ def test_boxes_follow_their_pixels(flip):
     seen = torch.stack([columns.min(), rows.min(), columns.max(), rows.max()]).float()
     assert (seen - moved["boxes"][0]).abs().max() <= 1.5
     assert target["boxes"].tolist() == [[10, 20, 30, 40]]  # the caller's target is untouched
+
+
+def test_boxes_are_those_of_the_whole_picture_when_a_smaller_version_is_given():
+    pixels, target = picture()
+    transform = TrainTransform(min_sizes=(30,), max_size=1000, flip_prob=0)
+    whole, moved = transform(pixels, target, np.random.default_rng(0))
+    half, same = transform(pixels[::2, ::2], target, np.random.default_rng(0))
+    assert moved["boxes"].tolist() == same["boxes"].tolist() == [[5, 10, 15, 20]]
+    assert half.shape == whole.shape == (3, 30, 50)
 
 
 def test_sizes_are_drawn_from_the_list_or_the_range():
@@ -96,7 +132,7 @@ def test_flips_come_at_their_probability():
 @pytest.mark.parametrize("part", ["brightness", "contrast", "saturation", "hue"])
 def test_colour_jitter_changes_the_picture_reproducibly(part):
     pixels = np.random.default_rng(1).integers(0, 255, (20, 20, 3), dtype=np.uint8)
-    image, target = Image.fromarray(pixels), picture()[1]
+    image, target = pixels, {**picture()[1], "original_size": (20, 20)}
     plain = TrainTransform(min_sizes=(20,), max_size=100, flip_prob=0)
     jitter = TrainTransform(min_sizes=(20,), max_size=100, flip_prob=0, **{part: 0.4})
     same = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -107,7 +143,7 @@ def test_colour_jitter_changes_the_picture_reproducibly(part):
 
 
 def test_test_transform_only_resizes():
-    image, target = picture()
-    out, moved = TestTransform(30, 1000)(image, target)
+    pixels, target = picture()
+    out, moved = TestTransform(30, 1000)(Image.fromarray(pixels), target)
     assert out.shape == (3, 30, 50)
     assert moved["boxes"].tolist() == [[5, 10, 15, 20]]
