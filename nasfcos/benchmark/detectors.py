@@ -171,6 +171,33 @@ def inference_call(
     return call
 
 
+def our_training(
+    name: str, size: Size, device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A detector of `OURS` in training mode and the form that training gives it; its optimizer."""
+    model = our_detector.__wrapped__(name, size, device).train()  # not the shared one
+    model = model.to(memory_format=torch.channels_last)
+    return model, build_optimizer(our_config(name), model)
+
+
+def training_call(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    amp: torch.dtype | None = None,
+) -> Callable[[], object]:
+    """A training step as `nasfcos.engine` takes it, with these images on their device."""
+    scaler = torch.amp.GradScaler(images[0].device.type, enabled=False)
+
+    def step() -> object:
+        losses = forward_backward(model, images, targets, scaler, amp=amp)
+        update(optimizer, scaler)
+        return losses
+
+    return step
+
+
 def our_step(
     name: str,
     size: Size,
@@ -178,19 +205,9 @@ def our_step(
     targets: Sequence[dict[str, Tensor]],
     amp: torch.dtype | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """A detector of `OURS`, its optimizer, and the training step as `nasfcos.engine` takes it."""
-    device = images[0].device
-    model = our_detector.__wrapped__(name, size, device).train()  # not the shared one
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(our_config(name), model)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-
-    def step() -> object:
-        losses = forward_backward(model, images, targets, scaler, amp=amp)
-        update(optimizer, scaler)
-        return losses
-
-    return model, optimizer, step
+    """A detector of `OURS`, its optimizer, and the training step."""
+    model, optimizer = our_training(name, size, images[0].device)
+    return model, optimizer, training_call(model, optimizer, images, targets, amp)
 
 
 def their_step(

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..ops import batched_nms
 from . import machine
-from .detectors import inference_call, optimized, our_detector, our_step
+from .detectors import inference_call, optimized, our_detector, our_training, training_call
 from .inputs import (
     NUM_CLASSES,
     generator,
@@ -29,7 +29,7 @@ from .inputs import (
     smooth_image,
     to_device,
 )
-from .measure import Case, Effort, Skip, Variant, measure
+from .measure import QUICK, Case, Effort, Skip, Variant, measure
 from .memory import RESOLUTION
 from .parts import HEADS, codes_like, our_head
 from .report import aligned, bytes_text, seconds_text
@@ -39,7 +39,7 @@ from .statistics import Summary, growth_exponent
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-EFFORT = Effort(seconds=0.5, fewest=3, most=7, warmups=1, sample=0.002)
+EFFORT = Effort(seconds=15, fewest=3, most=9, warmups=1, sample=0.002)
 MODEL = "R_50_NAS_head"
 SMALL = (128, 128)
 """(height, width) of images on axes where their size does not matter."""
@@ -56,66 +56,79 @@ class Axis:
         label: of the axis, with its unit.
         what: is measured, in a line.
         values: of the axis, from small to large.
-        case: what to measure at a value, in a folder of its own; raises `Skip` where that cannot
-            be done here.
+        prepare: gives the function that says what to measure at a value; it raises `Skip` where
+            that cannot be done here.
     """
 
     name: str
     label: str
     what: str
     values: tuple[int, ...]
-    case: Callable[[int, Setting], Case]
+    prepare: Callable[[Setting], Callable[[int], Case]]
 
 
 # ------------------------------------------------------------------------------------------- cases
-def _image_size(pixels: int, setting: Setting) -> Case:
-    side = math.isqrt(pixels)
+def _image_sizes(setting: Setting) -> Callable[[int], Case]:
     largest_trained = 384 if setting.device.type == "cpu" else 1024
-    return _model_case((side, side), 1, setting, training=side <= largest_trained)
+    model_case = _model_cases(setting)
 
+    def case(pixels: int) -> Case:
+        side = math.isqrt(pixels)
+        return model_case((side, side), 1, training=side <= largest_trained)
 
-def _batch(images: int, setting: Setting) -> Case:
-    return _model_case(SMALL, images, setting, training=True)
-
-
-def _model_case(size: tuple[int, int], batch: int, setting: Setting, training: bool) -> Case:
-    images = [smooth_image(*size).to(setting.device) for _ in range(batch)]
-    targets = [to_device(random_target(*size, seed=i), setting.device) for i in range(batch)]
-    model = our_detector(MODEL, size, setting.device)
-    case = Case("", [Variant("inference, plain", inference_call(model, images))])
-    case.add(
-        "inference, optimized",
-        lambda: Variant(
-            "inference, optimized",
-            inference_call(optimized(model, torch.float32, False), images),
-        ),
-    )
-    if training:
-        case.variants.append(Variant("training step", our_step(MODEL, size, images, targets)[2]))
     return case
 
 
-def _objects(objects: int, setting: Setting) -> Case:
-    case = Case("", [])
-    for name in HEADS:
-        target = to_device(random_target(*MEDIUM, objects=objects), setting.device)
-        _add_losses(case, name, target, NUM_CLASSES, MEDIUM, setting)
+def _batches(setting: Setting) -> Callable[[int], Case]:
+    model_case = _model_cases(setting)
+    return lambda images: model_case(SMALL, images, training=True)
+
+
+def _model_cases(setting: Setting) -> Callable[..., Case]:
+    device = setting.device
+    plain = our_detector(MODEL, MEDIUM, device)
+    fast = optimized(plain, torch.float32, False)
+    trained = our_training(MODEL, SMALL, device)
+
+    def case(size: tuple[int, int], batch: int, training: bool) -> Case:
+        images = [smooth_image(*size).to(device) for _ in range(batch)]
+        targets = [to_device(random_target(*size, seed=i), device) for i in range(batch)]
+        variants = [
+            Variant("inference, plain", inference_call(plain, images)),
+            Variant("inference, optimized", inference_call(fast, images)),
+        ]
+        if training:
+            step = training_call(*trained, images, targets)
+            variants.append(Variant("training step", step))
+        return Case("", variants)
+
     return case
 
 
-def _classes(classes: int, setting: Setting) -> Case:
-    case = Case("", [])
+def _objects(setting: Setting) -> Callable[[int], Case]:
+    def case(objects: int) -> Case:
+        made = Case("", [])
+        for name in HEADS:
+            target = to_device(random_target(*MEDIUM, objects=objects), setting.device)
+            _add_losses(made, name, target, NUM_CLASSES, MEDIUM, setting)
+        return made
+
+    return case
+
+
+def _classes(setting: Setting) -> Callable[[int], Case]:
     size = (256, 320)
-    for name in HEADS:
-        target = to_device(random_target(*size, classes=classes), setting.device)
-        head, maps = _add_losses(case, name, target, classes, size, setting)
-        detached = tuple([x.detach() for x in levels] for levels in maps)
-        case.variants.append(
-            Variant(
-                f"{LABELS[name]}: post-processing",
-                torch.inference_mode()(lambda h=head, m=detached: h.detect(m, [size])),
-            )
-        )
+
+    def case(classes: int) -> Case:
+        made = Case("", [])
+        for name in HEADS:
+            target = to_device(random_target(*size, classes=classes), setting.device)
+            head, maps = _add_losses(made, name, target, classes, size, setting)
+            detached = tuple([x.detach() for x in levels] for levels in maps)
+            detect = torch.inference_mode()(lambda h=head, m=detached: h.detect(m, [size]))
+            made.variants.append(Variant(f"{LABELS[name]}: post-processing", detect))
+        return made
+
     return case
 
 
@@ -147,8 +160,12 @@ def _add_losses(
     return head, maps
 
 
-def _detections(count: int, setting: Setting) -> Case:
-    device, random = setting.device, generator(count)
+def _detections(setting: Setting) -> Callable[[int], Case]:
+    return lambda count: _detection_case(count, setting.device)
+
+
+def _detection_case(count: int, device: torch.device) -> Case:
+    random = generator(count)
     maps = head_outputs(*MEDIUM, objects=0)
     total = sum(x.numel() for x in maps[0])
     sure = torch.randperm(total, generator=random)[:count].sort().values
@@ -169,30 +186,23 @@ def _detections(count: int, setting: Setting) -> Case:
     corner = 10.0 * torch.stack((place % 1000, place // 1000), dim=1)
     apart = torch.cat((corner, corner + 5), dim=1).to(device)
     one_class = torch.ones_like(labels)
-    return Case(
-        "",
-        [
-            Variant(
-                "post-processing, so many candidates",
-                torch.inference_mode()(lambda: head.detect(maps, [MEDIUM])),
-            ),
-            Variant(
-                "NMS, 80 classes, ten boxes an object",
-                lambda: batched_nms(near, scores, labels, 0.6, legacy=True),
-            ),
-            Variant(
-                "NMS, one class, no overlap",
-                lambda: batched_nms(apart, scores, one_class, 0.6, legacy=True),
-            ),
-        ],
-    )
+    calls = {
+        "post-processing": torch.inference_mode()(lambda: head.detect(maps, [MEDIUM])),
+        "NMS, 80 classes, ten boxes an object": lambda: batched_nms(
+            near, scores, labels, 0.6, legacy=True
+        ),
+        "NMS, one class, no overlap": lambda: batched_nms(
+            apart, scores, one_class, 0.6, legacy=True
+        ),
+    }
+    return Case("", [Variant(name, call) for name, call in calls.items()])
 
 
 AXES = (
     Axis("image", "image size (pixels)", f"{MODEL}: one square image",
-         tuple(side**2 for side in (128, 192, 256, 384, 512, 768)), _image_size),
+         tuple(side**2 for side in (128, 192, 256, 384, 512, 768)), _image_sizes),
     Axis("batch", "images in a batch", f"{MODEL}: images of {SMALL[0]}x{SMALL[1]}",
-         (1, 2, 4, 8), _batch),
+         (1, 2, 4, 8), _batches),
     Axis("objects", "objects in the image",
          f"one image of {MEDIUM[0]}x{MEDIUM[1]}, {NUM_CLASSES} classes",
          (1, 3, 10, 30, 100, 300, 1000), _objects),
@@ -228,15 +238,14 @@ def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
 
 
 def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
+    """All values in turns, so that a machine that becomes slower does not bend the curves."""
     entry = _new_entry(axis.name, axis.label, axis.what)
-    values = axis.values[:3] if setting.quick else axis.values
-    watched = sys.stderr.isatty()
-    for value in tqdm(values, desc=axis.name, disable=not watched):
-        if not watched:
-            print(f"{axis.name}: {value}", file=sys.stderr, flush=True)
+    together = Case("", [])
+    points: list[tuple[str, str, int]] = []  # unique name, curve, value
+    make = axis.prepare(setting)
+    for value in axis.values[:3] if setting.quick else axis.values:
         try:
-            case = axis.case(value, setting)
-            timings = measure(case, setting.device, EFFORT)
+            case = make(value)
         except Skip as reason:
             entry["left_out"][str(value)] = str(reason)
             continue
@@ -244,10 +253,23 @@ def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
             logger.warning("%s %d failed", axis.name, value, exc_info=True)
             entry["errors"][str(value)] = f"{type(error).__name__}: {error}"
             continue
-        entry["left_out"] |= case.unavailable
-        entry["errors"] |= {f"{key}, {value}": text for key, text in timings.errors.items()}
-        for name, seconds in timings.seconds.items():
-            _add_point(entry, name, value, seconds, timings.memory[name])
+        for variant in case.variants:
+            unique = f"{variant.name}, {value}"
+            points.append((unique, variant.name, value))
+            together.variants.append(replace(variant, name=unique))
+    bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} to go"
+    watched = sys.stderr.isatty()
+    if not watched:
+        print(axis.name, file=sys.stderr, flush=True)
+    with tqdm(total=1.0, desc=axis.name, bar_format=bar_format, disable=not watched) as bar:
+        effort = QUICK if setting.quick else EFFORT
+        timings = measure(
+            together, setting.device, effort, lambda _, done: bar.update(done - bar.n)
+        )
+    entry["errors"] |= timings.errors
+    for unique, curve, value in points:
+        if unique in timings.seconds:
+            _add_point(entry, curve, value, timings.seconds[unique], timings.memory[unique])
     return _finish(entry)
 
 
@@ -299,14 +321,16 @@ def _add_point(
 
 
 def _finish(entry: dict[str, Any]) -> dict[str, Any]:
-    """Add the exponents of growth."""
+    """Add the exponents of growth; None where too little could be measured."""
     for curve in entry["curves"]:
         points = curve["points"]
         x = [point["x"] for point in points]
-        curve["time_exponent"] = growth_exponent(x, [p["seconds"]["median"] for p in points])
+        times = [point["seconds"]["median"] for point in points]
         memory = [point["memory_bytes"] or 0 for point in points]
         known = [m if m >= RESOLUTION else 0 for m in memory]
-        curve["memory_exponent"] = growth_exponent(x, known)
+        for key, values in (("time_exponent", times), ("memory_exponent", known)):
+            exponent = growth_exponent(x, values)
+            curve[key] = exponent if math.isfinite(exponent) else None
     return entry
 
 
@@ -328,13 +352,17 @@ def _format_axis(axis: dict[str, Any]) -> str:
         times = [seconds_text(points[x]["seconds"]["median"]) if x in points else ""
                  for x in values]  # fmt: skip
         sizes = [bytes_text(points[x]["memory_bytes"]) if x in points else "" for x in values]
-        columns.append([curve["name"], *times, f"{curve['time_exponent']:.2f}"])
-        columns.append(["memory", *sizes, f"{curve['memory_exponent']:.2f}"])
+        columns.append([curve["name"], *times, _exponent_text(curve["time_exponent"])])
+        columns.append(["memory", *sizes, _exponent_text(curve["memory_exponent"])])
     lines = [axis["name"], f"  {axis['what']}; down: {axis['label']}"]
     lines += _stacked(columns)
     lines += [f"  {key}: skipped: {reason}" for key, reason in axis["left_out"].items()]
     lines += [f"  {key}: FAILED: {reason}" for key, reason in axis["errors"].items()]
     return "\n".join(lines)
+
+
+def _exponent_text(exponent: float | None) -> str:
+    return "-" if exponent is None else f"{exponent:.2f}"
 
 
 def _stacked(columns: list[list[str]], curves: int = 2) -> list[str]:

@@ -25,7 +25,7 @@ def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
             x,
             [1000 * s["median"] for s in seconds],
             marker="o",
-            label=f"{curve['name']}: $\\sim x^{{{curve['time_exponent']:.2f}}}$",
+            label=_label(curve["name"], curve["time_exponent"]),
         )
         times.fill_between(
             x,
@@ -42,7 +42,7 @@ def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
                 [p["memory_bytes"] / 2**20 for p in known],
                 marker="o",
                 color=line.get_color(),
-                label=f"{curve['name']}: $\\sim x^{{{curve['memory_exponent']:.2f}}}$",
+                label=_label(curve["name"], curve["memory_exponent"]),
             )
     values = sorted({point["x"] for curve in axis["curves"] for point in curve["points"]})
     _dress(times, "time of a call (ms), quartiles shaded", axis["label"], values)
@@ -50,6 +50,10 @@ def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
     figure.suptitle(axis["what"])
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def _label(name: str, exponent: float | None) -> str:
+    return name if exponent is None else f"{name}: $\\sim x^{{{exponent:.2f}}}$"
 
 
 def _dress(axes: Axes, title: str, label: str, values: list[int]) -> None:

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import distributed
-from ..engine.train import forward_backward, update
-from .detectors import our_step
+from .detectors import our_training, training_call
 from .inputs import random_target, smooth_image, to_device
 from .measure import synchronize
 from .memory import bytes_in_use, peak_bytes
@@ -32,15 +31,10 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
         images = [smooth_image(*size, seed=distributed.rank()).to(device)]
         targets = [to_device(random_target(*size, seed=distributed.rank()), device)]
         model: nn.Module
-        model, optimizer, _ = our_step(name, size, images, targets)
+        model, optimizer = our_training(name, size, device)
         if distributed.world_size() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
-
-        def step() -> None:
-            forward_backward(model, images, targets, scaler)
-            update(optimizer, scaler)
-
+        step = training_call(model, optimizer, images, targets)
         seconds = []
         for number in range(WARMUPS + STEPS):
             distributed.barrier()
