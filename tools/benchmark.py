@@ -70,7 +70,7 @@ def main() -> int:
     if args.json:
         write_json(args.json, report, indent=2)
     print(format_report(report))
-    return int(failed(report))
+    return 130 if report["interrupted"] else int(failed(report))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from ..evaluation.files import replacing
 from .memory import RESOLUTION
@@ -62,6 +63,11 @@ def _dress(axes: Axes, title: str, label: str, values: list[int]) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(label)
     axes.set_xticks(values, [f"{x:,}" for x in values], rotation=30 if values[-1] > 1000 else 0)
+    low, high = axes.get_ylim()
+    if high < 10 * low:  # a decade at least, so that flat curves look flat
+        axes.set_ylim(high / 10, 1.1 * high)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     if axes.lines:

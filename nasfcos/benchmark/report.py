@@ -30,6 +30,8 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if report["quick"]:
         lines.append("--quick: small work, few repetitions; these figures say little.")
+    if report["interrupted"]:
+        lines.append("Interrupted: the rest was not measured.")
     return "\n".join(lines) + "\n\n" + "\n\n".join(map(format_case, report["cases"]))
 
 

@@ -102,22 +102,26 @@ def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
     """Measure, with progress on stderr; gives what the JSON file holds.
 
     A benchmark that cannot be measured is `skipped`, one that raises an exception `failed`; the
-    others go on.
+    others go on. Ctrl-C ends the run with what was measured until then, and `interrupted` is true.
     """
     report = {
         "format": FORMAT,
         "machine": machine.describe(setting.device),
         "quick": setting.quick,
+        "interrupted": False,
         "cases": [],
     }
     with _Bar(benchmarks) as bar:
-        for benchmark in benchmarks:
-            with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
-                own = replace(setting, folder=Path(folder))
-                report["cases"].append(_run_one(benchmark, own, bar.enter(benchmark)))
-            gc.collect()
-            if setting.cuda:
-                torch.cuda.empty_cache()
+        try:
+            for benchmark in benchmarks:
+                with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
+                    own = replace(setting, folder=Path(folder))
+                    report["cases"].append(_run_one(benchmark, own, bar.enter(benchmark)))
+                gc.collect()
+                if setting.cuda:
+                    torch.cuda.empty_cache()
+        except KeyboardInterrupt:
+            report["interrupted"] = True
     return report
 
 

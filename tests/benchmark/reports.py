@@ -39,4 +39,10 @@ MACHINE = {
 
 
 def report(*cases, **machine):
-    return {"format": 1, "machine": {**MACHINE, **machine}, "quick": False, "cases": list(cases)}
+    return {
+        "format": 1,
+        "machine": {**MACHINE, **machine},
+        "quick": False,
+        "interrupted": False,
+        "cases": list(cases),
+    }

@@ -83,6 +83,19 @@ def test_a_report_of_good_missing_and_broken_work(tmp_path, capsys):
     assert "[2/3] missing" in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_what_was_measured(tmp_path):
+    def fine(setting):
+        return Case("nothing", [Variant("ours", lambda: None)])
+
+    def stop(setting):
+        raise KeyboardInterrupt
+
+    benchmarks = [Benchmark("a", fine), Benchmark("b", stop), Benchmark("c", fine)]
+    report = run(benchmarks, Setting(torch.device("cpu"), tmp_path, quick=True))
+    assert report["interrupted"]
+    assert [case["name"] for case in report["cases"]] == ["a"]
+
+
 def main_of(tool, monkeypatch, *arguments):
     """The exit code of a tool's `main` with these arguments."""
     spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
