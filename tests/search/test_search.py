@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,10 +137,13 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
 
 
 def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path):
+    started = time.monotonic()
     run("search_net.py", search_file, "OUTPUT_DIR", tmp_path / "whole")
+    # The first seconds go by with imports.
+    whole = max(1, time.monotonic() - started - 4)
+    seconds = float(os.environ.get("NASFCOS_KILL_WITHIN", whole))
     rng = random.Random(int(os.environ.get("NASFCOS_KILL_SEED", 0)))
     wanted = int(os.environ.get("NASFCOS_KILLS", 2))
-    seconds = float(os.environ.get("NASFCOS_KILL_WITHIN", 12))
     kills = 0
     killed = ("search_net.py", search_file, "--resume", "OUTPUT_DIR", tmp_path / "cut")
     while kills < wanted:
@@ -147,7 +151,10 @@ def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path)
         time.sleep(3 + rng.random() * seconds)
         if process.poll() is not None:
             process.communicate()
-            break
+            if kills:
+                break
+            shutil.rmtree(tmp_path / "cut")  # it was too fast: once more
+            continue
         before = {stage: finished(tmp_path / "cut", stage) for stage in ("fpn", "head")}
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
