@@ -29,6 +29,7 @@ from ..data import build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..evaluation.files import replacing
 from ..models import build_detector, load_weights
+from ..models.heads.dense import to_device
 from ..visualize import plot_training
 from . import distributed
 from .checkpoint import (
@@ -269,7 +270,7 @@ def _iterate(
             data_time = time.perf_counter() - waiting_since
             losses = forward_backward(
                 model,
-                [_to_device(image, device) for image in images],
+                [to_device(image, device) for image in images],
                 targets,
                 run.scaler,
                 solver.ACCUMULATE,
@@ -315,11 +316,6 @@ def _iterate(
 
 def _due(iteration: int, period: int) -> bool:
     return period > 0 and iteration % period == 0
-
-
-def _to_device(image: Tensor, device: torch.device) -> Tensor:
-    """The image on `device`; from pinned memory, so that the host need not wait for the copy."""
-    return image.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else image
 
 
 def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration: float) -> None:
