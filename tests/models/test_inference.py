@@ -87,18 +87,20 @@ def test_golden_detections():
     # Those of almost equal scores may come in another order.
     found = torch.cat((found["boxes"], found["labels"][:, None]), dim=1)
     apart = (found[:, None] - expected[None, :, [0, 1, 2, 3, 5]]).abs().amax(dim=2)
-    assert (apart.amin(dim=0) < 1e-2).all() and (apart.amin(dim=1) < 1e-2).all()
+    assert (apart.amin(dim=0) < 1e-3).all() and (apart.amin(dim=1) < 1e-3).all()
 
 
 def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
     fast = nasfcos.optimize_for_inference(lively("R_50_NAS_head"))
     kinds = {type(module) for module in fast.modules()}
-    assert not kinds & {nn.BatchNorm2d, FrozenBatchNorm2d, Concat, DeformConv} - {DeformConv}
+    assert not kinds & {nn.BatchNorm2d, FrozenBatchNorm2d, Concat}
+    assert not any(isinstance(module, DeformConv) for module in fast.neck.modules())
     unused = set(range(4)) - fast.neck.genotype.consumed
     assert unused and all(isinstance(fast.neck.adapt[node], nn.Identity) for node in unused)
     fast = nasfcos.optimize_for_inference(lively("other operations"))
-    searched = [m for m in fast.neck.modules() if isinstance(m, SeparableConv)]
-    assert not searched  # those of the head, which have GroupNorm, stay
+    # Those of the head, which have GroupNorm, stay.
+    assert not any(isinstance(module, SeparableConv) for module in fast.neck.modules())
+    assert any(isinstance(module, SeparableConv) for module in fast.head.modules())
 
 
 def test_only_inference():
