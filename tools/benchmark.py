@@ -5,7 +5,7 @@ python tools/benchmark.py --only inference/R_50_NAS_head training
 python tools/benchmark.py --device cuda --compile
 
 All of it takes the better part of an hour on two CPU cores; --quick tries everything on small work,
-in about two minutes.
+in some minutes.
 """
 
 import argparse
@@ -13,10 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from nasfcos.benchmark.report import format_report
-from nasfcos.benchmark.setting import Setting
+from nasfcos.benchmark.setting import Setting, add_arguments, set_threads
 from nasfcos.benchmark.suite import BENCHMARKS, choose, failed, run
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
@@ -28,17 +26,14 @@ def main() -> int:
         description="Measure the detectors and their parts side by side with usual libraries.",
         epilog=f"benchmarks: {', '.join(b.name for b in BENCHMARKS)}",
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="small work: about two minutes")
+    add_arguments(parser, quick="small work: some minutes")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME",
         help='names of benchmarks, their beginnings ("inference") or patterns ("*/R_50_NAS_head")',
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, in pixels"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
     parser.add_argument("--images", metavar="FOLDER", help="pictures for data loading")
     parser.add_argument(
         "--compile", action="store_true", help="measure compiled models too (minutes to start)"
@@ -53,10 +48,7 @@ def main() -> int:
         parser.error("--size: images must be 32 pixels high and wide at least")
     if args.images and not Path(args.images).is_dir():
         parser.error(f"--images: {args.images} is no folder")
-    if args.threads is not None:
-        if args.threads < 1:
-            parser.error("--threads must be positive")
-        torch.set_num_threads(args.threads)
+    set_threads(parser, args.threads)
     with tempfile.TemporaryDirectory(prefix="nasfcos_benchmark_") as folder:
         setting = Setting(
             device=device,

@@ -8,11 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from nasfcos.benchmark.growth import failed, format_growth, measure_growth
 from nasfcos.benchmark.plots import plot_growth
-from nasfcos.benchmark.setting import Setting
+from nasfcos.benchmark.setting import Setting, add_arguments, set_threads
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
 from nasfcos.evaluation.files import write_json
@@ -23,20 +21,14 @@ def main() -> int:
         description="Measure how time and memory grow with image size, batch, objects in an image, "
         "classes, detections and processes."
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="the smaller values only")
+    add_arguments(parser, quick="the smaller values only")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="AXIS",
         help="of image, batch, objects, classes, detections, processes",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plots", metavar="FOLDER", help="write a picture of each axis there")
-    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
     args = parser.parse_args()
-    if args.threads is not None:
-        if args.threads < 1:
-            parser.error("--threads must be positive")
-        torch.set_num_threads(args.threads)
+    set_threads(parser, args.threads)
     try:
         device = resolve_device(args.device)
         with tempfile.TemporaryDirectory(prefix="nasfcos_growth_") as folder:

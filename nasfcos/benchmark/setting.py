@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +42,21 @@ class Setting:
     def image_size(self, full: tuple[int, int] = (800, 1088)) -> tuple[int, int]:
         """(height, width) of the images to work on."""
         return self.size or ((128, 160) if self.quick else full)
+
+
+def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+    """The options that all measuring tools have; `quick` describes theirs."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+
+
+def set_threads(parser: argparse.ArgumentParser, threads: int | None) -> None:
+    """As `add_arguments`' option says; ends with the parser's error where that is no number of
+    threads."""
+    if threads is None:
+        return
+    if threads < 1:
+        parser.error("--threads must be positive")
+    torch.set_num_threads(threads)

@@ -95,6 +95,11 @@ def _their_inference(batch: int, setting: Setting) -> Case:
     return case
 
 
+def _work(height: int, width: int, batch: int, **others: str) -> dict[str, object]:
+    """The parameters of a case."""
+    return {"image": f"{height}x{width}", "batch": batch, "classes": NUM_CLASSES, **others}
+
+
 def _inference_case(
     batch: int, setting: Setting, rivals: Sequence[str]
 ) -> tuple[Case, list[Tensor]]:
@@ -104,12 +109,7 @@ def _inference_case(
         "detection in images that are on the device, post-processing included",
         [],
         rivals=list(rivals) + [f"{name}, {AUTOCAST}" for name in rivals if setting.cuda],
-        parameters={
-            "image": f"{height}x{width}",
-            "batch": batch,
-            "classes": NUM_CLASSES,
-            "candidates": f"{CANDIDATES} an image",
-        },
+        parameters=_work(height, width, batch, candidates=f"{CANDIDATES} an image"),
         amount=batch,
         unit="images",
     )
@@ -159,12 +159,7 @@ def _training_case(setting: Setting, rivals: list[str]) -> tuple[Case, tuple]:
         "stages frozen; images on the device",
         [],
         rivals=[f"{name}, {mode}" for mode in reversed(modes) for name in rivals],
-        parameters={
-            "image": f"{height}x{width}",
-            "batch": batch,
-            "classes": NUM_CLASSES,
-            "objects": f"{OBJECTS} an image",
-        },
+        parameters=_work(height, width, batch, objects=f"{OBJECTS} an image"),
         amount=batch,
         unit="images",
     )
