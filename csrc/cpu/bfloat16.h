@@ -1,7 +1,10 @@
 // bfloat16 as bits. Compilers make vectors of this arithmetic, which they do not of c10::BFloat16's.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "../macros.h"
 
@@ -15,3 +18,7 @@ NASFCOS_INLINE uint16_t narrow(float value) {
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
 }
+
+// What values of a tensor's type are read as.
+template <typename T>
+using Bits = std::conditional_t<std::is_same_v<T, c10::BFloat16>, uint16_t, T>;

@@ -40,6 +40,7 @@
 
 #include "../macros.h"
 #include "bfloat16.h"
+#include "memory_format.h"
 
 namespace {
 
@@ -56,12 +57,6 @@ struct Geometry {
   int64_t positions() const { return out_height * out_width; }
   int64_t taps() const { return kernel_h * kernel_w; }
 };
-
-// That of maps of which these may be some channels.
-at::MemoryFormat format_of(const Tensor& maps) {
-  const bool last = maps.size(1) > 1 && maps.stride(1) == 1 && !maps.is_contiguous();
-  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
 
 // Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
 // the matrix products become inefficient.

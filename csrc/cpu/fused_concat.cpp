@@ -56,22 +56,12 @@ void pairs(
   pairs_loop(x, scale, shift, weight, n, out);
 }
 
-// `T` as it is computed with.
-template <typename T>
-struct Bits {
-  using type = T;
-};
-template <>
-struct Bits<at::BFloat16> {
-  using type = uint16_t;
-};
-
 // x, y and the result are channels-last.
 template <typename T>
 void concat(
     const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift,
     const Tensor& weight, Tensor& output) {
-  using B = typename Bits<T>::type;
+  using B = Bits<T>;
   using Acc = at::opmath_type<T>;
   const int64_t channels = x.size(1), half = channels / 2;
   const B* maps[2] = {

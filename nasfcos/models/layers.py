@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import modulated_deform_conv2d
+from ..ops import depthwise_conv2d, modulated_deform_conv2d
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalisation layer for a number of channels."""
@@ -55,12 +55,11 @@ class ConvNormAct(nn.Module):
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
 
-class SeparableConv(nn.Module):
-    """Depthwise conv, 1x1 conv (neither with bias), norm, ReLU; the map's size stays."""
+class DepthwiseConv(nn.Conv2d):
+    """A convolution of each channel by itself (no bias); the map's size stays."""
 
-    def __init__(self, channels: int, kernel_size: int, dilation: int, norm: Norm) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(
+    def __init__(self, channels: int, kernel_size: int, dilation: int) -> None:
+        super().__init__(
             channels,
             channels,
             kernel_size,
@@ -69,6 +68,17 @@ class SeparableConv(nn.Module):
             groups=channels,
             bias=False,
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.dilation[0])
+
+
+class SeparableConv(nn.Module):
+    """Depthwise conv, 1x1 conv (neither with bias), norm, ReLU; the map's size stays."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, norm: Norm) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(channels, kernel_size, dilation)
         self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = norm(channels)
 

@@ -6,13 +6,21 @@ does not serve) a plain PyTorch version of the same operator takes over, see :mo
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
 
 _NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
 
-__all__ = ["batched_nms", "fused_concat", "modulated_deform_conv2d", "nms", "sigmoid_focal_loss"]
+__all__ = [
+    "batched_nms",
+    "depthwise_conv2d",
+    "fused_concat",
+    "modulated_deform_conv2d",
+    "nms",
+    "sigmoid_focal_loss",
+]
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, legacy: bool = False) -> Tensor:
@@ -115,6 +123,46 @@ def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Ten
         ValueError: shapes that do not fit.
     """
     return torch.ops.nasfcos.fused_concat(x, y, scale, shift, weight)
+
+
+def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+    """Convolution of each channel with a kernel of its own, with stride one and as much padding as
+    keeps a map's size. On the CPU it is ours, since oneDNN's is slow where it is dilated; elsewhere
+    it is PyTorch's.
+
+    Args:
+        input: [N, C, H, W].
+        weight: [C, 1, k, k] with an odd k; taken in the dtype of ``input``.
+        dilation: in pixels, both ways.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``input``, channels-last where ``input`` is.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if input.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            "depthwise_conv2d: input and weight must have four dimensions, "
+            f"got {list(input.shape)} and {list(weight.shape)}"
+        )
+    kernel = weight.shape[2]
+    if weight.shape != (input.shape[1], 1, kernel, kernel) or kernel % 2 == 0:
+        raise ValueError(
+            f"depthwise_conv2d: weight must be [{input.shape[1]}, 1, k, k] with an odd k, "
+            f"got {list(weight.shape)}"
+        )
+    if dilation < 1:
+        raise ValueError(f"depthwise_conv2d: dilation {dilation} must be positive")
+    if input.device.type != "cpu":
+        return F.conv2d(
+            input,
+            weight,
+            padding=dilation * (kernel // 2),
+            dilation=dilation,
+            groups=input.shape[1],
+        )
+    return torch.ops.nasfcos.depthwise_conv2d(input, weight.to(input.dtype), dilation)
 
 
 def modulated_deform_conv2d(

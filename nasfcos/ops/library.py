@@ -30,6 +30,10 @@ _SCHEMAS = {
     "fused_concat": (
         "(Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor weight) -> Tensor"
     ),
+    "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
+    "depthwise_conv2d_backward": (
+        "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
+    ),
     "modulated_deform_conv2d": (
         "(Tensor input, Tensor offset, Tensor mask, Tensor weight, Tensor? bias, int[2] stride, "
         "int[2] padding, int[2] dilation, int offset_groups) -> Tensor"
@@ -132,6 +136,18 @@ def _(x, y, scale, shift, weight):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+@torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
+def _(input, weight, dilation):
+    return torch.empty_like(input, memory_format=plain.memory_format(input))
+
+
+@torch.library.register_fake("nasfcos::depthwise_conv2d_backward", lib=_lib)
+def _(grad, input, weight, dilation):
+    return tuple(
+        torch.empty_like(t, memory_format=plain.memory_format(t)) for t in (input, weight)
+    )
+
+
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
 def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
     size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
@@ -157,6 +173,20 @@ def _focal_backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
+def _depthwise_context(ctx, inputs, output) -> None:
+    input, weight, ctx.dilation = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _depthwise_backward(ctx, grad: Tensor):
+    # Half precision is for the forward pass; the weight's gradient sums over all pixels.
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grads = torch.ops.nasfcos.depthwise_conv2d_backward(
+        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors), ctx.dilation
+    )
+    return *(g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True)), None
+
+
 def _deform_context(ctx, inputs, output) -> None:
     input, offset, mask, weight, _bias, *ctx.geometry = inputs
     ctx.save_for_backward(input, offset, mask, weight)
@@ -175,6 +205,12 @@ def _deform_backward(ctx, grad: Tensor):
 
 torch.library.register_autograd(
     "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::depthwise_conv2d",
+    _depthwise_backward,
+    setup_context=_depthwise_context,
+    lib=_lib,
 )
 torch.library.register_autograd(
     "nasfcos::modulated_deform_conv2d", _deform_backward, setup_context=_deform_context, lib=_lib

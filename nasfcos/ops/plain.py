@@ -5,6 +5,7 @@ against. Signatures are those of the schemas in :mod:`.library`.
 """
 
 import torch
+import torch.nn.functional as F
 import torchvision  # noqa: F401  (defines torch.ops.torchvision)
 from torch import Tensor
 
@@ -95,6 +96,28 @@ def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
+def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    padding = dilation * (weight.shape[2] // 2)
+    output = F.conv2d(
+        input, weight, padding=padding, dilation=dilation, groups=weight.shape[0]
+    )
+    return output.contiguous(memory_format=memory_format(input))
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, dilation: int
+) -> tuple[Tensor, Tensor]:
+    padding = dilation * (weight.shape[2] // 2)
+    grads = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0],
+        weight.shape[0], [True, True, False],
+    )[:2]  # fmt: skip
+    return tuple(
+        gradient.contiguous(memory_format=memory_format(tensor))
+        for gradient, tensor in zip(grads, (input, weight), strict=True)
+    )
+
+
 def modulated_deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -143,8 +166,8 @@ def modulated_deform_conv2d_backward(
 
 
 def memory_format(maps: Tensor) -> torch.memory_format:
-    """The memory format that the deformable convolution gives to what belongs to these maps, which
-    may be some channels of others."""
+    """The memory format that convolutions give to what belongs to these maps, which may be some
+    channels of others."""
     last = maps.shape[1] > 1 and maps.stride(1) == 1 and not maps.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

@@ -30,6 +30,7 @@ ops.modulated_deform_conv2d(
     x, torch.full((1, 36, 5, 6), torch.nan), torch.ones(1, 18, 5, 6), torch.ones(2, 4, 3, 3),
     padding=1, offset_groups=2,
 ).sum().backward()
+ops.depthwise_conv2d(x, torch.ones(4, 1, 3, 3), 2).sum().backward()
 compiled = torch.compile(ops.sigmoid_focal_loss, fullgraph=True, backend="aot_eager")
 assert torch.equal(
     compiled(logits, torch.tensor([0, 2])), ops.sigmoid_focal_loss(logits, torch.tensor([0, 2]))

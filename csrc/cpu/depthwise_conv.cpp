@@ -1,0 +1,318 @@
+// Depthwise convolution of stride one that keeps a map's size, with any dilation, and its gradients.
+//
+// Maps are read and written channels-last (turned to it, and the result back, where they are not),
+// so that a vector holds neighbouring channels of one pixel and every tap is one multiply-add of
+// three vectors. Taps outside the image are skipped, not read as zeros: of a dilated kernel on a
+// small map they are the greater part.
+//
+// The gradient of the input is a convolution with the kernel turned round. That of the weight is
+// summed by each thread over its own rows of pixels.
+//
+// The forward pass takes bfloat16 as well, and sums it in float32.
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+
+#include "../macros.h"
+#include "bfloat16.h"
+#include "memory_format.h"
+
+namespace {
+
+using at::Tensor;
+
+// The vectors of a processor with the widest ones; compilers take several of the others.
+constexpr int kBytes = 64;
+template <typename T>
+struct Lanes {
+  static constexpr int64_t count = kBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+
+// Channels from memory to `Vector`, one or several, and back.
+template <typename T, typename Vector>
+NASFCOS_INLINE void load(const T* from, Vector& to) {
+  std::memcpy(&to, from, sizeof(Vector));
+}
+template <typename T, typename Vector>
+NASFCOS_INLINE void store(const Vector& from, T* to) {
+  std::memcpy(to, &from, sizeof(Vector));
+}
+NASFCOS_INLINE void load(const uint16_t* from, Lanes<float>::type& to) {
+  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+  Narrow bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+  std::memcpy(&to, &wide, sizeof(to));
+}
+NASFCOS_INLINE void load(const uint16_t* from, float& to) { to = widen(*from); }
+NASFCOS_INLINE void store(const Lanes<float>::type& from, uint16_t* to) {
+  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+  Wide wide;
+  std::memcpy(&wide, &from, sizeof(wide));
+  wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  wide = from != from ? Wide{} + 0x7fc0 : wide;
+  const Narrow bits = __builtin_convertvector(wide, Narrow);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+NASFCOS_INLINE void store(const float& from, uint16_t* to) { *to = narrow(from); }
+
+struct Geometry {
+  int64_t images, channels, height, width, kernel, dilation;
+
+  int64_t rows() const { return images * height; }
+  int64_t taps() const { return kernel * kernel; }
+  // Of a tap, from the output's pixel to the input's.
+  int64_t shift(int64_t tap) const { return (tap - kernel / 2) * dilation; }
+};
+
+// P neighbouring pixels from (y, x) on, some channels. All pointers start at those channels, `image`
+// at the first pixel of the image, `out` at the first of the pixels; weight is [taps, C].
+template <int P, typename Vector, typename T, typename Acc>
+NASFCOS_INLINE void convolve_pixels(
+    const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, T* out) {
+  Vector sums[P] = {};
+  for (int64_t ky = 0; ky < g.kernel; ++ky) {
+    const int64_t from_y = y + g.shift(ky);
+    if (from_y < 0 || from_y >= g.height) continue;
+    for (int64_t kx = 0; kx < g.kernel; ++kx) {
+      const int64_t from_x = x + g.shift(kx);
+      const T* from = image + (from_y * g.width + from_x) * g.channels;
+      Vector w, value;
+      load(weight + (ky * g.kernel + kx) * g.channels, w);
+      if (from_x >= 0 && from_x + P <= g.width) {
+        for (int p = 0; p < P; ++p) {
+          load(from + p * g.channels, value);
+          sums[p] += w * value;
+        }
+      } else if (from_x + P > 0 && from_x < g.width) {
+        for (int p = 0; p < P; ++p) {
+          if (from_x + p < 0 || from_x + p >= g.width) continue;
+          load(from + p * g.channels, value);
+          sums[p] += w * value;
+        }
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p) store(sums[p], out + p * g.channels);
+}
+
+// As many pixels at once as leave no multiply-add waiting for another, and fit the registers of
+// processors with 16 of half the size.
+constexpr int kPixels = 6;
+
+// Channels that are read together: whole cache lines of memory and not too many of the cache.
+template <typename T>
+constexpr int64_t kTogether = 4 * Lanes<T>::count;
+
+// Channels from c to `end` of P pixels.
+template <int P, typename T, typename Acc>
+NASFCOS_INLINE void convolve_channels(
+    const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, int64_t c,
+    int64_t end, T* out) {
+  using Vector = typename Lanes<Acc>::type;
+  for (; c + Lanes<Acc>::count <= end; c += Lanes<Acc>::count) {
+    convolve_pixels<P, Vector>(g, image + c, weight + c, y, x, out + c);
+  }
+  for (; c < end; ++c) convolve_pixels<P, Acc>(g, image + c, weight + c, y, x, out + c);
+}
+
+// Row y of the output, `out`, from all of an image.
+template <typename T, typename Acc>
+NASFCOS_INLINE void convolve_row_loop(
+    const Geometry& g, const T* image, const Acc* weight, int64_t y, T* out) {
+  for (int64_t c = 0; c < g.channels; c += kTogether<Acc>) {
+    const int64_t end = std::min(g.channels, c + kTogether<Acc>);
+    if (g.width < kPixels) {
+      for (int64_t x = 0; x < g.width; ++x) {
+        convolve_channels<1>(g, image, weight, y, x, c, end, out + x * g.channels);
+      }
+      continue;
+    }
+    for (int64_t next = 0; next < g.width; next += kPixels) {
+      // The last ones of a row may be computed a second time.
+      const int64_t x = std::min(next, g.width - kPixels);
+      convolve_channels<kPixels>(g, image, weight, y, x, c, end, out + x * g.channels);
+    }
+  }
+}
+
+// Pixels from `begin` to `end` of a row of the output's gradient with those of the input that one
+// tap takes there, `from`, multiplied and added to `sum`.
+template <typename Vector, typename T>
+NASFCOS_INLINE void dot_pixels(
+    const T* grad, const T* from, int64_t begin, int64_t end, int64_t channels, T* sum) {
+  // Several sums, for a multiply-add waits for the one before it on the same sum.
+  constexpr int parts = 4;
+  Vector sums[parts] = {}, a, b;
+  int64_t x = begin;
+  for (; x + parts <= end; x += parts) {
+    for (int part = 0; part < parts; ++part) {
+      load(grad + (x + part) * channels, a);
+      load(from + (x + part) * channels, b);
+      sums[part] += a * b;
+    }
+  }
+  for (; x < end; ++x) {
+    load(grad + x * channels, a);
+    load(from + x * channels, b);
+    sums[0] += a * b;
+  }
+  Vector total;
+  load(sum, total);
+  total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  store(total, sum);
+}
+
+template <typename Vector, typename T>
+NASFCOS_INLINE void weigh_channels(
+    const Geometry& g, const T* grad, const T* image, int64_t y, T* sums) {
+  for (int64_t ky = 0; ky < g.kernel; ++ky) {
+    const int64_t from_y = y + g.shift(ky);
+    if (from_y < 0 || from_y >= g.height) continue;
+    for (int64_t kx = 0; kx < g.kernel; ++kx) {
+      const int64_t shift = g.shift(kx);
+      const int64_t begin = std::max<int64_t>(0, -shift);
+      const int64_t end = std::min(g.width, g.width - shift);
+      dot_pixels<Vector>(
+          grad, image + (from_y * g.width + shift) * g.channels, begin, end, g.channels,
+          sums + (ky * g.kernel + kx) * g.channels);
+    }
+  }
+}
+
+// Adds to `sums` [taps, C] what row y of the output's gradient, `grad`, adds to the weight's.
+template <typename T>
+NASFCOS_INLINE void weigh_row_loop(
+    const Geometry& g, const T* grad, const T* image, int64_t y, T* sums) {
+  int64_t c = 0;
+  for (; c + Lanes<T>::count <= g.channels; c += Lanes<T>::count) {
+    weigh_channels<typename Lanes<T>::type>(g, grad + c, image + c, y, sums + c);
+  }
+  for (; c < g.channels; ++c) weigh_channels<T>(g, grad + c, image + c, y, sums + c);
+}
+
+NASFCOS_CLONES void convolve_row(
+    const Geometry& g, const float* image, const float* weight, int64_t y, float* out) {
+  convolve_row_loop(g, image, weight, y, out);
+}
+NASFCOS_CLONES void convolve_row(
+    const Geometry& g, const uint16_t* image, const float* weight, int64_t y, uint16_t* out) {
+  convolve_row_loop(g, image, weight, y, out);
+}
+void convolve_row(
+    const Geometry& g, const double* image, const double* weight, int64_t y, double* out) {
+  convolve_row_loop(g, image, weight, y, out);
+}
+NASFCOS_CLONES void weigh_row(
+    const Geometry& g, const float* grad, const float* image, int64_t y, float* sums) {
+  weigh_row_loop(g, grad, image, y, sums);
+}
+void weigh_row(
+    const Geometry& g, const double* grad, const double* image, int64_t y, double* sums) {
+  weigh_row_loop(g, grad, image, y, sums);
+}
+
+// Rows that are worth a thread's while.
+int64_t grain_of(const Geometry& g) {
+  return (int64_t{1} << 17) / std::max<int64_t>(1, g.width * g.channels * g.taps()) + 1;
+}
+
+// [C, 1, k, k] as [taps, C] of the dtype that is computed with.
+Tensor taps_first(const Tensor& weight) {
+  return weight.flatten(1).t().to(at::toOpMathType(weight.scalar_type())).contiguous();
+}
+
+// Maps and weight [taps, C] to maps; channels-last.
+template <typename T>
+void convolve(const Geometry& g, const Tensor& input, const Tensor& weight, Tensor& output) {
+  using B = Bits<T>;
+  const B* in = reinterpret_cast<const B*>(input.const_data_ptr<T>());
+  B* out = reinterpret_cast<B*>(output.mutable_data_ptr<T>());
+  const auto* taps = weight.const_data_ptr<at::opmath_type<T>>();
+  const int64_t row = g.width * g.channels;
+  at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      convolve_row(g, in + i / g.height * g.height * row, taps, i % g.height, out + i * row);
+    }
+  });
+}
+
+template <typename T>
+Tensor weigh(const Geometry& g, const Tensor& grad, const Tensor& input) {
+  const T* in = input.const_data_ptr<T>();
+  const T* out = grad.const_data_ptr<T>();
+  const int64_t row = g.width * g.channels;
+  Tensor sums = at::zeros({at::get_num_threads(), g.taps(), g.channels}, input.options());
+  T* all = sums.mutable_data_ptr<T>();
+  at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
+    T* own = all + at::get_thread_num() * g.taps() * g.channels;
+    for (int64_t i = begin; i < end; ++i) {
+      weigh_row(g, out + i * row, in + i / g.height * g.height * row, i % g.height, own);
+    }
+  });
+  return sums.sum(0);
+}
+
+Geometry geometry_of(const Tensor& input, const Tensor& weight, int64_t dilation) {
+  const char* op = "depthwise_conv2d: ";
+  TORCH_CHECK_VALUE(input.dim() == 4, op, "the input must be [N, C, H, W], not ", input.sizes());
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(0) == input.size(1) && weight.size(1) == 1 &&
+          weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
+      op, "the weight must be [C, 1, k, k] with the C of the input, ", input.size(1),
+      ", and an odd k, not ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      input.scalar_type() == weight.scalar_type(), op, "input and weight must have one dtype, not ",
+      input.scalar_type(), " and ", weight.scalar_type());
+  TORCH_CHECK_VALUE(dilation >= 1, op, "the dilation must be positive, not ", dilation);
+  return {input.size(0), input.size(1), input.size(2), input.size(3), weight.size(2), dilation};
+}
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, int64_t dilation) {
+  const Geometry g = geometry_of(input, weight, dilation);
+  Tensor output = at::empty(input.sizes(), input.options().memory_format(kLast));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, input.scalar_type(), "depthwise_conv2d", [&] {
+    convolve<scalar_t>(g, input.contiguous(kLast), taps_first(weight), output);
+  });
+  return output.contiguous(format_of(input));
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t dilation) {
+  const Geometry g = geometry_of(input, weight, dilation);
+  TORCH_CHECK_VALUE(
+      grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
+      "depthwise_conv2d: the output's gradient must have the input's shape and dtype");
+  Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
+  Tensor grad_taps;
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "depthwise_conv2d_backward", [&] {
+    const Tensor maps = input.contiguous(kLast), grads = grad.contiguous(kLast);
+    convolve<scalar_t>(g, grads, taps_first(weight).flip(0).contiguous(), grad_input);
+    grad_taps = weigh<scalar_t>(g, grads, maps);
+  });
+  Tensor grad_weight = grad_taps.t().reshape(weight.sizes());
+  return {
+      grad_input.contiguous(format_of(input)), grad_weight.contiguous(format_of(weight))};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_FN(depthwise_conv2d));
+  m.impl("depthwise_conv2d_backward", TORCH_FN(depthwise_conv2d_backward));
+}
