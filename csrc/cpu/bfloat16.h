@@ -19,6 +19,14 @@ NASFCOS_INLINE uint16_t narrow(float value) {
   return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
 }
 
+// One value from memory to what it is computed with, and back.
+NASFCOS_INLINE float load(const float* from) { return *from; }
+NASFCOS_INLINE double load(const double* from) { return *from; }
+NASFCOS_INLINE float load(const uint16_t* from) { return widen(*from); }
+NASFCOS_INLINE void store(float value, float* to) { *to = value; }
+NASFCOS_INLINE void store(double value, double* to) { *to = value; }
+NASFCOS_INLINE void store(float value, uint16_t* to) { *to = narrow(value); }
+
 // What values of a tensor's type are read as.
 template <typename T>
 using Bits = std::conditional_t<std::is_same_v<T, c10::BFloat16>, uint16_t, T>;

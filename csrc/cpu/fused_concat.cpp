@@ -19,13 +19,6 @@ namespace {
 
 using at::Tensor;
 
-NASFCOS_INLINE float load(const float* from) { return *from; }
-NASFCOS_INLINE double load(const double* from) { return *from; }
-NASFCOS_INLINE float load(const uint16_t* from) { return widen(*from); }
-NASFCOS_INLINE void store(float value, float* to) { *to = value; }
-NASFCOS_INLINE void store(double value, double* to) { *to = value; }
-NASFCOS_INLINE void store(float value, uint16_t* to) { *to = narrow(value); }
-
 // One pixel: n output channels from 2n of the input's.
 template <typename T, typename Acc>
 NASFCOS_INLINE void pairs_loop(

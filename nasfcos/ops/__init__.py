@@ -19,6 +19,7 @@ __all__ = [
     "fused_concat",
     "modulated_deform_conv2d",
     "nms",
+    "rectified_pairs",
     "sigmoid_focal_loss",
 ]
 
@@ -123,6 +124,31 @@ def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Ten
         ValueError: shapes that do not fit.
     """
     return torch.ops.nasfcos.fused_concat(x, y, scale, shift, weight)
+
+
+def rectified_pairs(input: Tensor, weight: Tensor) -> Tensor:
+    """ReLU, and a 1x1 convolution with a group of two input channels for each output channel: the
+    end of the searched concatenation (paper, section 3.2). On the CPU it is one pass of ours,
+    elsewhere PyTorch's operators.
+
+    Args:
+        input: [N, 2 * C, H, W].
+        weight: [C, 2, 1, 1]; taken in the dtype of ``input``.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``input``, channels-last where ``input`` is.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if input.dim() != 4 or weight.shape != (input.shape[1] // 2, 2, 1, 1) or input.shape[1] % 2:
+        raise ValueError(
+            "rectified_pairs: input must be [N, 2 * C, H, W] and weight [C, 2, 1, 1], "
+            f"got {list(input.shape)} and {list(weight.shape)}"
+        )
+    if input.device.type != "cpu":
+        return F.conv2d(input.relu(), weight, groups=weight.shape[0])
+    return torch.ops.nasfcos.rectified_pairs(input, weight.to(input.dtype))
 
 
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:

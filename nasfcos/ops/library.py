@@ -30,6 +30,8 @@ _SCHEMAS = {
     "fused_concat": (
         "(Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor weight) -> Tensor"
     ),
+    "rectified_pairs": "(Tensor input, Tensor weight) -> Tensor",
+    "rectified_pairs_backward": "(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
         "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
@@ -136,6 +138,18 @@ def _(x, y, scale, shift, weight):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+@torch.library.register_fake("nasfcos::rectified_pairs", lib=_lib)
+def _(input, weight):
+    output = input.new_empty(input.shape[0], weight.shape[0], *input.shape[2:])
+    return output.contiguous(memory_format=plain.memory_format(input))
+
+
+@torch.library.register_fake("nasfcos::rectified_pairs_backward", lib=_lib)
+def _(grad, input, weight):
+    grad_input = torch.empty_like(input, memory_format=plain.memory_format(input))
+    return grad_input, torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
     return torch.empty_like(input, memory_format=plain.memory_format(input))
@@ -173,6 +187,19 @@ def _focal_backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
+def _pairs_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pairs_backward(ctx, grad: Tensor):
+    # Half precision is for the forward pass; the weight's gradient sums over all pixels.
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grads = torch.ops.nasfcos.rectified_pairs_backward(
+        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors)
+    )
+    return tuple(g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True))
+
+
 def _depthwise_context(ctx, inputs, output) -> None:
     input, weight, ctx.dilation = inputs
     ctx.save_for_backward(input, weight)
@@ -205,6 +232,9 @@ def _deform_backward(ctx, grad: Tensor):
 
 torch.library.register_autograd(
     "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::rectified_pairs", _pairs_backward, setup_context=_pairs_context, lib=_lib
 )
 torch.library.register_autograd(
     "nasfcos::depthwise_conv2d",

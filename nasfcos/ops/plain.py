@@ -96,6 +96,22 @@ def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
+def rectified_pairs(input: Tensor, weight: Tensor) -> Tensor:
+    output = F.conv2d(input.relu(), weight, groups=weight.shape[0])
+    return output.contiguous(memory_format=memory_format(input))
+
+
+def rectified_pairs_backward(
+    grad: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    n, channels, height, width = grad.shape
+    pairs = input.reshape(n, channels, 2, height, width)
+    grad_input = grad[:, :, None] * weight.view(channels, 2, 1, 1)
+    grad_input = grad_input.masked_fill(pairs <= 0, 0).view(input.shape)
+    grad_weight = (grad[:, :, None] * pairs.relu()).sum((0, 3, 4)).view(weight.shape)
+    return grad_input.contiguous(memory_format=memory_format(input)), grad_weight
+
+
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
     padding = dilation * (weight.shape[2] // 2)
     output = F.conv2d(

@@ -123,9 +123,9 @@ def test_losses_and_gradients(known):
 def test_trajectory():
     """Six steps of the config's own solver.
 
-    Rounding grows about a hundredfold a step in this run (the same arithmetic in float64 is 1e-5
-    away at the second step's losses and 1e-1 at the sixth's), so the losses are held to 1e-4
-    while that can hold, and the weights at the end to 1e-2.
+    Rounding grows about a hundredfold a step in this run (PyTorch's own operators with one thread
+    instead of two are 7e-6 away at the second step's losses and 0.3 at the sixth's), so the losses
+    are held to 1e-4 while that can hold, and the weights at the end to 1e-2.
     """
     expected = golden()["R_50_NAS_densebox"]["trajectory"]
     cfg = config("R_50_NAS_densebox")
@@ -138,7 +138,7 @@ def test_trajectory():
         rates = sorted({group["lr"] for group in optimizer.param_groups})
         assert rates == pytest.approx([step["lr"], step["lr_max"]])
         losses = model.head.losses(model.head(model.neck(model.backbone(batch))), TARGETS)
-        tolerance = (1e-4, 1e-4, 1e-2, 5e-2, 0.2, 0.2)[number]
+        tolerance = (1e-4, 1e-4, 1e-2, 0.2, 0.5, 0.5)[number]
         for key, value in step.items():
             if key.startswith("loss"):
                 assert losses[LOSS_NAMES[key]].item() == pytest.approx(value, rel=tolerance), key

@@ -31,6 +31,7 @@ ops.modulated_deform_conv2d(
     padding=1, offset_groups=2,
 ).sum().backward()
 ops.depthwise_conv2d(x, torch.ones(4, 1, 3, 3), 2).sum().backward()
+ops.rectified_pairs(x, torch.ones(2, 2, 1, 1)).sum().backward()
 compiled = torch.compile(ops.sigmoid_focal_loss, fullgraph=True, backend="aot_eager")
 assert torch.equal(
     compiled(logits, torch.tensor([0, 2])), ops.sigmoid_focal_loss(logits, torch.tensor([0, 2]))

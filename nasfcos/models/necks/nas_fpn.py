@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...genotype import AGGREGATIONS, FPN_OPS, NUM_INPUTS, Cell, Genotype
+from ...ops import rectified_pairs
 from ..layers import OPERATIONS, ConvNormAct, Norm, resize_to
 from ..registry import NECKS
 from .top import TopLevels
@@ -36,7 +36,7 @@ class Concat(nn.Module):
         self.conv = nn.Conv2d(2 * channels, channels, 1, groups=channels, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.conv(F.relu(self.norm(torch.cat((x, y), dim=1)), inplace=True))
+        return rectified_pairs(self.norm(torch.cat((x, y), dim=1)), self.conv.weight)
 
 
 AGGREGATION_LAYERS = {"psum": WeightedSum, "cat": Concat}

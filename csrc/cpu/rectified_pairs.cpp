@@ -1,0 +1,163 @@
+// The end of the searched concatenation in training: ReLU, and a 1x1 convolution with a group of two
+// input channels for each output channel, with their gradients:
+//   out[c] = weight[2c] * relu(x[2c]) + weight[2c + 1] * relu(x[2c + 1]).
+// Each pass reads and writes every map once, channels-last (see depthwise_conv.cpp for other maps).
+// The forward pass takes bfloat16 as well.
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../macros.h"
+#include "bfloat16.h"
+#include "memory_format.h"
+
+namespace {
+
+using at::Tensor;
+
+// Not std::max, which would turn NaN into zero.
+template <typename T>
+NASFCOS_INLINE T relu(T x) {
+  return x < 0 ? T(0) : x;
+}
+
+// One pixel: n output channels.
+template <typename T, typename Acc>
+NASFCOS_INLINE void forward_loop(const T* x, const Acc* weight, int64_t n, T* out) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const Acc a = relu<Acc>(load(x + 2 * c)), b = relu<Acc>(load(x + 2 * c + 1));
+    store(weight[2 * c] * a + weight[2 * c + 1] * b, out + c);
+  }
+}
+
+// The gradient of x from that of `out`, and what this pixel adds to that of the weight.
+template <typename T>
+NASFCOS_INLINE void backward_loop(
+    const T* grad, const T* x, const T* weight, int64_t n, T* grad_x, T* grad_weight) {
+  // Gradients are doubled first, for then all else goes from one channel to the next.
+  constexpr int64_t block = 64;
+  T twice[2 * block];
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t count = std::min(block, n - first), start = 2 * first;
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      twice[2 * c] = grad[first + c];
+      twice[2 * c + 1] = grad[first + c];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      const T value = x[start + i];
+      grad_x[start + i] = value <= 0 ? T(0) : weight[start + i] * twice[i];
+      grad_weight[start + i] += relu(value) * twice[i];
+    }
+  }
+}
+
+NASFCOS_CLONES void forward_pixel(const float* x, const float* weight, int64_t n, float* out) {
+  forward_loop(x, weight, n, out);
+}
+NASFCOS_CLONES void forward_pixel(
+    const uint16_t* x, const float* weight, int64_t n, uint16_t* out) {
+  forward_loop(x, weight, n, out);
+}
+void forward_pixel(const double* x, const double* weight, int64_t n, double* out) {
+  forward_loop(x, weight, n, out);
+}
+NASFCOS_CLONES void backward_pixel(
+    const float* grad, const float* x, const float* weight, int64_t n, float* grad_x,
+    float* grad_weight) {
+  backward_loop(grad, x, weight, n, grad_x, grad_weight);
+}
+void backward_pixel(
+    const double* grad, const double* x, const double* weight, int64_t n, double* grad_x,
+    double* grad_weight) {
+  backward_loop(grad, x, weight, n, grad_x, grad_weight);
+}
+
+// Pixels that are worth a thread's while.
+int64_t grain_of(int64_t channels) { return (int64_t{1} << 16) / (channels + 1) + 1; }
+
+int64_t pixels_of(const Tensor& maps) { return maps.size(0) * maps.size(2) * maps.size(3); }
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
+void check(const Tensor& input, const Tensor& weight) {
+  TORCH_CHECK_VALUE(
+      input.dim() == 4 && weight.dim() == 4 && input.size(1) == 2 * weight.size(0) &&
+          weight.size(1) == 2 && weight.size(2) == 1 && weight.size(3) == 1,
+      "rectified_pairs: the input must be [N, 2 * C, H, W] and the weight [C, 2, 1, 1], not ",
+      input.sizes(), " and ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      input.scalar_type() == weight.scalar_type(),
+      "rectified_pairs: input and weight must have one dtype, not ", input.scalar_type(), " and ",
+      weight.scalar_type());
+}
+
+Tensor rectified_pairs(const Tensor& input, const Tensor& weight) {
+  check(input, weight);
+  const int64_t channels = weight.size(0);
+  const Tensor maps = input.contiguous(kLast);
+  Tensor output = at::empty(
+      {input.size(0), channels, input.size(2), input.size(3)},
+      input.options().memory_format(kLast));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, input.scalar_type(), "rectified_pairs", [&] {
+    using B = Bits<scalar_t>;
+    using Acc = at::opmath_type<scalar_t>;
+    const Tensor factors = weight.flatten().to(at::toOpMathType(weight.scalar_type())).contiguous();
+    const Acc* w = factors.const_data_ptr<Acc>();
+    const B* x = reinterpret_cast<const B*>(maps.const_data_ptr<scalar_t>());
+    B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
+    at::parallel_for(0, pixels_of(input), grain_of(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        forward_pixel(x + 2 * i * channels, w, channels, out + i * channels);
+      }
+    });
+  });
+  return output.contiguous(format_of(input));
+}
+
+std::tuple<Tensor, Tensor> rectified_pairs_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight) {
+  check(input, weight);
+  const int64_t channels = weight.size(0);
+  TORCH_CHECK_VALUE(
+      grad.dim() == 4 && grad.size(0) == input.size(0) && grad.size(1) == channels &&
+          grad.size(2) == input.size(2) && grad.size(3) == input.size(3) &&
+          grad.scalar_type() == input.scalar_type(),
+      "rectified_pairs: the output's gradient must have the output's shape and dtype");
+  const Tensor maps = input.contiguous(kLast), grads = grad.contiguous(kLast);
+  const Tensor factors = weight.flatten().contiguous();
+  Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
+  Tensor sums = at::zeros({at::get_num_threads(), 2 * channels}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rectified_pairs_backward", [&] {
+    const scalar_t* g = grads.const_data_ptr<scalar_t>();
+    const scalar_t* x = maps.const_data_ptr<scalar_t>();
+    const scalar_t* w = factors.const_data_ptr<scalar_t>();
+    scalar_t* grad_x = grad_input.mutable_data_ptr<scalar_t>();
+    scalar_t* all = sums.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, pixels_of(input), grain_of(channels), [&](int64_t begin, int64_t end) {
+      scalar_t* own = all + at::get_thread_num() * 2 * channels;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = 2 * i * channels;
+        backward_pixel(g + i * channels, x + first, w, channels, grad_x + first, own);
+      }
+    });
+  });
+  return {grad_input.contiguous(format_of(input)), sums.sum(0).reshape(weight.sizes())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
+  m.impl("rectified_pairs", TORCH_FN(rectified_pairs));
+  m.impl("rectified_pairs_backward", TORCH_FN(rectified_pairs_backward));
+}
