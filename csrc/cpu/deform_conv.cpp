@@ -53,9 +53,9 @@ struct Geometry {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, group_channels;
 
-  int64_t pixels() const { return height * width; }
+  NASFCOS_INLINE int64_t pixels() const { return height * width; }
   int64_t positions() const { return out_height * out_width; }
-  int64_t taps() const { return kernel_h * kernel_w; }
+  NASFCOS_INLINE int64_t taps() const { return kernel_h * kernel_w; }
 };
 
 // Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
@@ -138,7 +138,7 @@ struct Sample {
 };
 
 template <typename T>
-Sample<T> locate(const Geometry& g, T y, T x, T mask) {
+NASFCOS_INLINE Sample<T> locate(const Geometry& g, T y, T x, T mask) {
   const int32_t nowhere = static_cast<int32_t>(g.pixels());
   Sample<T> s{{nowhere, nowhere, nowhere, nowhere}, 0, 0, mask};
   if (std::isnan(y) || std::isnan(x)) {
@@ -165,10 +165,12 @@ struct Maps {
   T* data;
   int64_t image, channel, position;  // strides
 
-  Maps at(int64_t n, int64_t c) const {
+  NASFCOS_INLINE Maps at(int64_t n, int64_t c) const {
     return {data + n * image + c * channel, image, channel, position};
   }
-  T& operator()(int64_t c, int64_t p) const { return data[c * channel + p * position]; }
+  NASFCOS_INLINE T& operator()(int64_t c, int64_t p) const {
+    return data[c * channel + p * position];
+  }
 };
 
 // [N, C, H, W] as [N, C, H * W]; a view for the usual memory formats.
@@ -190,7 +192,7 @@ Maps<T> mutable_maps_of(Tensor& maps) {
 
 // The samples of one group at one output position. `offset` and `mask` start at an image's group.
 template <typename T>
-void locate_taps(
+NASFCOS_INLINE void locate_taps(
     const Geometry& g, Maps<const T> offset, Maps<const T> mask, int64_t position,
     Sample<T>* samples) {
   const T y0 = static_cast<T>(position / g.out_width * g.stride_h - g.pad_h);
@@ -208,7 +210,7 @@ void locate_taps(
 
 // out = sum of w[i] * corner[i], over n channels.
 template <typename T>
-NASFCOS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T* out) {
+NASFCOS_INLINE void sample(const T* const* corner, const T* w, int64_t n, T* out) {
   const T *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
   const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
 #pragma omp simd
@@ -216,20 +218,22 @@ NASFCOS_INLINE void sample_loop(const T* const* corner, const T* w, int64_t n, T
 }
 
 // The same with bfloat16 in memory.
-NASFCOS_INLINE void sample_narrow_loop(
-    const uint16_t* const* corner, const float* w, int64_t n, uint16_t* out) {
-  const uint16_t *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
+NASFCOS_INLINE void sample(
+    const at::BFloat16* const* corner, const float* w, int64_t n, at::BFloat16* out) {
+  const uint16_t* bits[4];
+  for (int i = 0; i < 4; ++i) bits[i] = reinterpret_cast<const uint16_t*>(corner[i]);
+  const uint16_t *a = bits[0], *b = bits[1], *c = bits[2], *d = bits[3];
+  uint16_t* to = reinterpret_cast<uint16_t*>(out);
   const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = narrow(
-        w0 * widen(a[i]) + w1 * widen(b[i]) + w2 * widen(c[i]) + w3 * widen(d[i]));
+    to[i] = narrow(w0 * widen(a[i]) + w1 * widen(b[i]) + w2 * widen(c[i]) + w3 * widen(d[i]));
   }
 }
 
 // dots[i] = <grad, corner[i]>
 template <typename T>
-NASFCOS_INLINE void dot_loop(const T* const* corner, const T* grad, int64_t n, T* dots) {
+NASFCOS_INLINE void dot(const T* const* corner, const T* grad, int64_t n, T* dots) {
   const T *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
@@ -247,37 +251,115 @@ NASFCOS_INLINE void dot_loop(const T* const* corner, const T* grad, int64_t n, T
 
 // out += w * grad
 template <typename T>
-NASFCOS_INLINE void scatter_loop(const T* grad, T w, int64_t n, T* out) {
+NASFCOS_INLINE void scatter(const T* grad, T w, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] += w * grad[i];
 }
 
-NASFCOS_CLONES void sample(const float* const* corner, const float* w, int64_t n, float* out) {
-  sample_loop(corner, w, n, out);
+// What the forward pass samples from, an image at a time.
+template <typename T>
+struct Samples {
+  const Geometry& g;
+  Maps<const at::opmath_type<T>> offset, mask;  // of the image
+  const T* image;
+  int64_t pixel_stride;
+  const T* zeros;  // the channels of a group
+  Sample<at::opmath_type<T>>* buffer;  // taps
+};
+
+// Fills the columns of some output positions, [count, taps * channels].
+template <typename T>
+NASFCOS_INLINE void sample_positions_loop(
+    const Samples<T>& from, int64_t start, int64_t count, T* column) {
+  using Acc = at::opmath_type<T>;
+  const Geometry& g = from.g;
+  const int64_t taps = g.taps(), columns = taps * g.channels, nowhere = g.pixels();
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t channel = group * g.group_channels;
+      locate_taps(
+          g, from.offset.at(0, 2 * group * taps), from.mask.at(0, group * taps), start + i,
+          from.buffer);
+      for (int64_t t = 0; t < taps; ++t) {
+        const Sample<Acc>& s = from.buffer[t];
+        const T* corner[4];
+        Acc w[4];
+        for (int c = 0; c < 4; ++c) {
+          corner[c] = s.pixel[c] == nowhere
+                          ? from.zeros
+                          : from.image + s.pixel[c] * from.pixel_stride + channel;
+        }
+        s.blend(w);
+        for (Acc& value : w) value *= s.mask;
+        sample(corner, w, g.group_channels, column + i * columns + t * g.channels + channel);
+      }
+    }
+  }
 }
-NASFCOS_CLONES void sample_narrow(
-    const uint16_t* const* corner, const float* w, int64_t n, uint16_t* out) {
-  sample_narrow_loop(corner, w, n, out);
+
+NASFCOS_CLONES void sample_positions(
+    const Samples<float>& from, int64_t start, int64_t count, float* column) {
+  sample_positions_loop(from, start, count, column);
 }
-void sample(const at::BFloat16* const* corner, const float* w, int64_t n, at::BFloat16* out) {
-  const uint16_t* bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = reinterpret_cast<const uint16_t*>(corner[i]);
-  sample_narrow(bits, w, n, reinterpret_cast<uint16_t*>(out));
+NASFCOS_CLONES void sample_positions(
+    const Samples<at::BFloat16>& from, int64_t start, int64_t count, at::BFloat16* column) {
+  sample_positions_loop(from, start, count, column);
 }
-NASFCOS_CLONES void dot(const float* const* corner, const float* grad, int64_t n, float* dots) {
-  dot_loop(corner, grad, n, dots);
+void sample_positions(
+    const Samples<double>& from, int64_t start, int64_t count, double* column) {
+  sample_positions_loop(from, start, count, column);
 }
-NASFCOS_CLONES void scatter(const float* grad, float w, int64_t n, float* out) {
-  scatter_loop(grad, w, n, out);
+
+// What the backward pass samples from and adds to: an image's slice of the channels, of one group.
+template <typename T>
+struct Gradients {
+  const Geometry& g;
+  int64_t channels;
+  Maps<const T> offset, mask;  // of the image's group
+  Maps<T> grad_offset, grad_mask;
+  const T* image;  // [pixels + 1, channels], the last of zeros
+  T* grad_image;
+  Sample<T>* buffer;  // taps
+};
+
+// Fills the columns of some output positions, [count, taps * channels], and from the gradients of
+// these makes those of everything that was sampled.
+template <typename T>
+NASFCOS_INLINE void differentiate_positions_loop(
+    const Gradients<T>& to, int64_t start, int64_t count, const T* grad_column, T* column) {
+  const int64_t n = to.channels, taps = to.g.taps();
+  for (int64_t position = start; position < start + count; ++position) {
+    locate_taps(to.g, to.offset, to.mask, position, to.buffer);
+    for (int64_t t = 0; t < taps; ++t, grad_column += n, column += n) {
+      const Sample<T>& s = to.buffer[t];
+      const T* corner[4];
+      T w[4], d[4];
+      for (int c = 0; c < 4; ++c) corner[c] = to.image + s.pixel[c] * n;
+      dot(corner, grad_column, n, d);
+      s.blend(w);
+      to.grad_mask(t, position) = w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
+      to.grad_offset(2 * t, position) =
+          s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
+      to.grad_offset(2 * t + 1, position) =
+          s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
+      for (T& value : w) value *= s.mask;
+      sample(corner, w, n, column);
+      for (int c = 0; c < 4; ++c) {
+        scatter(grad_column, w[c], n, to.grad_image + s.pixel[c] * n);
+      }
+    }
+  }
 }
-void sample(const double* const* corner, const double* w, int64_t n, double* out) {
-  sample_loop(corner, w, n, out);
+
+NASFCOS_CLONES void differentiate_positions(
+    const Gradients<float>& to, int64_t start, int64_t count, const float* grad_column,
+    float* column) {
+  differentiate_positions_loop(to, start, count, grad_column, column);
 }
-void dot(const double* const* corner, const double* grad, int64_t n, double* dots) {
-  dot_loop(corner, grad, n, dots);
-}
-void scatter(const double* grad, double w, int64_t n, double* out) {
-  scatter_loop(grad, w, n, out);
+void differentiate_positions(
+    const Gradients<double>& to, int64_t start, int64_t count, const double* grad_column,
+    double* column) {
+  differentiate_positions_loop(to, start, count, grad_column, column);
 }
 
 // to[row * to_stride + column] = from[row * row_stride + column * column_stride]. By tiles of whole
@@ -386,7 +468,6 @@ void forward(
     const Tensor& weight, const Tensor& bias, Tensor& output) {
   using Acc = at::opmath_type<T>;
   const int64_t taps = g.taps(), plane = g.positions(), columns = taps * g.channels;
-  const int64_t nowhere = g.pixels();
   const Tensor matrix = weight_matrix<T>(g, weight, {0, g.channels});
   const Tensor flat = flatten_pixels(input), flat_offset = flatten_pixels(offset),
                flat_mask = flatten_pixels(mask);
@@ -410,28 +491,11 @@ void forward(
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = n0 + task / blocks, start = task % blocks * block;
         const int64_t positions = std::min(block, plane - start);
-        for (int64_t i = 0; i < positions; ++i) {
-          for (int64_t group = 0; group < g.groups; ++group) {
-            const int64_t channel = group * g.group_channels;
-            const T* image = images.image(n) + channel;
-            locate_taps(
-                g, offsets.at(n, 2 * group * taps), masks.at(n, group * taps), start + i,
-                samples.data());
-            for (int64_t t = 0; t < taps; ++t) {
-              const Sample<Acc>& s = samples[t];
-              const T* corner[4];
-              Acc w[4];
-              for (int c = 0; c < 4; ++c) {
-                corner[c] = s.pixel[c] == nowhere ? zeros.data()
-                                                  : image + s.pixel[c] * images.pixel_stride();
-              }
-              s.blend(w);
-              for (Acc& value : w) value *= s.mask;
-              sample(
-                  corner, w, g.group_channels, column + i * columns + t * g.channels + channel);
-            }
-          }
-        }
+        sample_positions(
+            Samples<T>{
+                g, offsets.at(n, 0), masks.at(n, 0), images.image(n), images.pixel_stride(),
+                zeros.data(), samples.data()},
+            start, positions, column);
         const Tensor used = column_block.narrow(0, 0, positions);
         Tensor out = flat_output[n].narrow(1, start, positions);
         if (rows_of_channels) {
@@ -532,50 +596,28 @@ class BackwardUnit {
         a.input.data, a.input.position, a.input.channel, g_.pixels(), channels_,
         image_.mutable_data_ptr<T>(), channels_);
     grad_image_.zero_();
+    const Gradients<T> to{
+        g_, channels_, a.offset, a.mask, a.grad_offset, a.grad_mask, image_.const_data_ptr<T>(),
+        grad_image_.mutable_data_ptr<T>(), samples_.data()};
     for (int64_t start = 0; start < g_.positions(); start += block_) {
       const int64_t count = std::min(block_, g_.positions() - start);
       const Tensor grad = a.grad.narrow(1, start, count);
       Tensor grad_columns = grad_columns_.narrow(0, 0, count);
       at::mm_out(grad_columns, grad.t(), matrix);
-      for (int64_t i = 0; i < count; ++i) position(a, start + i, i * width_);
+      differentiate_positions(
+          to, start, count, grad_columns.const_data_ptr<T>(), columns_.mutable_data_ptr<T>());
       at::addmm_out(grad_matrix, grad_matrix, grad, columns_.narrow(0, 0, count));
     }
     const T* grad_image = grad_image_.const_data_ptr<T>();
-    const Maps<T>& to = a.grad_input;
-    if (to.channel == 1) {
-      copy_matrix(grad_image, channels_, 1, g_.pixels(), channels_, to.data, to.position);
+    const Maps<T>& maps = a.grad_input;
+    if (maps.channel == 1) {
+      copy_matrix(grad_image, channels_, 1, g_.pixels(), channels_, maps.data, maps.position);
     } else {
-      copy_matrix(grad_image, 1, channels_, channels_, g_.pixels(), to.data, to.channel);
+      copy_matrix(grad_image, 1, channels_, channels_, g_.pixels(), maps.data, maps.channel);
     }
   }
 
  private:
-  void position(const Arguments& a, int64_t position, int64_t place) {
-    const T* image = image_.const_data_ptr<T>();
-    T* grad_image = grad_image_.mutable_data_ptr<T>();
-    const T* grad_column = grad_columns_.const_data_ptr<T>() + place;
-    T* column = columns_.mutable_data_ptr<T>() + place;
-    locate_taps(g_, a.offset, a.mask, position, samples_.data());
-    for (int64_t t = 0; t < g_.taps(); ++t, grad_column += channels_, column += channels_) {
-      const Sample<T>& s = samples_[t];
-      const T* corner[4];
-      T w[4], d[4];
-      for (int c = 0; c < 4; ++c) corner[c] = image + s.pixel[c] * channels_;
-      dot(corner, grad_column, channels_, d);
-      s.blend(w);
-      a.grad_mask(t, position) = w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
-      a.grad_offset(2 * t, position) =
-          s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
-      a.grad_offset(2 * t + 1, position) =
-          s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
-      for (T& value : w) value *= s.mask;
-      sample(corner, w, channels_, column);
-      for (int c = 0; c < 4; ++c) {
-        scatter(grad_column, w[c], channels_, grad_image + s.pixel[c] * channels_);
-      }
-    }
-  }
-
   const Geometry& g_;
   int64_t channels_, width_, block_;
   Tensor image_, grad_image_, columns_, grad_columns_;
