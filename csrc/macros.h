@@ -13,3 +13,35 @@
 #else
 #define NASFCOS_CLONES
 #endif
+
+// For code that is written with vectors of a given width: NASFCOS_BY_WIDTH(name, Arguments, call)
+// defines `void name(const Arguments& a)`, which runs `call` with a constant `kBytes`, the width of
+// this processor's vectors. `call` is compiled for each width; all that it calls must be inline.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NASFCOS_BY_WIDTH(NAME, ARGUMENTS, CALL)                                             \
+  __attribute__((target("avx512f"))) void NAME##_64(const ARGUMENTS& a) {                   \
+    constexpr int kBytes = 64;                                                              \
+    CALL;                                                                                   \
+  }                                                                                         \
+  __attribute__((target("avx2,fma"))) void NAME##_32(const ARGUMENTS& a) {                  \
+    constexpr int kBytes = 32;                                                              \
+    CALL;                                                                                   \
+  }                                                                                         \
+  void NAME##_16(const ARGUMENTS& a) {                                                      \
+    constexpr int kBytes = 16;                                                              \
+    CALL;                                                                                   \
+  }                                                                                         \
+  void NAME(const ARGUMENTS& a) {                                                           \
+    static const auto best = __builtin_cpu_supports("avx512f") ? NAME##_64                  \
+                             : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") \
+                                 ? NAME##_32                                                \
+                                 : NAME##_16;                                               \
+    best(a);                                                                                \
+  }
+#else
+#define NASFCOS_BY_WIDTH(NAME, ARGUMENTS, CALL) \
+  void NAME(const ARGUMENTS& a) {               \
+    constexpr int kBytes = 16;                  \
+    CALL;                                       \
+  }
+#endif

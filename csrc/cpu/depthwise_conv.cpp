@@ -31,12 +31,11 @@ namespace {
 
 using at::Tensor;
 
-// The vectors of a processor with the widest ones; compilers take several of the others.
-constexpr int kBytes = 64;
-template <typename T>
+// As many T as fit a vector of so many bytes.
+template <typename T, int Bytes>
 struct Lanes {
-  static constexpr int64_t count = kBytes / sizeof(T);
-  typedef T type __attribute__((vector_size(kBytes)));
+  static constexpr int64_t count = Bytes / sizeof(T);
+  typedef T type __attribute__((vector_size(Bytes)));
 };
 
 // Channels from memory to `Vector`, one or several, and back.
@@ -48,25 +47,28 @@ template <typename T, typename Vector>
 NASFCOS_INLINE void store(const Vector& from, T* to) {
   std::memcpy(to, &from, sizeof(Vector));
 }
-NASFCOS_INLINE void load(const uint16_t* from, Lanes<float>::type& to) {
-  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+template <typename Vector>
+NASFCOS_INLINE void load(const uint16_t* from, Vector& to) {
+  using Narrow = typename Lanes<uint16_t, sizeof(Vector) / 2>::type;
+  using Wide = typename Lanes<uint32_t, sizeof(Vector)>::type;
   Narrow bits;
   std::memcpy(&bits, from, sizeof(bits));
   const Wide wide = __builtin_convertvector(bits, Wide) << 16;
   std::memcpy(&to, &wide, sizeof(to));
 }
-NASFCOS_INLINE void load(const uint16_t* from, float& to) { to = widen(*from); }
-NASFCOS_INLINE void store(const Lanes<float>::type& from, uint16_t* to) {
-  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+template <typename Vector>
+NASFCOS_INLINE void store(const Vector& from, uint16_t* to) {
+  using Narrow = typename Lanes<uint16_t, sizeof(Vector) / 2>::type;
+  using Wide = typename Lanes<uint32_t, sizeof(Vector)>::type;
   Wide wide;
   std::memcpy(&wide, &from, sizeof(wide));
+  // As `narrow` in bfloat16.h.
   wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
   wide = from != from ? Wide{} + 0x7fc0 : wide;
   const Narrow bits = __builtin_convertvector(wide, Narrow);
   std::memcpy(to, &bits, sizeof(bits));
 }
+NASFCOS_INLINE void load(const uint16_t* from, float& to) { to = widen(*from); }
 NASFCOS_INLINE void store(const float& from, uint16_t* to) { *to = narrow(from); }
 
 struct Geometry {
@@ -113,38 +115,47 @@ NASFCOS_INLINE void convolve_pixels(
 // processors with 16 of half the size.
 constexpr int kPixels = 6;
 
-// Channels that are read together: whole cache lines of memory and not too many of the cache.
-template <typename T>
-constexpr int64_t kTogether = 4 * Lanes<T>::count;
-
 // Channels from c to `end` of P pixels.
-template <int P, typename T, typename Acc>
+template <int P, int Bytes, typename T, typename Acc>
 NASFCOS_INLINE void convolve_channels(
     const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, int64_t c,
     int64_t end, T* out) {
-  using Vector = typename Lanes<Acc>::type;
-  for (; c + Lanes<Acc>::count <= end; c += Lanes<Acc>::count) {
-    convolve_pixels<P, Vector>(g, image + c, weight + c, y, x, out + c);
+  using Vector = Lanes<Acc, Bytes>;
+  for (; c + Vector::count <= end; c += Vector::count) {
+    convolve_pixels<P, typename Vector::type>(g, image + c, weight + c, y, x, out + c);
   }
   for (; c < end; ++c) convolve_pixels<P, Acc>(g, image + c, weight + c, y, x, out + c);
 }
 
 // Row y of the output, `out`, from all of an image.
 template <typename T, typename Acc>
-NASFCOS_INLINE void convolve_row_loop(
-    const Geometry& g, const T* image, const Acc* weight, int64_t y, T* out) {
-  for (int64_t c = 0; c < g.channels; c += kTogether<Acc>) {
-    const int64_t end = std::min(g.channels, c + kTogether<Acc>);
+struct Convolution {
+  const Geometry& g;
+  const T* image;
+  const Acc* weight;
+  int64_t y;
+  T* out;
+};
+
+template <int Bytes, typename T, typename Acc>
+NASFCOS_INLINE void convolve_row_loop(const Convolution<T, Acc>& a) {
+  // Channels that are read together: whole cache lines of memory and not too many of the cache.
+  constexpr int64_t together = 256 / sizeof(Acc);
+  const Geometry& g = a.g;
+  for (int64_t c = 0; c < g.channels; c += together) {
+    const int64_t end = std::min(g.channels, c + together);
     if (g.width < kPixels) {
       for (int64_t x = 0; x < g.width; ++x) {
-        convolve_channels<1>(g, image, weight, y, x, c, end, out + x * g.channels);
+        convolve_channels<1, Bytes>(
+            g, a.image, a.weight, a.y, x, c, end, a.out + x * g.channels);
       }
       continue;
     }
     for (int64_t next = 0; next < g.width; next += kPixels) {
       // The last ones of a row may be computed a second time.
       const int64_t x = std::min(next, g.width - kPixels);
-      convolve_channels<kPixels>(g, image, weight, y, x, c, end, out + x * g.channels);
+      convolve_channels<kPixels, Bytes>(
+          g, a.image, a.weight, a.y, x, c, end, a.out + x * g.channels);
     }
   }
 }
@@ -195,35 +206,36 @@ NASFCOS_INLINE void weigh_channels(
 
 // Adds to `sums` [taps, C] what row y of the output's gradient, `grad`, adds to the weight's.
 template <typename T>
-NASFCOS_INLINE void weigh_row_loop(
-    const Geometry& g, const T* grad, const T* image, int64_t y, T* sums) {
+struct Weighing {
+  const Geometry& g;
+  const T *grad, *image;
+  int64_t y;
+  T* sums;
+};
+
+template <int Bytes, typename T>
+NASFCOS_INLINE void weigh_row_loop(const Weighing<T>& a) {
+  using Vector = Lanes<T, Bytes>;
   int64_t c = 0;
-  for (; c + Lanes<T>::count <= g.channels; c += Lanes<T>::count) {
-    weigh_channels<typename Lanes<T>::type>(g, grad + c, image + c, y, sums + c);
+  for (; c + Vector::count <= a.g.channels; c += Vector::count) {
+    weigh_channels<typename Vector::type>(a.g, a.grad + c, a.image + c, a.y, a.sums + c);
   }
-  for (; c < g.channels; ++c) weigh_channels<T>(g, grad + c, image + c, y, sums + c);
+  for (; c < a.g.channels; ++c) {
+    weigh_channels<T>(a.g, a.grad + c, a.image + c, a.y, a.sums + c);
+  }
 }
 
-NASFCOS_CLONES void convolve_row(
-    const Geometry& g, const float* image, const float* weight, int64_t y, float* out) {
-  convolve_row_loop(g, image, weight, y, out);
-}
-NASFCOS_CLONES void convolve_row(
-    const Geometry& g, const uint16_t* image, const float* weight, int64_t y, uint16_t* out) {
-  convolve_row_loop(g, image, weight, y, out);
-}
-void convolve_row(
-    const Geometry& g, const double* image, const double* weight, int64_t y, double* out) {
-  convolve_row_loop(g, image, weight, y, out);
-}
-NASFCOS_CLONES void weigh_row(
-    const Geometry& g, const float* grad, const float* image, int64_t y, float* sums) {
-  weigh_row_loop(g, grad, image, y, sums);
-}
-void weigh_row(
-    const Geometry& g, const double* grad, const double* image, int64_t y, double* sums) {
-  weigh_row_loop(g, grad, image, y, sums);
-}
+using FloatConvolution = Convolution<float, float>;
+using BFloat16Convolution = Convolution<uint16_t, float>;
+using DoubleConvolution = Convolution<double, double>;
+NASFCOS_BY_WIDTH(convolve_float, FloatConvolution, convolve_row_loop<kBytes>(a))
+NASFCOS_BY_WIDTH(convolve_bfloat16, BFloat16Convolution, convolve_row_loop<kBytes>(a))
+NASFCOS_BY_WIDTH(weigh_float, Weighing<float>, weigh_row_loop<kBytes>(a))
+void convolve_row(const FloatConvolution& a) { convolve_float(a); }
+void convolve_row(const BFloat16Convolution& a) { convolve_bfloat16(a); }
+void convolve_row(const DoubleConvolution& a) { convolve_row_loop<16>(a); }
+void weigh_row(const Weighing<float>& a) { weigh_float(a); }
+void weigh_row(const Weighing<double>& a) { weigh_row_loop<16>(a); }
 
 // Rows that are worth a thread's while.
 int64_t grain_of(const Geometry& g) {
@@ -245,7 +257,8 @@ void convolve(const Geometry& g, const Tensor& input, const Tensor& weight, Tens
   const int64_t row = g.width * g.channels;
   at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      convolve_row(g, in + i / g.height * g.height * row, taps, i % g.height, out + i * row);
+      convolve_row(Convolution<B, at::opmath_type<T>>{
+          g, in + i / g.height * g.height * row, taps, i % g.height, out + i * row});
     }
   });
 }
@@ -260,7 +273,8 @@ Tensor weigh(const Geometry& g, const Tensor& grad, const Tensor& input) {
   at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
     T* own = all + at::get_thread_num() * g.taps() * g.channels;
     for (int64_t i = begin; i < end; ++i) {
-      weigh_row(g, out + i * row, in + i / g.height * g.height * row, i % g.height, own);
+      weigh_row(Weighing<T>{
+          g, out + i * row, in + i / g.height * g.height * row, i % g.height, own});
     }
   });
   return sums.sum(0);
