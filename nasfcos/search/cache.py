@@ -3,7 +3,8 @@
 A trial trains a decoder only, so the backbone need not run in it (paper, section 4). Each cache is
 a folder, called by a hash over everything that its content follows from: the weights that computed
 it, the data, the settings. So a stale one is never used. It holds ``level0.npy`` ... (float16
-[N, C, H, W]), ``targets.npz``, and ``cache.json``, which says what the rest is.
+[N, H, W, C], channels last as decoders want them), ``targets.npz``, and ``cache.json``, which says
+what the rest is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 Targets = list[dict[str, Tensor]]
 
-_VERSION = 1  # of the crops and files; raise it whenever they change
+_VERSION = 2  # of the crops and files; raise it whenever they change
 _META, _TARGETS = "cache.json", "targets.npz"
 _PARTIAL = ".partial"
 # Of a box's area, what a crop must keep of it.
@@ -67,7 +68,6 @@ class FeatureCache:
 
     Attributes:
         folder: of the files; `FeatureCache.open(folder)` gives the same cache in another process.
-        maps: one read-only float16 array [N, C, H, W] (memory-mapped) per level.
         targets: per crop a dict of `boxes` [M, 4] float32 (legacy xyxy in pixels of the crop) and
             `labels` [M] int64; M may be 0.
         size: side of the crops, in pixels.
@@ -78,7 +78,7 @@ class FeatureCache:
         self.folder = folder
         self.size: int = meta["size"]
         # Rows of images that could not be read are left over at the end.
-        self.maps = [
+        self._arrays = [
             np.load(folder / _level_file(level), mmap_mode="r")[: meta["count"]]
             for level in range(len(meta["shapes"]))
         ]
@@ -108,23 +108,31 @@ class FeatureCache:
         return FeatureCache.open, (self.folder,)
 
     @property
+    def maps(self) -> list[np.ndarray]:
+        """One read-only float16 array [N, C, H, W] (memory-mapped) per level."""
+        return [array.transpose(0, 3, 1, 2) for array in self._arrays]
+
+    @property
     def nbytes(self) -> int:
         """Of all maps."""
-        return sum(array.nbytes for array in self.maps)
+        return sum(array.nbytes for array in self._arrays)
 
     def read(
         self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> list[Tensor]:
-        """The maps of some crops, in the order of `indices`: a float16 tensor [B, C, H, W] per
-        level, on the device."""
+        """The maps of some crops, in the order of `indices`: a float16 tensor [B, C, H, W],
+        channels-last, per level, on the device."""
         device = torch.device(device)
         indices = np.asarray(indices, dtype=np.int64)
         if self._held is not None:
             rows = torch.from_numpy(indices).to(self._held[0].device)
-            return [held.index_select(0, rows).to(device) for held in self._held]
-        return [
-            _rows(array, indices, device).to(device, non_blocking=True) for array in self.maps
-        ]
+            found = [held.index_select(0, rows).to(device) for held in self._held]
+        else:
+            found = [
+                _rows(array, indices, device).to(device, non_blocking=True)
+                for array in self._arrays
+            ]
+        return [rows.permute(0, 3, 1, 2) for rows in found]
 
     def to_device(self, device: torch.device | str) -> bool:
         """Hold all maps in the memory of a GPU, in half precision, if `GPU_SHARE` of what is free
@@ -146,7 +154,7 @@ class FeatureCache:
             )  # fmt: skip
             return False
         held = []
-        for array in self.maps:
+        for array in self._arrays:
             try:
                 tensor = torch.empty(array.shape, dtype=torch.float16, device=device)
             except torch.OutOfMemoryError:  # another worker was faster
@@ -628,7 +636,12 @@ def _fill(
     files = [path.open("wb") for path in paths]
     try:
         for file, shape in zip(files, shapes, strict=True):
-            header = {"descr": "<f2", "fortran_order": False, "shape": (count, *shape)}
+            channels, height, width = shape
+            header = {
+                "descr": "<f2",
+                "fortran_order": False,
+                "shape": (count, height, width, channels),
+            }
             np.lib.format.write_array_header_1_0(file, header)
         ends = [
             file.tell() + estimate_bytes([shape], count)
@@ -664,6 +677,7 @@ def _fill(
 
 
 def _half(maps: Tensor, title: str, level: int) -> Tensor:
+    """As they are stored, [N, H, W, C]."""
     half = maps.half()
     if not half.isfinite().all():
         largest = maps.abs().max().item()
@@ -672,7 +686,7 @@ def _half(maps: Tensor, title: str, level: int) -> Tensor:
             "not hold; features of a trained model are far smaller, so look at the weights that "
             "compute them (SEARCH.PREPARE) and the log of their training"
         )
-    return half.contiguous()
+    return half.permute(0, 2, 3, 1).contiguous()
 
 
 def _progress(batches: Iterator, count: int, title: str) -> Iterator:

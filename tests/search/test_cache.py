@@ -244,6 +244,7 @@ def test_a_batch_comes_in_the_order_asked_for(model, dataset, folder):
         maps = cache.read(given, torch.device("cpu"))
         for level, array in zip(maps, cache.maps, strict=True):
             assert level.dtype == torch.float16
+            assert level.is_contiguous(memory_format=torch.channels_last)
             np.testing.assert_array_equal(level.numpy(), array[indices])
     maps[0].zero_()  # a copy, not the file
     assert cache.maps[0][4].any()

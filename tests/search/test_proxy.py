@@ -41,7 +41,7 @@ def write_cache(folder, count, shapes, seed, empty=False):
     rng = np.random.default_rng(seed)
     for level, shape in enumerate(shapes):
         maps = rng.standard_normal((count, *shape)).astype(np.float16)
-        np.save(folder / f"level{level}.npy", maps)
+        np.save(folder / f"level{level}.npy", np.ascontiguousarray(maps.transpose(0, 2, 3, 1)))
     counts = np.zeros(count, np.int64) if empty else np.arange(count, dtype=np.int64) % 3
     corner = rng.random((counts.sum(), 2)) * 0.5 * SIZE
     boxes = np.concatenate([corner, corner + 4 + rng.random(corner.shape) * 0.4 * SIZE], 1)
