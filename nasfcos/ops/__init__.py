@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
+from .plain import memory_format
 
 _NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
 
@@ -17,6 +18,7 @@ __all__ = [
     "batched_nms",
     "depthwise_conv2d",
     "fused_concat",
+    "memory_format",
     "modulated_deform_conv2d",
     "nms",
     "rectified_pairs",

@@ -182,8 +182,8 @@ def modulated_deform_conv2d_backward(
 
 
 def memory_format(maps: Tensor) -> torch.memory_format:
-    """The memory format that convolutions give to what belongs to these maps, which may be some
-    channels of others."""
+    """The memory format [N, C, H, W] that maps have, which may be some channels of others; it is
+    what our operators give to their results."""
     last = maps.shape[1] > 1 and maps.stride(1) == 1 and not maps.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
