@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import distributed
 from .detectors import our_training, training_call
@@ -32,8 +31,7 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
         targets = [to_device(random_target(*size, seed=distributed.rank()), device)]
         model: nn.Module
         model, optimizer = our_training(name, size, device)
-        if distributed.world_size() > 1:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = distributed.parallel(model)
         step = training_call(model, optimizer, images, targets)
         seconds = []
         for number in range(WARMUPS + STEPS):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,16 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
         raise DataError(f"{path}: every category needs an 'id' and a 'name'") from error
     if not all(isinstance(i, int) and isinstance(name, str) for i, name in names.items()):
         raise DataError(f"{path}: category ids must be integers and their names text")
-    counts = Counter(names.values())
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise DataError(
-            f"{path}: several categories are called {', '.join(map(repr, twice))}; rename them, or "
-            "make them one category"
-        )
     return dict(sorted(names.items()))
+
+
+def _refuse_namesakes(names: dict[int, str], chosen: Iterable[str], path: Path) -> None:
+    counts = Counter(names.values())
+    if twice := [name for name in counts if counts[name] > 1 and name in set(chosen)]:
+        raise DataError(
+            f"{path}: several categories are called {', '.join(map(repr, twice))}; rename them, "
+            "make them one category, or leave the name out of CLASSES"
+        )
 
 
 def read_coco_classes(path: Path) -> tuple[str, ...]:
@@ -54,6 +58,7 @@ def read_coco_classes(path: Path) -> tuple[str, ...]:
     names = _categories(_load(path), path)
     if not names:
         raise DataError(f"{path}: has no 'categories', so the classes must be given as CLASSES")
+    _refuse_namesakes(names, names.values(), path)
     return tuple(names.values())
 
 
@@ -61,6 +66,7 @@ def _choose_categories(
     names: dict[int, str], classes: tuple[str, ...] | None, path: Path
 ) -> dict[int, int]:
     """Category id -> label in 1..N, in the order of labels."""
+    _refuse_namesakes(names, names.values() if classes is None else classes, path)
     if classes is None or tuple(names.values()) == classes:
         return {i: label for label, i in enumerate(names, 1)}
     ids = {name: i for i, name in names.items()}

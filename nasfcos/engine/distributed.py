@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 
@@ -161,6 +162,13 @@ def is_lost_peer(error: Exception) -> bool:
     """Whether `error` only tells that the connection to another process broke."""
     text = str(error)
     return any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model, whose gradients are from now on the means over the processes of a job."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -259,9 +259,7 @@ def _iterate(
         if resumed_from != final:
             _save(cfg, run, final, monitor)
         return
-    model = run.model.train()
-    if distributed.world_size() > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = distributed.parallel(run.model.train())
     meter = Meter(solver.IMS_PER_BATCH, device)
     logger.info("training from iteration %d to %d", start, solver.MAX_ITER)
     with tqdm(total=solver.MAX_ITER, initial=start, unit="it", disable=not on_terminal()) as bar:

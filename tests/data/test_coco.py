@@ -111,8 +111,10 @@ def test_malformed_files_name_file_and_line(write_coco, tmp_path):
         read(tmp_path)
 
 
-def test_two_categories_of_one_name_are_refused(write_coco, tmp_path):
-    write_coco([{}], categories=((3, "dog"), (7, "cat"), (9, "dog")))
+def test_two_categories_of_one_name_are_refused_where_it_is_wanted(write_coco, tmp_path):
+    write_coco([{}, {"category_id": 7}], categories=((3, "dog"), (7, "cat"), (9, "dog")))
+    found = read(tmp_path, ("cat",)).records
+    assert [label for record in found for label in record.labels.tolist()] == [1]
     for classes in (None, ("dog", "cat")):
         with pytest.raises(DataError, match=r"ann\.json: several categories are called 'dog'"):
             read(tmp_path, classes)

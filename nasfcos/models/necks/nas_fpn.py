@@ -28,8 +28,8 @@ class WeightedSum(nn.Module):
 
 
 class _Concatenate(torch.autograd.Function):
-    """`torch.cat` of two maps' channels, with gradients that are whole maps. PyTorch's are slices of
-    one, for which the gradient of a bilinear resize takes ten times as long on the CPU."""
+    """`torch.cat` of two maps' channels, with gradients that are whole maps. PyTorch's are slices
+    of one, for which the gradient of a bilinear resize takes ten times as long on the CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
