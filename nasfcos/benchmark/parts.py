@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
@@ -15,7 +16,13 @@ from ..models.heads.dense import DenseHead
 from ..models.heads.fcos import FCOSHead
 from ..models.heads.retinanet import RetinaNetHead
 from ..models.heads.towers import plain_tower
-from ..ops import batched_nms, modulated_deform_conv2d, sigmoid_focal_loss
+from ..ops import (
+    batched_nms,
+    depthwise_conv2d,
+    modulated_deform_conv2d,
+    rectified_pairs,
+    sigmoid_focal_loss,
+)
 from .inputs import (
     NUM_CLASSES,
     OBJECTS,
@@ -31,6 +38,7 @@ from .reference import fcos_detections, retinanet_detections
 from .setting import Setting
 
 TORCHVISION = "torchvision"
+PYTORCH = "PyTorch"
 RETINANET_ANCHORS = 9
 CHANNELS = 256
 
@@ -334,27 +342,95 @@ def deform_conv(backward: bool, setting: Setting) -> Case:
     def ours(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         return modulated_deform_conv2d(x, offset, mask, weight, padding=1, offset_groups=groups)
 
+    return operator_case(
+        "modulated deformable 3x3 convolution",
+        {
+            TORCHVISION: lambda: torchvision.ops.deform_conv2d(
+                x, offset, weight, padding=1, mask=mask
+            ),
+            "ours": lambda: ours(x, offset, mask),
+            "ours, channels-last": lambda: ours(*last),
+        },
+        leaves,
+        grad if backward else None,
+        {"map": f"{height}x{width}", "channels": CHANNELS, "offset groups": groups},
+    )
+
+
+def operator_case(
+    title: str,
+    forwards: dict[str, Callable[[], Tensor]],
+    leaves: list[Tensor],
+    grad: Tensor | None,
+    parameters: dict[str, object],
+) -> Case:
+    """One operator in several versions, the first the rival's; without `grad` forward only."""
+
     def finish(forward: Callable[[], Tensor]) -> None:
         output = forward()
-        if backward:
+        if grad is not None:
             output.backward(grad)
             for leaf in leaves:
                 leaf.grad = None
 
-    forwards = {
-        TORCHVISION: lambda: torchvision.ops.deform_conv2d(
-            x, offset, weight, padding=1, mask=mask
-        ),
-        "ours": lambda: ours(x, offset, mask),
-        "ours, channels-last": lambda: ours(*last),
-    }
+    rival = next(iter(forwards))
     return Case(
-        "modulated deformable 3x3 convolution, float32, "
-        + ("forward and backward" if backward else "forward"),
+        f"{title}, float32, {'forward' if grad is None else 'forward and backward'}",
         [
-            Variant(key, partial(finish, forward), theirs=key == TORCHVISION)
-            for key, forward in forwards.items()
+            Variant(name, partial(finish, forward), theirs=name == rival)
+            for name, forward in forwards.items()
         ],
-        rivals=[TORCHVISION],
-        parameters={"map": f"{height}x{width}", "channels": CHANNELS, "offset groups": groups},
+        rivals=[rival],
+        parameters=parameters,
     )
+
+
+# ------------------------------------------------------- parts of the searched neck, channels-last
+def depthwise_conv(backward: bool, setting: Setting) -> Case:
+    """The 5x5 depthwise convolution of dilation 6, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
+    weight = torch.randn(CHANNELS, 1, 5, 5, generator=generator()).to(setting.device)
+    weight.requires_grad_(backward)
+    return operator_case(
+        "depthwise 5x5 convolution, dilation 6",
+        {
+            PYTORCH: lambda: F.conv2d(x, weight, padding=12, dilation=6, groups=CHANNELS),
+            "ours": lambda: depthwise_conv2d(x, weight, 6),
+        },
+        [x, weight],
+        grad if backward else None,
+        {"map": f"{height}x{width}", "channels": CHANNELS},
+    )
+
+
+def pairs(backward: bool, setting: Setting) -> Case:
+    """What follows the norm of the searched concatenation, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    x, grad = _last_maps(setting, 2 * CHANNELS, CHANNELS, backward)
+    weight = torch.randn(CHANNELS, 2, 1, 1, generator=generator()).to(setting.device)
+    weight.requires_grad_(backward)
+    return operator_case(
+        "ReLU and 1x1 convolution with a group of two channels for each output channel",
+        {
+            PYTORCH: lambda: F.conv2d(x.relu(), weight, groups=CHANNELS),
+            "ours": lambda: rectified_pairs(x, weight),
+        },
+        [x, weight],
+        grad if backward else None,
+        {"map": f"{height}x{width}", "output channels": CHANNELS},
+    )
+
+
+def _last_maps(
+    setting: Setting, channels: int, out_channels: int, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """Channels-last maps like P3, and a gradient of what is made of them."""
+    size = map_shapes(*setting.image_size())[0]
+    maps = [
+        torch.randn(1, c, *size, generator=generator())
+        .to(setting.device)
+        .contiguous(memory_format=torch.channels_last)
+        for c in (channels, out_channels)
+    ]
+    return maps[0].requires_grad_(backward), maps[1]
