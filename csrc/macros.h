@@ -16,7 +16,8 @@
 
 // For code that is written with vectors of a given width: NASFCOS_BY_WIDTH(name, Arguments, call)
 // defines `void name(const Arguments& a)`, which runs `call` with a constant `kBytes`, the width of
-// this processor's vectors. `call` is compiled for each width; all that it calls must be inline.
+// this processor's vectors. `call` is compiled for each width, and all that it calls must be
+// NASFCOS_INLINE.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define NASFCOS_BY_WIDTH(NAME, ARGUMENTS, CALL)                                             \
   __attribute__((target("avx512f"))) void NAME##_64(const ARGUMENTS& a) {                   \

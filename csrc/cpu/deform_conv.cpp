@@ -39,7 +39,7 @@
 #include <vector>
 
 #include "../macros.h"
-#include "bfloat16.h"
+#include "values.h"
 #include "memory_format.h"
 
 namespace {

@@ -1,4 +1,5 @@
-// Depthwise convolution of stride one that keeps a map's size, with any dilation, and its gradients.
+// Depthwise convolution of stride one that keeps a map's size, with any dilation, and its
+// gradients.
 //
 // Maps are read and written channels-last (turned to it, and the result back, where they are not),
 // so that a vector holds neighbouring channels of one pixel and every tap is one multiply-add of
@@ -6,7 +7,7 @@
 // small map they are the greater part.
 //
 // The gradient of the input is a convolution with the kernel turned round. That of the weight is
-// summed by each thread over its own rows of pixels.
+// summed for parts of the rows, each by one thread.
 //
 // The forward pass takes bfloat16 as well, and sums it in float32.
 
@@ -15,6 +16,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -24,8 +26,9 @@
 #include <tuple>
 
 #include "../macros.h"
-#include "bfloat16.h"
+#include "values.h"
 #include "memory_format.h"
+#include "parts.h"
 
 namespace {
 
@@ -62,7 +65,7 @@ NASFCOS_INLINE void store(const Vector& from, uint16_t* to) {
   using Wide = typename Lanes<uint32_t, sizeof(Vector)>::type;
   Wide wide;
   std::memcpy(&wide, &from, sizeof(wide));
-  // As `narrow` in bfloat16.h.
+  // As `narrow` in values.h.
   wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
   wide = from != from ? Wide{} + 0x7fc0 : wide;
   const Narrow bits = __builtin_convertvector(wide, Narrow);
@@ -74,14 +77,14 @@ NASFCOS_INLINE void store(const float& from, uint16_t* to) { *to = narrow(from);
 struct Geometry {
   int64_t images, channels, height, width, kernel, dilation;
 
-  int64_t rows() const { return images * height; }
-  int64_t taps() const { return kernel * kernel; }
+  NASFCOS_INLINE int64_t rows() const { return images * height; }
+  NASFCOS_INLINE int64_t taps() const { return kernel * kernel; }
   // Of a tap, from the output's pixel to the input's.
-  int64_t shift(int64_t tap) const { return (tap - kernel / 2) * dilation; }
+  NASFCOS_INLINE int64_t shift(int64_t tap) const { return (tap - kernel / 2) * dilation; }
 };
 
-// P neighbouring pixels from (y, x) on, some channels. All pointers start at those channels, `image`
-// at the first pixel of the image, `out` at the first of the pixels; weight is [taps, C].
+// P neighbouring pixels from (y, x) on, some channels. All pointers start at those channels,
+// `image` at the first pixel of the image, `out` at the first of the pixels; weight is [taps, C].
 template <int P, typename Vector, typename T, typename Acc>
 NASFCOS_INLINE void convolve_pixels(
     const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, T* out) {
@@ -268,13 +271,18 @@ Tensor weigh(const Geometry& g, const Tensor& grad, const Tensor& input) {
   const T* in = input.const_data_ptr<T>();
   const T* out = grad.const_data_ptr<T>();
   const int64_t row = g.width * g.channels;
-  Tensor sums = at::zeros({at::get_num_threads(), g.taps(), g.channels}, input.options());
+  // Each part of the rows has a sum of its own.
+  const int64_t parts = parts_of(g.rows(), grain_of(g)), size = g.taps() * g.channels;
+  Tensor sums = at::zeros({parts, g.taps(), g.channels}, input.options());
   T* all = sums.mutable_data_ptr<T>();
-  at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
-    T* own = all + at::get_thread_num() * g.taps() * g.channels;
-    for (int64_t i = begin; i < end; ++i) {
-      weigh_row(Weighing<T>{
-          g, out + i * row, in + i / g.height * g.height * row, i % g.height, own});
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t last = g.rows() * (part + 1) / parts;
+      for (int64_t i = g.rows() * part / parts; i < last; ++i) {
+        weigh_row(Weighing<T>{
+            g, out + i * row, in + i / g.height * g.height * row, i % g.height,
+            all + part * size});
+      }
     }
   });
   return sums.sum(0);
@@ -319,9 +327,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward(
     convolve<scalar_t>(g, grads, taps_first(weight).flip(0).contiguous(), grad_input);
     grad_taps = weigh<scalar_t>(g, grads, maps);
   });
-  Tensor grad_weight = grad_taps.t().reshape(weight.sizes());
-  return {
-      grad_input.contiguous(format_of(input)), grad_weight.contiguous(format_of(weight))};
+  Tensor grad_weight = at::empty_like(weight).copy_(grad_taps.t().reshape(weight.sizes()));
+  return {grad_input.contiguous(format_of(input)), grad_weight};
 }
 
 }  // namespace

@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "../macros.h"
-#include "bfloat16.h"
+#include "values.h"
 
 namespace {
 
@@ -25,11 +25,8 @@ NASFCOS_INLINE void pairs_loop(
     const T* x, const Acc* scale, const Acc* shift, const Acc* weight, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
-    // Not std::max, which would turn NaN into zero.
-    Acc a = scale[2 * c] * load(x + 2 * c) + shift[2 * c];
-    Acc b = scale[2 * c + 1] * load(x + 2 * c + 1) + shift[2 * c + 1];
-    a = a < 0 ? Acc(0) : a;
-    b = b < 0 ? Acc(0) : b;
+    const Acc a = relu<Acc>(scale[2 * c] * load(x + 2 * c) + shift[2 * c]);
+    const Acc b = relu<Acc>(scale[2 * c + 1] * load(x + 2 * c + 1) + shift[2 * c + 1]);
     store(weight[2 * c] * a + weight[2 * c + 1] * b, out + c);
   }
 }

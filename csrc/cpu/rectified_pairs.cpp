@@ -1,5 +1,5 @@
-// The end of the searched concatenation in training: ReLU, and a 1x1 convolution with a group of two
-// input channels for each output channel, with their gradients:
+// The end of the searched concatenation in training: ReLU, and a 1x1 convolution with a group of
+// two input channels for each output channel, with their gradients:
 //   out[c] = weight[2c] * relu(x[2c]) + weight[2c + 1] * relu(x[2c + 1]).
 // Each pass reads and writes every map once, channels-last (see depthwise_conv.cpp for other maps).
 // The forward pass takes bfloat16 as well.
@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -16,71 +17,74 @@
 #include <tuple>
 
 #include "../macros.h"
-#include "bfloat16.h"
+#include "values.h"
 #include "memory_format.h"
+#include "parts.h"
 
 namespace {
 
 using at::Tensor;
 
-// Not std::max, which would turn NaN into zero.
-template <typename T>
-NASFCOS_INLINE T relu(T x) {
-  return x < 0 ? T(0) : x;
-}
-
-// One pixel: n output channels.
+// Some pixels, each of n output channels.
 template <typename T, typename Acc>
-NASFCOS_INLINE void forward_loop(const T* x, const Acc* weight, int64_t n, T* out) {
+NASFCOS_INLINE void forward_loop(
+    const T* x, const Acc* weight, int64_t pixels, int64_t n, T* out) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += 2 * n, out += n) {
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc a = relu<Acc>(load(x + 2 * c)), b = relu<Acc>(load(x + 2 * c + 1));
-    store(weight[2 * c] * a + weight[2 * c + 1] * b, out + c);
+    for (int64_t c = 0; c < n; ++c) {
+      const Acc a = relu<Acc>(load(x + 2 * c)), b = relu<Acc>(load(x + 2 * c + 1));
+      store(weight[2 * c] * a + weight[2 * c + 1] * b, out + c);
+    }
   }
 }
 
-// The gradient of x from that of `out`, and what this pixel adds to that of the weight.
+// The gradient of x from that of `out`, and what these pixels add to that of the weight.
 template <typename T>
 NASFCOS_INLINE void backward_loop(
-    const T* grad, const T* x, const T* weight, int64_t n, T* grad_x, T* grad_weight) {
+    const T* grad, const T* x, const T* weight, int64_t pixels, int64_t n, T* grad_x,
+    T* grad_weight) {
   // Gradients are doubled first, for then all else goes from one channel to the next.
   constexpr int64_t block = 64;
   T twice[2 * block];
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t count = std::min(block, n - first), start = 2 * first;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += 2 * n, grad_x += 2 * n) {
+    for (int64_t first = 0; first < n; first += block) {
+      const int64_t count = std::min(block, n - first), start = 2 * first;
 #pragma omp simd
-    for (int64_t c = 0; c < count; ++c) {
-      twice[2 * c] = grad[first + c];
-      twice[2 * c + 1] = grad[first + c];
-    }
+      for (int64_t c = 0; c < count; ++c) {
+        twice[2 * c] = grad[first + c];
+        twice[2 * c + 1] = grad[first + c];
+      }
 #pragma omp simd
-    for (int64_t i = 0; i < 2 * count; ++i) {
-      const T value = x[start + i];
-      grad_x[start + i] = value <= 0 ? T(0) : weight[start + i] * twice[i];
-      grad_weight[start + i] += relu(value) * twice[i];
+      for (int64_t i = 0; i < 2 * count; ++i) {
+        const T value = x[start + i];
+        grad_x[start + i] = value <= 0 ? T(0) : weight[start + i] * twice[i];
+        grad_weight[start + i] += relu(value) * twice[i];
+      }
     }
   }
 }
 
-NASFCOS_CLONES void forward_pixel(const float* x, const float* weight, int64_t n, float* out) {
-  forward_loop(x, weight, n, out);
+NASFCOS_CLONES void forward_pixels(
+    const float* x, const float* weight, int64_t pixels, int64_t n, float* out) {
+  forward_loop(x, weight, pixels, n, out);
 }
-NASFCOS_CLONES void forward_pixel(
-    const uint16_t* x, const float* weight, int64_t n, uint16_t* out) {
-  forward_loop(x, weight, n, out);
+NASFCOS_CLONES void forward_pixels(
+    const uint16_t* x, const float* weight, int64_t pixels, int64_t n, uint16_t* out) {
+  forward_loop(x, weight, pixels, n, out);
 }
-void forward_pixel(const double* x, const double* weight, int64_t n, double* out) {
-  forward_loop(x, weight, n, out);
+void forward_pixels(
+    const double* x, const double* weight, int64_t pixels, int64_t n, double* out) {
+  forward_loop(x, weight, pixels, n, out);
 }
-NASFCOS_CLONES void backward_pixel(
-    const float* grad, const float* x, const float* weight, int64_t n, float* grad_x,
-    float* grad_weight) {
-  backward_loop(grad, x, weight, n, grad_x, grad_weight);
+NASFCOS_CLONES void backward_pixels(
+    const float* grad, const float* x, const float* weight, int64_t pixels, int64_t n,
+    float* grad_x, float* grad_weight) {
+  backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);
 }
-void backward_pixel(
-    const double* grad, const double* x, const double* weight, int64_t n, double* grad_x,
-    double* grad_weight) {
-  backward_loop(grad, x, weight, n, grad_x, grad_weight);
+void backward_pixels(
+    const double* grad, const double* x, const double* weight, int64_t pixels, int64_t n,
+    double* grad_x, double* grad_weight) {
+  backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);
 }
 
 // Pixels that are worth a thread's while.
@@ -117,9 +121,8 @@ Tensor rectified_pairs(const Tensor& input, const Tensor& weight) {
     const B* x = reinterpret_cast<const B*>(maps.const_data_ptr<scalar_t>());
     B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
     at::parallel_for(0, pixels_of(input), grain_of(channels), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        forward_pixel(x + 2 * i * channels, w, channels, out + i * channels);
-      }
+      forward_pixels(
+          x + 2 * begin * channels, w, end - begin, channels, out + begin * channels);
     });
   });
   return output.contiguous(format_of(input));
@@ -137,22 +140,26 @@ std::tuple<Tensor, Tensor> rectified_pairs_backward(
   const Tensor maps = input.contiguous(kLast), grads = grad.contiguous(kLast);
   const Tensor factors = weight.flatten().contiguous();
   Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
-  Tensor sums = at::zeros({at::get_num_threads(), 2 * channels}, weight.options());
+  // Each part of the pixels has a sum of its own.
+  const int64_t pixels = pixels_of(input), parts = parts_of(pixels, grain_of(channels));
+  Tensor sums = at::zeros({parts, 2 * channels}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rectified_pairs_backward", [&] {
     const scalar_t* g = grads.const_data_ptr<scalar_t>();
     const scalar_t* x = maps.const_data_ptr<scalar_t>();
     const scalar_t* w = factors.const_data_ptr<scalar_t>();
     scalar_t* grad_x = grad_input.mutable_data_ptr<scalar_t>();
     scalar_t* all = sums.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, pixels_of(input), grain_of(channels), [&](int64_t begin, int64_t end) {
-      scalar_t* own = all + at::get_thread_num() * 2 * channels;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = 2 * i * channels;
-        backward_pixel(g + i * channels, x + first, w, channels, grad_x + first, own);
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t first = pixels * part / parts, last = pixels * (part + 1) / parts;
+        backward_pixels(
+            g + first * channels, x + 2 * first * channels, w, last - first, channels,
+            grad_x + 2 * first * channels, all + part * 2 * channels);
       }
     });
   });
-  return {grad_input.contiguous(format_of(input)), sums.sum(0).reshape(weight.sizes())};
+  Tensor grad_weight = at::empty_like(weight).copy_(sums.sum(0).view(weight.sizes()));
+  return {grad_input.contiguous(format_of(input)), grad_weight};
 }
 
 }  // namespace

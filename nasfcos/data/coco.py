@@ -42,10 +42,10 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
 
 def _refuse_namesakes(names: dict[int, str], chosen: Iterable[str], path: Path) -> None:
     counts = Counter(names.values())
-    if twice := [name for name in counts if counts[name] > 1 and name in set(chosen)]:
+    if twice := [name for name in dict.fromkeys(chosen) if counts[name] > 1]:
         raise DataError(
             f"{path}: several categories are called {', '.join(map(repr, twice))}; rename them, "
-            "make them one category, or leave the name out of CLASSES"
+            "make them one category, or give the other names as CLASSES"
         )
 
 
@@ -132,7 +132,8 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         classes: category names by label, some or all of the file's. None: all, by sorted id.
 
     Raises:
-        DataError: not COCO JSON (with the line), or `classes` that the file does not have.
+        DataError: not COCO JSON (with the line), `classes` that the file does not have, or one that
+            two of its categories are called.
     """
     content = _load(path)
     remarks = Counter()

@@ -6,10 +6,10 @@ does not serve) a plain PyTorch version of the same operator takes over, see :mo
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
+from . import plain as _plain
 from .plain import memory_format
 
 _NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
@@ -138,7 +138,8 @@ def rectified_pairs(input: Tensor, weight: Tensor) -> Tensor:
         weight: [C, 2, 1, 1]; taken in the dtype of ``input``.
 
     Returns:
-        [N, C, H, W] in the dtype of ``input``, channels-last where ``input`` is.
+        [N, C, H, W] in the dtype of ``input`` (under autocast on a GPU, in autocast's),
+        channels-last where ``input`` is.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -149,8 +150,10 @@ def rectified_pairs(input: Tensor, weight: Tensor) -> Tensor:
             f"got {list(input.shape)} and {list(weight.shape)}"
         )
     if input.device.type != "cpu":
-        return F.conv2d(input.relu(), weight, groups=weight.shape[0])
-    return torch.ops.nasfcos.rectified_pairs(input, weight.to(input.dtype))
+        return _plain.rectified_pairs(input, weight.to(input.dtype))
+    dtype = _cpu_dtype(input)
+    output = torch.ops.nasfcos.rectified_pairs(input.to(dtype), weight.to(dtype))
+    return output.to(input.dtype)
 
 
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
@@ -164,7 +167,8 @@ def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor
         dilation: in pixels, both ways.
 
     Returns:
-        [N, C, H, W] in the dtype of ``input``, channels-last where ``input`` is.
+        [N, C, H, W] in the dtype of ``input`` (under autocast on a GPU, in autocast's),
+        channels-last where ``input`` is.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -183,14 +187,15 @@ def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor
     if dilation < 1:
         raise ValueError(f"depthwise_conv2d: dilation {dilation} must be positive")
     if input.device.type != "cpu":
-        return F.conv2d(
-            input,
-            weight,
-            padding=dilation * (kernel // 2),
-            dilation=dilation,
-            groups=input.shape[1],
-        )
-    return torch.ops.nasfcos.depthwise_conv2d(input, weight.to(input.dtype), dilation)
+        return _plain.depthwise_conv2d(input, weight.to(input.dtype), dilation)
+    dtype = _cpu_dtype(input)
+    output = torch.ops.nasfcos.depthwise_conv2d(input.to(dtype), weight.to(dtype), dilation)
+    return output.to(input.dtype)
+
+
+def _cpu_dtype(input: Tensor) -> torch.dtype:
+    """What the CPU computes in: float16 has no kernels there."""
+    return torch.float32 if input.dtype == torch.float16 else input.dtype
 
 
 def modulated_deform_conv2d(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import plain
 
@@ -146,20 +147,17 @@ def _(input, weight):
 
 @torch.library.register_fake("nasfcos::rectified_pairs_backward", lib=_lib)
 def _(grad, input, weight):
-    grad_input = torch.empty_like(input, memory_format=plain.memory_format(input))
-    return grad_input, torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return plain.like(input), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
-    return torch.empty_like(input, memory_format=plain.memory_format(input))
+    return plain.like(input)
 
 
 @torch.library.register_fake("nasfcos::depthwise_conv2d_backward", lib=_lib)
 def _(grad, input, weight, dilation):
-    return tuple(
-        torch.empty_like(t, memory_format=plain.memory_format(t)) for t in (input, weight)
-    )
+    return plain.like(input), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
@@ -171,8 +169,20 @@ def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_group
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
 def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
-    tensors = (input, offset, mask, weight)
-    return tuple(torch.empty_like(t, memory_format=plain.memory_format(t)) for t in tensors)
+    return tuple(plain.like(t) for t in (input, offset, mask, weight))
+
+
+def _gradients(operator, ctx, grad: Tensor, *settings) -> tuple[Tensor, ...]:
+    """What a backward operator makes of an output's gradient and the saved tensors, in these'
+    dtypes.
+
+    Half precision is for the forward pass: gradients of weights are sums over all pixels, those of
+    offsets are differences of large numbers.
+    """
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grads = operator(grad.to(dtype), *(t.to(dtype) for t in saved), *settings)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, saved, strict=True))
 
 
 def _focal_context(ctx, inputs, output) -> None:
@@ -180,6 +190,7 @@ def _focal_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, targets)
 
 
+@once_differentiable
 def _focal_backward(ctx, grad: Tensor):
     grad_logits = torch.ops.nasfcos.sigmoid_focal_loss_backward(
         grad, *ctx.saved_tensors, ctx.gamma, ctx.alpha
@@ -191,13 +202,9 @@ def _pairs_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def _pairs_backward(ctx, grad: Tensor):
-    # Half precision is for the forward pass; the weight's gradient sums over all pixels.
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    grads = torch.ops.nasfcos.rectified_pairs_backward(
-        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors)
-    )
-    return tuple(g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True))
+    return _gradients(torch.ops.nasfcos.rectified_pairs_backward, ctx, grad)
 
 
 def _depthwise_context(ctx, inputs, output) -> None:
@@ -205,13 +212,10 @@ def _depthwise_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, weight)
 
 
+@once_differentiable
 def _depthwise_backward(ctx, grad: Tensor):
-    # Half precision is for the forward pass; the weight's gradient sums over all pixels.
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    grads = torch.ops.nasfcos.depthwise_conv2d_backward(
-        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors), ctx.dilation
-    )
-    return *(g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True)), None
+    operator = torch.ops.nasfcos.depthwise_conv2d_backward
+    return *_gradients(operator, ctx, grad, ctx.dilation), None
 
 
 def _deform_context(ctx, inputs, output) -> None:
@@ -219,13 +223,10 @@ def _deform_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, offset, mask, weight)
 
 
+@once_differentiable
 def _deform_backward(ctx, grad: Tensor):
-    # Half precision is for the forward pass; gradients of offsets are differences of large numbers.
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    grads = torch.ops.nasfcos.modulated_deform_conv2d_backward(
-        grad.to(dtype), *(t.to(dtype) for t in ctx.saved_tensors), *ctx.geometry
-    )
-    grads = [g.to(t.dtype) for g, t in zip(grads, ctx.saved_tensors, strict=True)]
+    operator = torch.ops.nasfcos.modulated_deform_conv2d_backward
+    grads = _gradients(operator, ctx, grad, *ctx.geometry)
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return *grads, grad_bias, None, None, None, None
 

@@ -109,7 +109,8 @@ def rectified_pairs_backward(
     grad_input = grad[:, :, None] * weight.view(channels, 2, 1, 1)
     grad_input = grad_input.masked_fill(pairs <= 0, 0).view(input.shape)
     grad_weight = (grad[:, :, None] * pairs.relu()).sum((0, 3, 4)).view(weight.shape)
-    return grad_input.contiguous(memory_format=memory_format(input)), grad_weight
+    grad_input = grad_input.contiguous(memory_format=memory_format(input))
+    return grad_input, torch.empty_like(weight).copy_(grad_weight)
 
 
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
@@ -124,14 +125,12 @@ def depthwise_conv2d_backward(
     grad: Tensor, input: Tensor, weight: Tensor, dilation: int
 ) -> tuple[Tensor, Tensor]:
     padding = dilation * (weight.shape[2] // 2)
-    grads = torch.ops.aten.convolution_backward(
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, input, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0],
         weight.shape[0], [True, True, False],
-    )[:2]  # fmt: skip
-    return tuple(
-        gradient.contiguous(memory_format=memory_format(tensor))
-        for gradient, tensor in zip(grads, (input, weight), strict=True)
-    )
+    )  # fmt: skip
+    grad_input = grad_input.contiguous(memory_format=memory_format(input))
+    return grad_input, torch.empty_like(weight).copy_(grad_weight)
 
 
 def modulated_deform_conv2d(
@@ -186,6 +185,11 @@ def memory_format(maps: Tensor) -> torch.memory_format:
     what our operators give to their results."""
     last = maps.shape[1] > 1 and maps.stride(1) == 1 and not maps.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
+
+
+def like(maps: Tensor) -> Tensor:
+    """An empty tensor of the same shape, dtype and `memory_format`."""
+    return torch.empty_like(maps, memory_format=memory_format(maps))
 
 
 def _tame(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nasfcos.ops import depthwise_conv2d, plain
 
@@ -81,7 +83,11 @@ def test_memory_format_of_the_results(format, version):
     # The gradient's own format does not matter.
     grads = operators.depthwise_conv2d_backward(output.contiguous(), x, weight, dilation)
     assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
-    assert grads[1].shape == weight.shape and grads[1].is_contiguous()
+
+    # A weight's gradient lies as the weight does, or DDP would copy it.
+    weight = weight.contiguous(memory_format=format)
+    _, grad = operators.depthwise_conv2d_backward(output, x, weight, dilation)
+    assert grad.shape == weight.shape and grad.stride() == weight.stride()
 
 
 def test_of_some_channels_of_a_map():
@@ -97,7 +103,8 @@ def test_of_some_channels_of_a_map():
 def test_result_does_not_depend_on_threads():
     # Large enough to be divided.
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 40, 60, 50, generator=generator), torch.randn(40, 1, 5, 5)
+    x = torch.randn(2, 40, 60, 50, generator=generator)
+    weight = torch.randn(40, 1, 5, 5, generator=generator)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -154,6 +161,27 @@ def test_autocast(device):
     torch.testing.assert_close(got.float(), want, rtol=3e-2, atol=3e-2)
     got.float().sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+def test_float16_is_computed_in_float32():
+    x, weight, *rest = random_case("several vectors", torch.float16)
+    got = depthwise_conv2d(x, weight, *rest)
+    assert torch.equal(got, depthwise_conv2d(x.float(), weight.float(), *rest).half())
+
+
+def test_second_derivatives_are_refused_and_checkpoints_taken():
+    x, weight, *rest = random_case("several vectors")
+    x.requires_grad_()
+    weight.requires_grad_()
+    output = depthwise_conv2d(x, weight, *rest)
+    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+    want = outcome(depthwise_conv2d, x, weight, *rest)
+    again = partial(checkpoint, depthwise_conv2d, use_reentrant=False)
+    got = outcome(again, x, weight, *rest)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_shapes_that_do_not_fit():

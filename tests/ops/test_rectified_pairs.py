@@ -1,6 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nasfcos.ops import plain, rectified_pairs
 
@@ -69,7 +72,11 @@ def test_memory_format_of_the_results(format, version):
     # The gradient's own format does not matter.
     grads = operators.rectified_pairs_backward(output.contiguous(), x, weight)
     assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
-    assert grads[1].shape == weight.shape
+
+    # A weight's gradient lies as the weight does, or DDP would copy it.
+    weight = weight.contiguous(memory_format=format)
+    _, grad = operators.rectified_pairs_backward(output, x, weight)
+    assert grad.shape == weight.shape and grad.stride() == weight.stride()
 
 
 def test_plain_gradients_are_the_compiled_ones():
@@ -131,6 +138,27 @@ def test_autocast(device):
     torch.testing.assert_close(got.float(), ordinary(x.float(), weight), rtol=3e-2, atol=3e-2)
     got.float().sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+def test_float16_is_computed_in_float32():
+    x, weight, *rest = random_case("several blocks", torch.float16)
+    got = rectified_pairs(x, weight, *rest)
+    assert torch.equal(got, rectified_pairs(x.float(), weight.float(), *rest).half())
+
+
+def test_second_derivatives_are_refused_and_checkpoints_taken():
+    x, weight, *rest = random_case("several blocks")
+    x.requires_grad_()
+    weight.requires_grad_()
+    output = rectified_pairs(x, weight, *rest)
+    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+    want = outcome(rectified_pairs, x, weight, *rest)
+    again = partial(checkpoint, rectified_pairs, use_reentrant=False)
+    got = outcome(again, x, weight, *rest)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_shapes_that_do_not_fit():

@@ -1,4 +1,5 @@
-// bfloat16 as bits. Compilers make vectors of this arithmetic, which they do not of c10::BFloat16's.
+// Values of maps, one by one. bfloat16 is taken as bits: compilers make vectors of this arithmetic,
+// which they do not of c10::BFloat16's.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -26,6 +27,12 @@ NASFCOS_INLINE float load(const uint16_t* from) { return widen(*from); }
 NASFCOS_INLINE void store(float value, float* to) { *to = value; }
 NASFCOS_INLINE void store(double value, double* to) { *to = value; }
 NASFCOS_INLINE void store(float value, uint16_t* to) { *to = narrow(value); }
+
+// Not std::max, which would turn NaN into zero.
+template <typename T>
+NASFCOS_INLINE T relu(T x) {
+  return x < 0 ? T(0) : x;
+}
 
 // What values of a tensor's type are read as.
 template <typename T>
