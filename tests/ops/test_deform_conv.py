@@ -4,8 +4,7 @@ import torch.nn.functional as F
 import torchvision
 
 from nasfcos.ops import modulated_deform_conv2d, plain
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.operators import DEVICES, FORMATS, check_threads, outcome
 
 # input [N, C, H, W], out channels, kernel, stride, padding, dilation, offset groups
 CASES = {
@@ -39,15 +38,6 @@ def random_case(name, dtype=torch.float64, spread=2.0, seed=0):
         random(out_channels),
     ]
     return tensors, dict(stride=stride, padding=padding, dilation=dilation, offset_groups=groups)
-
-
-def outcome(function, tensors, seed=0):
-    """Output and gradients of all tensors for one random gradient of the output."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    output = function(*leaves)
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
 def torchvisions(geometry):
@@ -185,7 +175,7 @@ def test_memory_layout_of_the_arguments(layout):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("version", ["dispatched", "plain"])
-@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("format", FORMATS)
 def test_memory_format_of_the_results(format, version, device):
     """As the fake kernels say, on which compiled code relies."""
     tensors, geometry = random_case("batch, more than one chunk", torch.float32)
@@ -202,16 +192,7 @@ def test_memory_format_of_the_results(format, version, device):
 
 def test_result_does_not_depend_on_threads():
     tensors, geometry = random_case("batch, more than one chunk", torch.float64)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            results.append(outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    check_threads(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors)
 
 
 def test_without_bias_and_with_frozen_arguments():

@@ -1,14 +1,21 @@
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nasfcos.ops import plain, rectified_pairs
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-FORMATS = [torch.channels_last, torch.contiguous_format]
+from tests.operators import (
+    DEVICES,
+    FORMATS,
+    check_autocast,
+    check_bfloat16,
+    check_close,
+    check_compiles,
+    check_float16,
+    check_once_differentiable,
+    check_results_lie_as_arguments,
+    check_threads,
+    outcome,
+)
 
 # [N, C, H, W] of the output
 CASES = {
@@ -31,28 +38,17 @@ def ordinary(x, weight):
     return F.conv2d(F.relu(x), weight, groups=weight.shape[0])
 
 
-def outcome(function, x, weight):
-    """Output and both gradients for one random gradient of the output."""
-    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
-    output = function(x, weight)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return [output.detach(), *torch.autograd.grad(output, (x, weight), grad)]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_torch(name, format, dtype, tolerance, device):
     x, weight = random_case(name, dtype)
-    want = outcome(ordinary, x, weight)
+    want = outcome(ordinary, (x, weight))
     x = x.to(device).contiguous(memory_format=format)
-    got = outcome(rectified_pairs, x, weight.to(device))
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == dtype
-        scale = b.abs().max().item() if b.numel() else 1.0
-        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance * scale)
+    got = outcome(rectified_pairs, (x, weight.to(device)))
+    assert all(a.dtype == dtype for a in got)
+    check_close([a.cpu() for a in got], want, tolerance)
 
 
 @pytest.mark.parametrize("name", ["several blocks", "fewer channels than a vector"])
@@ -61,22 +57,11 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(rectified_pairs, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("version", ["dispatched", "plain"])
+@pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_memory_format_of_the_results(format, version):
-    """As the fake kernels say, on which compiled code relies."""
-    x, weight = random_case("several blocks", torch.float32)
-    x = x.contiguous(memory_format=format)
-    operators = plain if version == "plain" else torch.ops.nasfcos
-    output = operators.rectified_pairs(x, weight)
-    # The gradient's own format does not matter.
-    grads = operators.rectified_pairs_backward(output.contiguous(), x, weight)
-    assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
-
-    # A weight's gradient lies as the weight does, or DDP would copy it.
-    weight = weight.contiguous(memory_format=format)
-    _, grad = operators.rectified_pairs_backward(output, x, weight)
-    assert grad.shape == weight.shape and grad.stride() == weight.stride()
+def test_memory_format_of_the_results(format, operators):
+    tensors = random_case("several blocks", torch.float32)
+    check_results_lie_as_arguments(operators, "rectified_pairs", tensors, format)
 
 
 def test_plain_gradients_are_the_compiled_ones():
@@ -93,23 +78,14 @@ def test_result_does_not_depend_on_threads():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 80, 60, 50, generator=generator, dtype=torch.float64)
     weight = torch.randn(40, 2, 1, 1, generator=generator, dtype=torch.float64)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            results.append(outcome(rectified_pairs, x, weight))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    check_threads(rectified_pairs, (x, weight))
 
 
 def test_what_is_not_a_number_stays_so():
     x, weight = random_case("several blocks", torch.float32)
     x[0, 7, 3, 3] = torch.nan
-    got, grad_x, _ = outcome(rectified_pairs, x, weight)
-    want, grad_want, _ = outcome(ordinary, x, weight)
+    got, grad_x, _ = outcome(rectified_pairs, (x, weight))
+    want, grad_want, _ = outcome(ordinary, (x, weight))
     assert got[0, 3, 3, 3].isnan() and got.isnan().sum() == 1
     torch.testing.assert_close(got, want, equal_nan=True)
     torch.testing.assert_close(grad_x, grad_want)
@@ -117,48 +93,18 @@ def test_what_is_not_a_number_stays_so():
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16(name):
-    x, weight = random_case(name, torch.bfloat16)
-    got = outcome(rectified_pairs, x, weight)
-    want = outcome(rectified_pairs, x.float(), weight.float())
-    # Sums are those of float32, rounded to the nearest; gradients are of a rounded gradient.
-    assert torch.equal(got[0], want[0].bfloat16())
-    for a, b in zip(got[1:], want[1:], strict=True):
-        assert a.dtype == torch.bfloat16
-        scale = b.abs().max().item() if b.numel() else 1.0
-        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2 * scale)
+    check_bfloat16(rectified_pairs, random_case(name))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast(device):
-    x, weight = (t.to(device) for t in random_case("several blocks", torch.float32))
-    x, weight = x.bfloat16(), weight.requires_grad_()
-    with torch.autocast(device, torch.bfloat16):
-        got = rectified_pairs(x, weight)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), ordinary(x.float(), weight), rtol=3e-2, atol=3e-2)
-    got.float().sum().backward()
-    assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+    check_autocast(rectified_pairs, ordinary, *random_case("several blocks"), device)
 
 
-def test_float16_is_computed_in_float32():
-    x, weight, *rest = random_case("several blocks", torch.float16)
-    got = rectified_pairs(x, weight, *rest)
-    assert torch.equal(got, rectified_pairs(x.float(), weight.float(), *rest).half())
-
-
-def test_second_derivatives_are_refused_and_checkpoints_taken():
-    x, weight, *rest = random_case("several blocks")
-    x.requires_grad_()
-    weight.requires_grad_()
-    output = rectified_pairs(x, weight, *rest)
-    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
-    want = outcome(rectified_pairs, x, weight, *rest)
-    again = partial(checkpoint, rectified_pairs, use_reentrant=False)
-    got = outcome(again, x, weight, *rest)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+def test_float16_and_second_derivatives():
+    tensors = random_case("several blocks")
+    check_float16(rectified_pairs, tensors)
+    check_once_differentiable(rectified_pairs, tensors)
 
 
 def test_shapes_that_do_not_fit():
@@ -186,9 +132,5 @@ def test_registration(format):
 
 
 def test_compiles_into_one_graph_of_dynamic_shape():
-    compiled = torch.compile(rectified_pairs, fullgraph=True, backend="aot_eager", dynamic=True)
-    for name in ("several blocks", "fewer channels than a vector"):
-        tensors = random_case(name, torch.float32)
-        want = outcome(rectified_pairs, *tensors)
-        for a, b in zip(outcome(compiled, *tensors), want, strict=True):
-            torch.testing.assert_close(a, b)
+    cases = [random_case(name) for name in ("several blocks", "fewer channels than a vector")]
+    check_compiles(rectified_pairs, cases)
