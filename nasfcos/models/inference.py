@@ -216,6 +216,20 @@ class InFloat32(nn.Module):
         return self.layer(x.float())
 
 
+class PreciseNorm(nn.Module):
+    """A group norm whose factors stay float32 whatever its input: training moves them away from
+    one by less than half precision can tell, and all places of a map would be off the same way."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # whose kernel takes such a mixture
+            return self.norm(x)
+        return self.norm(x.float()).to(x.dtype)
+
+
 # -------------------------------------------------------------------- from layers to fused ones
 
 
@@ -285,20 +299,30 @@ def _(module: InvertedResidual) -> nn.Module:
 def _(module: ConvNormAct) -> nn.Module:
     if isinstance(module.norm, FIXED_NORMS):
         return FusedConv(folded(module.conv, module.norm), relu=True)
-    return FusedConv(module.conv, relu=True) if isinstance(module.norm, nn.Identity) else module
+    if isinstance(module.norm, nn.Identity):
+        return FusedConv(module.conv, relu=True)
+    return _with_precise_norm(module)
 
 
 @optimized.register
 def _(module: SeparableConv) -> nn.Module:
     if not isinstance(module.norm, FIXED_NORMS):
-        return module
+        return _with_precise_norm(module)
     pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
     return nn.Sequential(module.depthwise, pointwise)
 
 
 @optimized.register
 def _(module: DeformConv) -> nn.Module:
-    return FusedDeformConv(module) if isinstance(module.norm, FIXED_NORMS) else module
+    if isinstance(module.norm, FIXED_NORMS):
+        return FusedDeformConv(module)
+    return _with_precise_norm(module)
+
+
+def _with_precise_norm(block: ConvNormAct | SeparableConv | DeformConv) -> nn.Module:
+    if isinstance(block.norm, nn.GroupNorm):
+        block.norm = PreciseNorm(block.norm)
+    return block
 
 
 @optimized.register
@@ -327,7 +351,7 @@ def _(module: DenseHead) -> nn.Module:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
     as anchors and statistics, stay float32."""
-    if isinstance(module, (InFloat32, Scale, *FIXED_NORMS)):
+    if isinstance(module, (InFloat32, PreciseNorm, Scale, *FIXED_NORMS)):
         return
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)

@@ -90,6 +90,21 @@ def test_golden_detections():
     assert (apart.amin(dim=0) < 1e-3).all() and (apart.amin(dim=1) < 1e-3).all()
 
 
+@pytest.mark.parametrize("name", ["R_50_NAS_densebox", "other operations"])
+def test_small_changes_of_group_norms_reach_bfloat16(name):
+    """Factors that bfloat16 would round to one scale every place of a map."""
+    means = []
+    for factor in (1.0, 1.0015):
+        model = lively(name)
+        last = [m for m in model.head.box_tower.modules() if isinstance(m, nn.GroupNorm)][-1]
+        nn.init.constant_(last.weight, factor)
+        fast = nasfcos.optimize_for_inference(model, torch.bfloat16)
+        pyramid = [torch.rand(1, 32, 64, 64, generator=torch.Generator().manual_seed(2))] * 5
+        maps = fast.head.box_tower([x.bfloat16() for x in pyramid])
+        means.append(torch.stack([x.double().mean() for x in maps]).mean())
+    assert means[1] / means[0] == pytest.approx(1.0015, abs=2e-4)
+
+
 def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
     fast = nasfcos.optimize_for_inference(lively("R_50_NAS_head"))
     kinds = {type(module) for module in fast.modules()}
