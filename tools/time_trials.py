@@ -1,8 +1,10 @@
 """What the feature cache and a second worker are worth: trials per hour, side by side.
 
 python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6
+python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6 --stage head
 
-Without the cache, images are read and run through the backbone in the trial's own process.
+Without the cache, images are read and run through the backbone in the trial's own process, and in
+the head stage through the FPN (of MODEL.GENOTYPE) as well.
 """
 
 import json
@@ -14,15 +16,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasfcos.data import build_dataset
 from nasfcos.data.catalog import class_names
 from nasfcos.engine.launch import argument_parser, launch
-from nasfcos.search.cache import Crops, FeatureCache, build_caches
+from nasfcos.genotype import Genotype
+from nasfcos.search.cache import Crops, FeatureCache, build_caches, cache_pyramid
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.prepare import prepare_backbone
-from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config
+from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
 from nasfcos.search.records import TrialJob
 from nasfcos.search.space import build_space
 from nasfcos.search.split import split_training_data
@@ -36,12 +39,15 @@ class LiveFeatures:
     Args:
         cache: of the same crops, for their targets.
         crops: where the images come from.
-        model: a detector; its preprocessing and backbone are used.
+        preprocess: from images to a batch, as a detector's.
+        features: from the batch to what the cache holds.
     """
 
-    def __init__(self, cache: FeatureCache, crops: Crops, model: torch.nn.Module) -> None:
+    def __init__(
+        self, cache: FeatureCache, crops: Crops, preprocess: nn.Module, features: nn.Module
+    ) -> None:
         self.targets, self.size, self.maps = cache.targets, cache.size, cache.maps
-        self.crops, self.model = crops, model
+        self.crops, self.preprocess, self.features = crops, preprocess, features
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -52,13 +58,14 @@ class LiveFeatures:
         for index in indices:
             image, number = divmod(int(index), self.crops.per_image)
             images.append(self.crops[image][number][0])
-        batch, _ = self.model.preprocess(images)
-        return self.model.backbone(batch)
+        batch, _ = self.preprocess(images)
+        return self.features(batch)
 
 
 def main() -> int:
     parser = argument_parser("Time trials with and without the feature cache, and with workers.")
     parser.add_argument("--count", type=int, default=6, help="architectures (default: 6)")
+    parser.add_argument("--stage", choices=("fpn", "head"), default="fpn")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_intermixed_args()
 
@@ -68,13 +75,20 @@ def main() -> int:
         model = prepare_backbone(cfg, device, folder / "backbone")
         caches = build_caches(cfg, model, folder / "cache")
         classes = len(class_names(cfg))
+        features, cells = model.backbone, None
+        if args.stage == "head":
+            cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells
+            neck = train_neck(cfg, caches, cells, classes, device, folder / "neck")
+            features = nn.Sequential(features, neck)
+            caches = tuple(cache_pyramid(folder / "cache", neck, cache) for cache in caches)
         parts = [caches[0].folder, caches[1].folder, classes, str(device), cfg.SEED]
-        cached, live = (ProxyTask(cfg, "fpn", *parts) for _ in range(2))
-        head = assigning_head(stage_config(cfg, "fpn"), classes)
+        cached, live = (ProxyTask(cfg, args.stage, *parts) for _ in range(2))
+        head = assigning_head(stage_config(cfg, args.stage), classes)
         live._examples = tuple(
             Examples(
                 LiveFeatures(cache, Crops([build_dataset(cfg, n) for n in names],
-                                          cfg.SEARCH.CACHE.SIZE, crops, cfg.SEED), model),
+                                          cfg.SEARCH.CACHE.SIZE, crops, cfg.SEED),
+                             model.preprocess, features),
                 head,
                 device,
             )
@@ -83,7 +97,7 @@ def main() -> int:
                 (caches[1], cfg.DATASETS.TEST, 0),
             )
         )  # fmt: skip
-        space = build_space(cfg, "fpn", None)
+        space = build_space(cfg, args.stage, cells)
         rng = random.Random(0)
         jobs = [
             TrialJob(i, space.genotype(space.sample(rng)).to_list()) for i in range(args.count)
