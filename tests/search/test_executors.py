@@ -277,6 +277,34 @@ def test_ray_survives_the_loss_of_a_worker(tmp_path, monkeypatch):
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
+def test_ray_goes_on_without_a_machine_that_is_lost(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    # Two of Ray's nodes with stores, schedulers and workers of their own, as on two machines.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with RayExecutor(Play(tmp_path), use_gpus=False, folders=[tmp_path]) as executor:
+            list(executor.run([job(0, "meet", "both"), job(1, "meet", "both")]))
+            jobs = [job(i, "note", (f"job {i}", 2.0)) for i in range(6)]
+            outcomes = {}
+            for finished, outcome in executor.run(jobs):
+                if not outcomes:
+                    wait_for(lambda: len(list(tmp_path.glob("job *"))) >= 2)
+                    cluster.remove_node(lost, allow_graceful=False)
+                outcomes[finished.index] = outcome
+            again = [jobs[i] for i, outcome in outcomes.items() if isinstance(outcome, WorkerLost)]
+            assert len(outcomes) == 6 and len(again) == 1
+            ((_, outcome),) = executor.run(again)
+            assert outcome.reward == -again[0].index
+    finally:
+        cluster.shutdown()
+
+
 def test_one_gpu_by_name_cannot_be_shared_out():
     cfg = get_defaults()
     assert isinstance(build_executor(cfg, Play()), InlineExecutor)
