@@ -113,7 +113,7 @@ def sigmoid_focal_loss(
 def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     """The searched concatenation for inference, in one pass: the maps one after the other, times
     `scale` plus `shift`, ReLU, and a 1x1 convolution with a group of two channels for each output
-    channel. It has no gradient.
+    channel. It has no gradient. On the CPU it is one pass of ours, elsewhere PyTorch's operators.
 
     Args:
         x, y: [N, C, H, W], C even.
@@ -125,6 +125,18 @@ def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Ten
     Raises:
         ValueError: shapes that do not fit.
     """
+    if x.dim() != 4 or x.shape != y.shape or x.shape[1] % 2:
+        raise ValueError(
+            "fused_concat: x and y must be [N, C, H, W] with an even C, "
+            f"got {list(x.shape)} and {list(y.shape)}"
+        )
+    for name, terms in (("scale", scale), ("shift", shift), ("weight", weight)):
+        if terms.shape != (2 * x.shape[1],):
+            raise ValueError(
+                f"fused_concat: {name} must be [{2 * x.shape[1]}], got {list(terms.shape)}"
+            )
+    if x.device.type != "cpu":
+        return _plain.fused_concat(x, y, scale, shift, weight)
     return torch.ops.nasfcos.fused_concat(x, y, scale, shift, weight)
 
 

@@ -47,10 +47,10 @@ def nms(
 
 def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     n, channels, height, width = x.shape
-    terms = (t[:, None, None] for t in (scale, shift, weight))
-    scale, shift, weight = (t.to(x.dtype) for t in terms)
-    pairs = (torch.cat((x, y), dim=1) * scale + shift).relu() * weight
-    output = pairs.view(n, channels, 2, height, width).sum(2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    scale, shift, weight = (t[:, None, None].to(dtype) for t in (scale, shift, weight))
+    pairs = (torch.cat((x, y), dim=1).to(dtype) * scale + shift).relu() * weight
+    output = pairs.view(n, channels, 2, height, width).sum(2).to(x.dtype)
     return output.contiguous(memory_format=torch.channels_last)
 
 

@@ -156,16 +156,21 @@ def test_concat(channels, dtype):
     got = fused_concat(x, y, *terms)
     want = plain.fused_concat(*(t.double() for t in (x, y, *terms)))
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    # Half precision rounds once, at the end.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+    for output in (got, plain.fused_concat(x, y, *terms)):
+        torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=1e-5)
 
     torch.library.opcheck(torch.ops.nasfcos.fused_concat, (x, y, *terms))
     # What is not a number does not become zero in the ReLU.
     x[1, 0, 2, 3] = torch.nan
     at = fused_concat(x, y, *terms).isnan().nonzero().tolist()
     assert at == [[1, 0, 2, 3]]
-    with pytest.raises(ValueError):
-        torch.ops.nasfcos.fused_concat(x[:, :1], y[:, :1], *terms)
+    for operator in (fused_concat, torch.ops.nasfcos.fused_concat):
+        with pytest.raises(ValueError):
+            operator(x[:, :1], y[:, :1], *terms)
+    with pytest.raises(ValueError, match="shift must be"):
+        fused_concat(x, y, terms[0], terms[1][1:], terms[2])
 
 
 @pytest.mark.slow
