@@ -74,8 +74,9 @@ class Predictor:
             ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
             WeightsError: the weights cannot be read or are those of another model.
         """
-        source = weights if weights is not None else _find_weights(cfg)
-        recorded = source if isinstance(source, Weights) else read_weights(source)
+        recorded = _find_weights(cfg) if weights is None else weights
+        if not isinstance(recorded, Weights):
+            recorded = read_weights(recorded)
         if recorded.kind != "detector":
             raise WeightsError(f"{recorded.name} is a {recorded.description}: {_NEEDS_DETECTOR}")
         classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
@@ -115,7 +116,7 @@ class Predictor:
     def _detect(self, picture: Image.Image) -> Detections:
         original = (picture.height, picture.width)
         size = resized_shape(*original, self.min_size, self.max_size)
-        pixels = to_uint8_tensor(resize(picture, size)).to(self.device)
+        pixels = to_uint8_tensor(resize(picture, size))
         found = {name: value.cpu() for name, value in self.model([pixels])[0].items()}
         order = found["scores"].argsort(descending=True, stable=True)
         return {
@@ -131,10 +132,12 @@ _NEEDS_DETECTOR = (
 )
 
 
-def _find_weights(cfg: CfgNode) -> str | Weights:
+def _find_weights(cfg: CfgNode) -> Weights:
     source = cfg.MODEL.WEIGHT
     if source and not source.startswith(("catalog://", "torchvision://")):
-        return source
+        weights = read_weights(source)
+        if weights.kind == "detector":
+            return weights
     newest = newest_weights(cfg.OUTPUT_DIR)
     if newest is None:
         state = f"{source} is an ImageNet backbone" if source else "is empty"

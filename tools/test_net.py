@@ -20,7 +20,7 @@ def main() -> int:
     def job(cfg, device):
         given = "MODEL.WEIGHT" in args.overrides[::2]
         model, classes = load_test_model(cfg, device, prefer_config=given)
-        test(cfg, model, device, classes)
+        test(cfg, model, classes)
 
     return launch(args, job)
 

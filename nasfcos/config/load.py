@@ -61,15 +61,29 @@ SUBSETS = {
 
 AT_LEAST = {
     "MODEL.NUM_CLASSES": 0,
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNET.NUM_GROUPS": 1,
+    "MODEL.RESNET.WIDTH_PER_GROUP": 1,
+    "MODEL.RESNET.STEM_CHANNELS": 1,
     "MODEL.NECK.CHANNELS": 1,
     "MODEL.HEAD.NUM_CONVS": 0,
+    "MODEL.HEAD.FOCAL_GAMMA": 0,
+    "MODEL.RETINANET.SCALES_PER_OCTAVE": 1,
     "INPUT.MAX_SIZE_TRAIN": 1,
     "INPUT.MIN_SIZE_TEST": 1,
     "INPUT.MAX_SIZE_TEST": 1,
+    "INPUT.BRIGHTNESS": 0,
+    "INPUT.CONTRAST": 0,
+    "INPUT.SATURATION": 0,
+    "INPUT.HUE": 0,
     "DATASETS.MAX_BAD_IMAGES": 0,
     "DATALOADER.NUM_WORKERS": 0,
     "DATALOADER.SIZE_DIVISIBILITY": 1,
     "SOLVER.BASE_LR": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+    "SOLVER.BIAS_LR_FACTOR": 0,
+    "SOLVER.WEIGHT_DECAY_BIAS": 0,
+    "SOLVER.GAMMA": 0,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,
     "SOLVER.IMS_PER_BATCH": 1,
@@ -113,9 +127,13 @@ AT_LEAST = {
 }
 
 IN_0_TO_1 = (
+    "MODEL.HEAD.FOCAL_ALPHA",
+    "MODEL.RETINANET.FG_IOU",
+    "MODEL.RETINANET.BG_IOU",
     "INPUT.FLIP_PROB",
     "TEST.SCORE_THRESHOLD",
     "TEST.NMS_IOU",
+    "SOLVER.MOMENTUM",
     "SOLVER.WARMUP_FACTOR",
     "SEARCH.META_VAL",
     "SEARCH.PROXY.POLYAK",
@@ -123,13 +141,22 @@ IN_0_TO_1 = (
     "SEARCH.PRUNING.KEEP",
 )
 
-POSITIVE_ENTRIES = (
+POSITIVE = (  # each entry, where it is a list
     "MODEL.RESNET.BLOCKS",
+    "MODEL.MOBILENET.WIDTH",
     "MODEL.FCOS.SIZE_LIMITS",
+    "MODEL.RETINANET.ANCHOR_SIZE",
+    "MODEL.RETINANET.ASPECT_RATIOS",
+    "MODEL.RETINANET.SMOOTH_L1_BETA",
+    "MODEL.RETINANET.BOX_LOSS_DIVISOR",
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MIN_SIZE_RANGE_TRAIN",
     "SEARCH.PRUNING.RUNGS",
+    "SEARCH.OBJECTIVE.TARGET",
 )
+
+# Empty by default, which does not show what their entries are.
+INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -318,12 +345,14 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         value, fits = type(default)(value), True
     else:
         fits = isinstance(value, type(default))
-    if fits and isinstance(default, (list, tuple)) and default and name not in FREE_LISTS:
-        fits = all(_like(item, default[0]) for item in value)
+    entries = (0,) if name in INTEGER_LISTS else default
+    entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
+    if fits and entries:
+        fits = all(_like(item, entries[0]) for item in value)
     if not fits:
         wanted = type(default).__name__
-        if isinstance(default, (list, tuple)) and default:
-            wanted += f" of {type(default[0]).__name__}"
+        if entries:
+            wanted += f" of {type(entries[0]).__name__}"
         raise ConfigError(
             f"{source}: {name} must be {wanted} (such as {default!r}), "
             f"not {type(value).__name__} {value!r}"
@@ -355,10 +384,11 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         value = get_setting(cfg, name)
         if not 0 <= value <= 1:
             fail(name, f"is {value!r}, but must lie in 0..1")
-    for name in POSITIVE_ENTRIES:
+    for name in POSITIVE:
         value = get_setting(cfg, name)
-        if not all(entry > 0 for entry in value):
-            fail(name, f"is {value!r}, but every entry must be positive")
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if not all(0 < entry < math.inf for entry in entries):
+            fail(name, f"is {value!r}, but must be positive, and finite")
     for name, length in (("MODEL.RESNET.BLOCKS", 4), ("MODEL.FCOS.SIZE_LIMITS", 4)):
         if len(get_setting(cfg, name)) != length:
             fail(name, f"needs {length} entries, not {get_setting(cfg, name)!r}")
@@ -368,6 +398,8 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
     if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
         fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must lie within 0..1")
+    if cfg.MODEL.RETINANET.BG_IOU > cfg.MODEL.RETINANET.FG_IOU:
+        fail("MODEL.RETINANET.BG_IOU", f"is above FG_IOU, {cfg.MODEL.RETINANET.FG_IOU}")
     if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
         fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
     _check_genotype(cfg, fail)
@@ -408,15 +440,13 @@ def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
         value = get_setting(cfg, name)
         if value == 1 or (value == 0 and name != "SEARCH.PROXY.POLYAK"):
             fail(name, f"is {value!r}, but must lie between 0 and 1")
-    if search.OBJECTIVE.TARGET <= 0:
-        fail("SEARCH.OBJECTIVE.TARGET", f"is {search.OBJECTIVE.TARGET!r}, but must be positive")
     if search.OBJECTIVE.COST != "none" and search.OBJECTIVE.WEIGHT == 0:
         fail(
             "SEARCH.OBJECTIVE.WEIGHT",
             f"is 0, so SEARCH.OBJECTIVE.COST {search.OBJECTIVE.COST} would have no effect",
         )
     rungs = list(search.PRUNING.RUNGS)
-    if any(not isinstance(rung, int) for rung in rungs) or rungs != sorted(set(rungs)):
+    if rungs != sorted(set(rungs)):
         fail("SEARCH.PRUNING.RUNGS", f"is {rungs!r}, but must be iterations in rising order")
     if rungs and rungs[-1] >= search.PROXY.ITERATIONS:
         fail(

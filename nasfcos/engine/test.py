@@ -33,7 +33,7 @@ Detections = dict[int, dict[str, Tensor]]
 
 
 def test(
-    cfg: CfgNode, model: Detector, device: torch.device, classes: Sequence[str] | None = None
+    cfg: CfgNode, model: Detector, classes: Sequence[str] | None = None
 ) -> dict[str, dict]:
     """Detect in every data set of DATASETS.TEST and measure.
 
@@ -44,8 +44,7 @@ def test(
 
     Args:
         cfg: the config tree.
-        model: the detector, on `device`.
-        device: this process's.
+        model: the detector, on this process's device.
         classes: what the model's labels 1..N mean; None: as in the training data of the config.
 
     Returns:
@@ -61,7 +60,7 @@ def test(
         )
         logger.info("%s: testing on %d images", name, len(dataset))
         start = time.perf_counter()
-        shares = distributed.gather(detect(fast, loader, device, title=name))
+        shares = distributed.gather(detect(fast, loader, title=name))
         if shares is not None:
             detections, seconds = merge(shares), time.perf_counter() - start
             logger.info(
@@ -159,7 +158,7 @@ def _check_classes(cfg: CfgNode, weights: Weights) -> None:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, loader, device: torch.device, title: str = "") -> Detections:
+def detect(model: nn.Module, loader, title: str = "") -> Detections:
     """Detections of every image of `loader`, by image id, on the CPU.
 
     Boxes are in the pixels of the images as they were before the loader resized them, clipped to
@@ -170,7 +169,7 @@ def detect(model: nn.Module, loader, device: torch.device, title: str = "") -> D
     for batch, (images, targets) in enumerate(
         tqdm(loader, desc=title, unit="batch", leave=False, disable=not on_terminal()), start=1
     ):
-        detections = model([image.to(device, non_blocking=True) for image in images])
+        detections = model(images)
         for image, target, detection in zip(images, targets, detections, strict=True):
             detection = {key: value.cpu() for key, value in detection.items()}
             detection["boxes"] = to_original_size(

@@ -29,7 +29,7 @@ from ..data import build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..evaluation.files import replacing
 from ..models import build_detector, load_weights
-from ..models.heads.dense import to_device
+from ..transfer import to_device
 from ..visualize import plot_training
 from . import distributed
 from .checkpoint import (
@@ -188,7 +188,7 @@ def train(
                 "--resume goes on from the last checkpoint",
             ) from error  # fmt: skip
         with stop.heeded_at_once():
-            results = {} if skip_test else _evaluate(cfg, run, device, writer)
+            results = {} if skip_test else _evaluate(cfg, run, writer)
     if main:
         try:
             plot_training(output / "metrics.jsonl", output / "training.png")
@@ -307,7 +307,7 @@ def _iterate(
                     )
                 if evaluate_now:
                     with stop.heeded_at_once():
-                        _evaluate(cfg, run, device, writer)
+                        _evaluate(cfg, run, writer)
                 meter.pause(time.perf_counter() - paused)
             waiting_since = time.perf_counter()
 
@@ -348,12 +348,10 @@ def _save(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
     monitor.last_good = path
 
 
-def _evaluate(
-    cfg: CfgNode, run: Run, device: torch.device, writer: MetricsWriter | None
-) -> dict[str, dict]:
+def _evaluate(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> dict[str, dict]:
     """Test the model as it is, and note the overall figures."""
     distributed.broadcast_buffers(run.model)
-    results = test(cfg, run.model, device, run.classes)
+    results = test(cfg, run.model, run.classes)
     figures = {
         f"eval/{name}/{figure}": value
         for name, metrics in results.items()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .heads.dense import DenseHead, Detections, Targets, to_device
+from ..transfer import to_device
+from .heads.dense import DenseHead, Detections, Targets
 
 CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in

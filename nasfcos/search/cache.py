@@ -38,6 +38,7 @@ from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration
 from ..evaluation.files import write_json
 from ..models import Detector
+from ..transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class FeatureCache:
         device = torch.device(device)
         indices = np.asarray(indices, dtype=np.int64)
         if self._held is not None:
-            rows = torch.from_numpy(indices).to(self._held[0].device)
+            rows = to_device(torch.from_numpy(indices), self._held[0].device)
             found = [held.index_select(0, rows).to(device) for held in self._held]
         else:
             found = [

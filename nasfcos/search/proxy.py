@@ -40,6 +40,7 @@ from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
 from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
+from ..transfer import to_device
 from .cache import FeatureCache
 from .cost import latency_ms, multiply_adds
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
@@ -152,7 +153,7 @@ class Examples:
     def __init__(self, cache: FeatureCache, head: DenseHead, device: torch.device) -> None:
         self.cache = cache
         self.device = device
-        shapes = [(math.ceil(cache.size / stride),) * 2 for stride in STRIDES]
+        shapes = _pyramid_shapes([level.shape[2:] for level in cache.maps])
         head = head.to(device)
         assigned = []
         for target in cache.targets:
@@ -182,12 +183,22 @@ class Examples:
         rows = indices.tolist()
         counts = torch.tensor([len(self._positive[row]) for row in rows])
         first = torch.arange(len(rows)) * self._labels.shape[1]
-        offset = first.repeat_interleave(counts).to(self.device, non_blocking=True)
-        labels = self._labels[indices.to(self.device, non_blocking=True)].long()
+        offset = to_device(first.repeat_interleave(counts), self.device)
+        labels = self._labels[to_device(indices, self.device)].long()
         wanted = torch.zeros(labels.numel(), 4, device=self.device)
         positive = torch.cat([self._positive[row] for row in rows]) + offset
         wanted[positive] = torch.cat([self._wanted[row] for row in rows])
         return maps, Assignment(labels, wanted.view(*labels.shape, 4))
+
+
+def _pyramid_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(height, width) of P3..P7, from those of C2..C5 or of P3..P7 themselves."""
+    if len(shapes) == len(STRIDES):
+        return [tuple(shape) for shape in shapes]
+    levels = [tuple(shape) for shape in shapes[1:]]
+    while len(levels) < len(STRIDES):
+        levels.append(tuple(math.ceil(side / 2) for side in levels[-1]))
+    return levels
 
 
 def open_examples(

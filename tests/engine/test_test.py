@@ -99,7 +99,7 @@ def test_without_the_training_annotations_the_weights_say_which_classes(
     model, classes = load_test_model(cfg, CPU)
     assert classes == ["white", "red"] and model.head.cls_logits.out_channels == 2
     assert build_dataset(cfg, "val", classes).category_ids == (20, 10)
-    results = test(cfg, model, CPU, classes)
+    results = test(cfg, model, classes)
     assert list(results["val"]["per_class"]) == ["white", "red"]
 
 

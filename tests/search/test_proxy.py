@@ -35,7 +35,7 @@ MAPS = [(width, SIZE // 4 >> i, SIZE // 4 >> i) for i, width in enumerate(WIDTHS
 PYRAMID = [(8, math.ceil(SIZE / stride), math.ceil(SIZE / stride)) for stride in STRIDES]
 
 
-def write_cache(folder, count, shapes, seed, empty=False):
+def write_cache(folder, count, shapes, seed, empty=False, size=SIZE):
     """A cache as `nasfcos.search.cache` lays it out, of random maps and boxes."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def write_cache(folder, count, shapes, seed, empty=False):
         folder / "targets.npz", boxes=boxes.astype(np.float32), labels=labels, counts=counts
     )
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    meta = {"count": count, "size": SIZE, "shapes": shapes, "files": files}
+    meta = {"count": count, "size": size, "shapes": shapes, "files": files}
     (folder / "cache.json").write_text(json.dumps(meta))
     return folder
 
@@ -110,11 +110,13 @@ def test_config_of_the_head_stage():
 
 # ---------------------------------------------------------------------------------------- examples
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_assigned_once_gives_the_losses_of_every_time(folders, head):
+@pytest.mark.parametrize("size", [SIZE, SIZE - 14])  # of crops that were padded, too
+def test_assigned_once_gives_the_losses_of_every_time(tmp_path, head, size):
     cfg = proxy_config(config(head), "fpn", CELLS)
-    examples = open_examples(cfg, folders["fpn"][0], CLASSES, CPU)
+    folder = write_cache(tmp_path / "cache", 10, MAPS, 0, size=size)
+    examples = open_examples(cfg, folder, CLASSES, CPU)
     decoder = build_decoder(cfg, WIDTHS, CLASSES, 0)
-    cache = FeatureCache.open(folders["fpn"][0])
+    cache = FeatureCache.open(folder)
     for rows in ([5, 2, 9, 2], [0, 3], [1]):  # with and without boxes, one twice
         maps, assignment = examples.batch(torch.tensor(rows))
         outputs = decoder(maps)

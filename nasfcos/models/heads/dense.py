@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...boxes import clip_boxes
 from ...ops import batched_nms, sigmoid_focal_loss
+from ...transfer import to_device
 
 Detections = dict[str, Tensor]
 """``boxes`` [N, 4] legacy xyxy in pixels, ``scores`` [N], ``labels`` [N] from 1; best first."""
@@ -332,13 +333,6 @@ def nonzero(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":  # ten times as fast as torch's
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on another device; the host does not wait for a GPU."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def prediction_layer(in_channels: int, out_channels: int, bias: float = 0.0) -> nn.Conv2d:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...boxes import legacy_areas
+from ...transfer import to_device
 from ..layers import Scale, group_norm
 from ..registry import HEADS
 from .dense import (
@@ -26,7 +27,6 @@ from .dense import (
     padded_targets,
     prediction_layer,
     prior_bias,
-    to_device,
 )
 from .towers import Tower, build_towers
 
