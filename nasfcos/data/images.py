@@ -1,5 +1,6 @@
 """Image files to RGB pictures, whatever mode, depth or orientation they are stored in."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("RGBA")
         return image.convert("RGB")
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case suffixes of the files that PIL can open, such as ".jpg"."""
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in extensions.items() if kind in Image.OPEN)
 
 
 def read_size(path: Path) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .images import read_size
+from .images import image_suffixes, read_size
 from .records import Annotations, DataError, Record, clip_and_filter
 
 # The second column in the lists of one class: absent, difficult, there.
@@ -40,6 +40,26 @@ def _name(line: str, annotations: Path) -> str:
     """The image name of a line, which may have spaces in it, and end like a second column."""
     name = _PRESENCE.sub("", line)
     return line if name != line and (annotations / f"{line}.xml").exists() else name
+
+
+def _image_files(folder: Path) -> dict[str, list[str]]:
+    """Image files by their names without suffix; often other files lie beside them."""
+    files: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in image_suffixes() and path.is_file():
+            files.setdefault(path.stem, []).append(path.name)
+    return files
+
+
+def _choose_file(name: str, files: list[str], annotated: str, remarks: Counter) -> str:
+    """Of the `files` called `name` the annotated one; without any, what is annotated."""
+    if not files:
+        return annotated or f"{name}.jpg"
+    if len(files) > 1:
+        if annotated in files:
+            return annotated
+        remarks["names with several image files (the first is taken)"] += 1
+    return files[0]
 
 
 def _text(element: ElementTree.Element | None, path: str) -> str:
@@ -86,7 +106,7 @@ def read_voc(
 
     Args:
         annotations: folder of XML files, called as the images.
-        images: images folder.
+        images: images folder; other files in it, the annotations for one, do not matter.
         split: text file with an image name per line; None: all XML files, sorted.
         classes: names by label; objects of other classes are dropped and counted.
         has_annotations: False where there are no XML files (a test split).
@@ -96,7 +116,7 @@ def read_voc(
         DataError: a malformed XML file (with the line), or too many missing ones.
     """
     labels = {name: label for label, name in enumerate(classes, 1)}
-    files = {path.stem: path.name for path in sorted(images.iterdir()) if path.is_file()}
+    files = _image_files(images)
     remarks = Counter()
     records, missing = [], []
     for image_id, name in enumerate(_names(annotations, split), 1):
@@ -107,7 +127,7 @@ def read_voc(
                 missing.append(path)
                 continue
             root = _parse(path)
-        file_name = files.get(name) or _text(root, "filename") or f"{name}.jpg"
+        file_name = _choose_file(name, files.get(name, []), _text(root, "filename"), remarks)
         height, width = _integer(_text(root, "size/height")), _integer(_text(root, "size/width"))
         if height <= 0 or width <= 0:
             try:

@@ -29,6 +29,30 @@ def test_without_split_all_files_are_taken(make_config, write_voc):
     assert [record.file_name for record in data.records] == ["a.jpg", "b.jpg"]
 
 
+def test_files_beside_the_images_are_not_taken_for_them(make_config, write_voc, tmp_path):
+    entry = write_voc({"a": [("cat", (1, 1, 9, 9), 0)], "b": []}) | {"ANNOTATIONS": "images"}
+    for path in (tmp_path / "xml").iterdir():
+        path.rename(tmp_path / "images" / path.name)
+    for name in ("a.txt", "b.json", "classes.txt"):
+        (tmp_path / "images" / name).write_text("{}")
+    (tmp_path / "images" / "b.jpg").rename(tmp_path / "images" / "b.JPG")
+    data = build_dataset(make_config("DATASETS.TRAIN", ("mine",), mine=entry), "mine")
+    assert [record.file_name for record in data.records] == ["a.jpg", "b.JPG"]
+    assert data[0][0].size == data[1][0].size == (60, 40)
+
+
+def test_of_two_images_of_one_name_the_annotated_one_is_taken(write_voc, write_image, tmp_path):
+    args = (tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+    for annotated, chosen, ambiguous in (
+        ("a.png", "a.png", False), ("a.jpg", "a.jpg", False), ("old.jpg", "a.jpg", True)
+    ):  # fmt: skip
+        write_voc({"a": []}, tag=f"<filename>{annotated}</filename>")
+        write_image("a.png")
+        found = read_voc(*args)
+        assert found.records[0].file_name == chosen
+        assert ("several image files" in str(found.remarks)) == ambiguous
+
+
 def test_odd_boxes_are_counted(write_voc, tmp_path):
     boxes = [(0, 0, 80, 20), (30, 10, 20, 20), (70, 5, 80, 9), ("x", 1, 5, 5), ("2.5", 2, 9, 9)]
     write_voc({"a": [("cat", box, 0) for box in boxes] + [("dog", (1, 1, 5, 5), 0)]})
