@@ -1,27 +1,14 @@
 """The twelve COCO figures and the AP of every class.
 
-The counting is faster-coco-eval's, which gives pycocotools' numbers in a fraction of its time;
-where it is not installed, pycocotools itself does it.
+The counting is faster-coco-eval's, which gives pycocotools' numbers in a fraction of its time.
 """
 
-import contextlib
-import io
 import logging
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-
-try:
-    from faster_coco_eval import COCO
-    from faster_coco_eval import COCOeval_faster as COCOeval
-
-    FAST = True
-except ImportError:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    FAST = False
+from faster_coco_eval import COCO, COCOeval_faster
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +37,8 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
     `iscrowd` becomes 0 and `area` width times height where they are missing. Entries without an
     image, a category or a box of four finite numbers are left out: there is nothing in them to
     find. Ids are kept, so that the figures are those of pycocotools on the same file, unless they
-    cannot serve as ids at all (missing, or one id used twice): then all are numbered anew.
+    cannot serve as ids at all (missing, used twice, or no whole numbers in 0..2^63 - 1): then all
+    are numbered anew.
     """
     completed = []
     for annotation in annotations:
@@ -68,9 +56,13 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
                 "iscrowd": int(annotation.get("iscrowd") or 0),
             }
         )
-    ids = {annotation["id"] for annotation in completed}
-    if None in ids or len(ids) < len(completed):
-        logger.warning("Annotation ids are missing or not unique: numbered anew for evaluation.")
+    # Not a set of all at once: a list, for one, could not be in it.
+    ids = {annotation["id"] for annotation in completed if _is_id(annotation["id"])}
+    if len(ids) < len(completed):
+        logger.warning(
+            "Annotation ids are missing, not unique or no whole numbers in 0..2^63 - 1: numbered "
+            "anew for evaluation."
+        )
         for number, annotation in enumerate(completed, start=1):
             annotation["id"] = number
     elif 0 in ids:
@@ -79,6 +71,11 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
             "counts as missed. Number the annotations from 1."
         )
     return completed
+
+
+def _is_id(value: object) -> bool:
+    """Whether the counting, which marks what is found by signed 64-bit ids, can do with it."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_usable(annotation: object) -> bool:
@@ -115,8 +112,6 @@ def coco_metrics(
         figure that no ground truth supports (a class without objects, no small objects, ...) is
         nan, where pycocotools says -1.
     """
-    if not FAST:
-        logger.warning("faster-coco-eval is not installed; pycocotools will take much longer.")
     categories = [{"id": category_id} for category_id in category_ids]
     detections = [
         {
@@ -127,17 +122,13 @@ def coco_metrics(
         }
         for number, result in enumerate(results, start=1)
     ]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):  # pycocotools prints
-        evaluation = COCOeval(
-            _index(image_ids, complete_annotations(annotations), categories),
-            _index(image_ids, detections, categories),
-            iouType="bbox",
-        )
-        evaluation.evaluate()
-        evaluation.accumulate()
-    for line in output.getvalue().splitlines():
-        logger.debug(line)
+    evaluation = COCOeval_faster(
+        _index(image_ids, complete_annotations(annotations), categories),
+        _index(image_ids, detections, categories),
+        iouType="bbox",
+    )
+    evaluation.evaluate()
+    evaluation.accumulate()
 
     tables = {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}
     parameters = evaluation.params

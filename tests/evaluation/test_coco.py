@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import logging
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from nasfcos.evaluation import coco
 from nasfcos.evaluation.coco import FIGURES, coco_metrics, complete_annotations
 
 
@@ -80,6 +78,14 @@ def random_set(seed: int, images: int, classes: int, objects: int, found: int):
     return image_ids, annotations, results, category_ids
 
 
+def two_objects(ids):
+    """Annotations with these ids in image 1, and results that find both."""
+    entry = {"image_id": 1, "category_id": 1}
+    boxes = ([0, 0, 9, 9], [50, 50, 9, 9])
+    annotations = [{**entry, "id": i, "bbox": box} for i, box in zip(ids, boxes, strict=True)]
+    return annotations, [{**entry, "bbox": box, "score": 0.9} for box in boxes]
+
+
 @pytest.mark.parametrize(
     "shape", [(20, 6, 12, 40), (4, 2, 10, 400), (40, 10, 4, 6)], ids=["mixed", "over 100", "sparse"]
 )
@@ -108,24 +114,6 @@ def test_figures_are_those_of_pycocotools(seed, shape):
             else:
                 assert math.isnan(here[figure])
     assert math.isnan(metrics["per_class"][names[-1]]["AP"])  # the class without objects
-
-
-def test_pycocotools_does_it_where_the_fast_library_is_missing(monkeypatch, capsys, caplog):
-    arguments = random_set(5, 10, 4, 8, 20)
-    names = list("abcd")
-    fast = coco_metrics(*arguments, names)
-    monkeypatch.setattr(coco, "COCO", COCO)
-    monkeypatch.setattr(coco, "COCOeval", COCOeval)
-    with caplog.at_level(logging.DEBUG, logger=coco.__name__):
-        slow = coco_metrics(*arguments, names)
-    for name in FIGURES:
-        assert slow[name] == pytest.approx(fast[name], abs=1e-9, nan_ok=True)
-    for name in names:
-        assert slow["per_class"][name] == pytest.approx(
-            fast["per_class"][name], abs=1e-9, nan_ok=True
-        )
-    assert capsys.readouterr().out == ""  # what it prints goes to the log
-    assert "per image evaluation" in caplog.text
 
 
 def test_nothing_found_is_zero_and_nothing_to_find_is_not_a_number():
@@ -175,14 +163,25 @@ def test_annotations_of_a_list_of_images_or_categories_are_left_out(key):
     assert coco_metrics([1], [good, {**good, "id": 2, key: [1]}], results, [1], ["a"])["AP"] == 1
 
 
-def test_ids_that_cannot_serve_are_replaced(caplog):
-    entry = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
-    twice = [{**entry, "id": 3}, {**entry, "id": 3, "bbox": [50, 50, 9, 9]}]
-    results = [{**entry, "score": 0.9}, {**twice[1], "score": 0.8}]
-    for annotations in (twice, [{k: v for k, v in a.items() if k != "id"} for a in twice]):
-        caplog.clear()
-        assert coco_metrics([1], annotations, results, [1], ["a"])["AP"] == 1
-        assert "numbered anew" in caplog.text
+@pytest.mark.parametrize(
+    "ids",
+    [(3, 3), (None, None), (-1, -2), (2**63, 2**63 + 1), (2**64, 1), ("a", "b"), (1.0, 2.0),
+     ([1], [2]), (True, 2), (0, -1)],
+    ids=str,
+)  # fmt: skip
+def test_ids_that_cannot_serve_are_replaced(ids, caplog):
+    annotations, results = two_objects(ids)
+    assert coco_metrics([1], annotations, results, [1], ["a"])["AP"] == 1
+    assert "numbered anew" in caplog.text
+    without = [{key: a[key] for key in a if key != "id"} for a in annotations]
+    assert coco_metrics([1], without, results, [1], ["a"])["AP"] == 1
+
+
+@pytest.mark.parametrize("ids", [(2**31, 2**53 + 1), (2**63 - 2, 2**63 - 1)])
+def test_large_ids_serve(ids, caplog):
+    annotations, results = two_objects(ids)
+    assert coco_metrics([1], annotations, results, [1], ["a"])["AP"] == 1
+    assert not caplog.text
 
 
 def test_an_annotation_with_id_0_is_pointed_out(caplog):
