@@ -1,6 +1,7 @@
 """COCO annotation files (detection: images, annotations, categories)."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,12 @@ from .images import read_size
 from .records import Annotations, DataError, Record, clip_and_filter
 
 
-def _load(path: Path) -> dict:
+def load_coco(path: Path) -> dict:
+    """The content of a COCO file: an object with at least the list `images`.
+
+    Raises:
+        DataError: the file is something else.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -26,7 +32,32 @@ def _load(path: Path) -> dict:
             f"{path}: not a COCO annotation file (an object with the list 'images'; a list of "
             "detections, for one, is a results file)"
         )
+    if not isinstance(content.get("annotations"), (list, type(None))):
+        raise DataError(f"{path}: 'annotations' must be a list")
     return content
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number (text and true are not)."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def find_fault(annotation: object) -> str | None:
+    """Why an annotation counts neither in training nor in testing; None where it does.
+
+    It needs numbers as `image_id` and `category_id`, four finite ones as `bbox`, and 0, 1, false or
+    true as `iscrowd` (0 if it has none).
+    """
+    if not isinstance(annotation, dict):
+        return "malformed annotations dropped"
+    if not (is_number(annotation.get("image_id")) and is_number(annotation.get("category_id"))):
+        return "annotations dropped whose image_id or category_id is not a number"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return "annotations dropped whose iscrowd is neither 0 nor 1"
+    box = annotation.get("bbox")
+    if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))):
+        return "annotations dropped whose bbox is not four finite numbers"
+    return None
 
 
 def _categories(content: dict, path: Path) -> dict[int, str]:
@@ -55,7 +86,7 @@ def read_coco_classes(path: Path) -> tuple[str, ...]:
     Raises:
         DataError: the file is not COCO JSON, or has no categories or two of one name.
     """
-    names = _categories(_load(path), path)
+    names = _categories(load_coco(path), path)
     if not names:
         raise DataError(f"{path}: has no 'categories', so the classes must be given as CLASSES")
     _refuse_namesakes(names, names.values(), path)
@@ -77,24 +108,6 @@ def _choose_categories(
             f"{', '.join(map(repr, ids))}); give the names of this file as CLASSES"
         )
     return {ids[name]: label for label, name in enumerate(classes, 1)}
-
-
-def _box_array(annotations: list[dict]) -> np.ndarray:
-    """[N, 4] float64 (x, y, w, h); NaN where an entry has no proper `bbox`."""
-    boxes = [annotation.get("bbox") for annotation in annotations]
-    try:
-        array = np.array(boxes, dtype=np.float64)
-        if array.shape == (len(boxes), 4):
-            return array
-    except (TypeError, ValueError):
-        pass
-    array = np.full((len(boxes), 4), np.nan)
-    for row, box in zip(array, boxes, strict=True):
-        try:
-            row[:] = np.array(box, dtype=np.float64).reshape(4)
-        except (TypeError, ValueError):
-            continue
-    return array
 
 
 def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> dict[int, Record]:
@@ -123,11 +136,12 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
     """Read a COCO file.
 
     A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. Boxes that are
-    not finite, have no area, or belong to an unknown image or category are dropped and counted.
+    not finite, have no area, or belong to an unknown image or category are dropped and counted,
+    as is what `find_fault` finds.
     Records stand in the order of their sorted image ids.
 
     Args:
-        path: annotation file; without the key `annotations` the set counts as not annotated.
+        path: annotation file; without `annotations` the set counts as not annotated.
         images: its images folder, read only for images whose size the file does not give.
         classes: category names by label, some or all of the file's. None: all, by sorted id.
 
@@ -135,11 +149,12 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         DataError: not COCO JSON (with the line), `classes` that the file does not have, or one that
             two of its categories are called.
     """
-    content = _load(path)
+    content = load_coco(path)
     remarks = Counter()
     records = _read_images(content, path, images, remarks)
     names = _categories(content, path)
-    if not names and classes is not None and "annotations" not in content:
+    has_annotations = content.get("annotations") is not None
+    if not names and classes is not None and not has_annotations:
         names = dict(enumerate(classes, 1))
     if not names:
         raise DataError(f"{path}: has no 'categories'")
@@ -147,13 +162,11 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
 
     annotations = []
     for annotation in content.get("annotations") or []:
-        if not isinstance(annotation, dict) or any(
-            isinstance(annotation.get(key), (list, dict)) for key in ("image_id", "category_id")
-        ):
-            remarks["malformed annotations dropped"] += 1
-        elif annotation.get("image_id") not in records:
+        if fault := find_fault(annotation):
+            remarks[fault] += 1
+        elif annotation["image_id"] not in records:
             remarks["boxes of unlisted images dropped"] += 1
-        elif annotation.get("category_id") not in names:
+        elif annotation["category_id"] not in names:
             remarks["boxes of unknown categories dropped"] += 1
         elif annotation["category_id"] in labels:
             annotations.append(annotation)
@@ -163,7 +176,7 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         records=[records[i] for i in sorted(records)],
         classes=tuple(names[i] for i in labels),
         category_ids=tuple(labels),
-        has_annotations="annotations" in content,
+        has_annotations=has_annotations,
         remarks=remarks,
     )
 
@@ -173,8 +186,9 @@ def _attach(
 ) -> None:
     """Convert all boxes at once and give each record its own."""
     owners = [records[annotation["image_id"]] for annotation in annotations]
-    boxes = _box_array(annotations)
-    boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:] - 1, 0)
+    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64)
+    with np.errstate(over="ignore"):  # what is not finite is dropped below
+        boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:] - 1, 0)
     boxes, keep, clipped = clip_and_filter(
         boxes,
         np.array([record.height for record in owners]),

@@ -4,11 +4,12 @@ The counting is faster-coco-eval's, which gives pycocotools' numbers in a fracti
 """
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+
+from ..data.coco import find_fault, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +35,15 @@ CLASS_FIGURES = ("AP", "AP50", "AP75")
 def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
     """Copies of COCO annotations with what counting boxes needs and real files often lack.
 
-    `iscrowd` becomes 0 and `area` width times height where they are missing. Entries without an
-    image, a category or a box of four finite numbers are left out: there is nothing in them to
+    `iscrowd` becomes 0 and `area` width times height where they are missing (or `area` is not a
+    number). What a data set drops (`data.coco.find_fault`) is left out: there is nothing in it to
     find. Ids are kept, so that the figures are those of pycocotools on the same file, unless they
     cannot serve as ids at all (missing, used twice, or no whole numbers in 0..2^63 - 1): then all
     are numbered anew.
     """
     completed = []
     for annotation in annotations:
-        if not _is_usable(annotation):
+        if find_fault(annotation):
             continue
         box = annotation["bbox"]
         area = annotation.get("area")
@@ -52,7 +53,7 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
                 "image_id": annotation["image_id"],
                 "category_id": annotation["category_id"],
                 "bbox": box,
-                "area": box[2] * box[3] if area is None else area,
+                "area": area if is_number(area) else box[2] * box[3],
                 "iscrowd": int(annotation.get("iscrowd") or 0),
             }
         )
@@ -76,19 +77,6 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
 def _is_id(value: object) -> bool:
     """Whether the counting, which marks what is found by signed 64-bit ids, can do with it."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_usable(annotation: object) -> bool:
-    if not isinstance(annotation, dict) or not {"image_id", "category_id"} <= annotation.keys():
-        return False
-    if any(isinstance(annotation[key], (list, dict)) for key in ("image_id", "category_id")):
-        return False
-    box = annotation.get("bbox")
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in box)
-    )
 
 
 def coco_metrics(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..boxes import legacy_to_xywh
+from ..data.coco import load_coco
 from .coco import FIGURES, coco_metrics
 from .files import write_json
 from .voc import Boxes, voc_average_precision
@@ -76,11 +76,9 @@ def evaluate(
     if dataset.spec.format == "voc":
         metrics = _voc_metrics(dataset, detections, results)
     else:
-        with open(dataset.spec.annotations, encoding="utf-8") as file:
-            ground_truth = json.load(file)
         metrics = coco_metrics(
-            [image["id"] for image in ground_truth["images"]],
-            ground_truth["annotations"],
+            [record.image_id for record in dataset.records],
+            load_coco(dataset.spec.annotations)["annotations"],
             results,
             dataset.category_ids,
             dataset.classes,

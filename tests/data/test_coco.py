@@ -46,24 +46,37 @@ def test_bad_boxes_are_dropped_or_clipped_and_counted(write_coco, tmp_path):
             {"bbox": [10, 10, -5, 10]},
             {"bbox": [math.nan, 1, 5, 5]},
             {"bbox": [1, 1, math.inf, 5]},
+            {"bbox": [1, 1, 10**400, 5]},
+            {"bbox": [1e308, 1, 1e308, 5]},
             {"bbox": None},
             {"bbox": []},
             {"bbox": ["1", "2", "5", "6"]},  # numbers as text
+            {"bbox": [[1, 2], [5, 6]]},
+            {"bbox": [True, True, 5, 6]},
             {"image_id": 99},
             {"category_id": 99},
             {"image_id": [1]},
             {"category_id": {"id": 3}},
+            {"category_id": "3"},
         ]
     )
     found = read(tmp_path)
-    assert found.records[0].boxes.tolist() == [[50, 30, 59, 39], [1, 2, 5, 7]]
+    assert found.records[0].boxes.tolist() == [[50, 30, 59, 39]]
     assert found.remarks == {
-        "boxes not finite, without area or outside of their image dropped": 8,
+        "annotations dropped whose bbox is not four finite numbers": 8,
+        "boxes not finite, without area or outside of their image dropped": 5,
         "boxes clipped to their image": 1,
         "boxes of unlisted images dropped": 1,
         "boxes of unknown categories dropped": 1,
-        "malformed annotations dropped": 2,
+        "annotations dropped whose image_id or category_id is not a number": 3,
     }
+
+
+def test_crowds_are_0_and_1(write_coco, tmp_path):
+    write_coco([{"iscrowd": value} for value in (0, 1, False, True, None, 1.0, "0", "no", 2, [])])
+    found = read(tmp_path)
+    assert found.records[0].ignored.tolist() == [False, True, False, True, False, True]
+    assert found.remarks == {"annotations dropped whose iscrowd is neither 0 nor 1": 4}
 
 
 def test_classes_choose_and_order_categories(write_coco, tmp_path):
@@ -90,6 +103,9 @@ def test_without_annotations(write_coco, tmp_path):
     write_coco([], annotations=None)
     found = read(tmp_path)
     assert not found.has_annotations and found.classes == ("dog", "cat")
+    path = tmp_path / "ann.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": None}))
+    assert not read(tmp_path).has_annotations
 
 
 def test_malformed_files_name_file_and_line(write_coco, tmp_path):
@@ -102,6 +118,9 @@ def test_malformed_files_name_file_and_line(write_coco, tmp_path):
         read(tmp_path)
     path.write_bytes(b'{"images": "\xff"}')
     with pytest.raises(DataError, match="UTF-8"):
+        read(tmp_path)
+    write_coco([], annotations={"1": []})
+    with pytest.raises(DataError, match="'annotations' must be a list"):
         read(tmp_path)
     write_coco([], images=[{"id": 1}])
     with pytest.raises(DataError, match="file_name"):

@@ -148,19 +148,23 @@ def test_missing_keys_are_filled_in():
     assert "area" not in bare
     kept = complete_annotations([{**bare, "area": 12.5, "iscrowd": 1, "segmentation": []}])
     assert (kept[0]["area"], kept[0]["iscrowd"]) == (12.5, 1)
+    for area in ("12", math.nan, None, [1]):
+        assert complete_annotations([{**bare, "area": area}])[0]["area"] == 200
 
 
-@pytest.mark.parametrize("bbox", [None, [], [1, 2, 3], [0, 0, float("nan"), 4], "0 0 1 1"])
-def test_annotations_without_a_box_are_left_out(bbox):
-    good = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
-    assert len(complete_annotations([good, {**good, "id": 2, "bbox": bbox}, "text", {}])) == 1
-
-
-@pytest.mark.parametrize("key", ["image_id", "category_id"])
-def test_annotations_of_a_list_of_images_or_categories_are_left_out(key):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bbox", value) for value in (
+        None, [], [1, 2, 3], [0, 0, math.nan, 4], "0 0 1 1", ["0", "0", "5", "5"], [[0, 0], [5, 5]],
+     )]
+    + [("image_id", [1]), ("image_id", "1"), ("category_id", [1]), ("category_id", "1")]
+    + [("iscrowd", "no"), ("iscrowd", 2)],
+)  # fmt: skip
+def test_what_a_data_set_drops_needs_not_be_found(key, value):
     good = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
     results = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.9}]
-    assert coco_metrics([1], [good, {**good, "id": 2, key: [1]}], results, [1], ["a"])["AP"] == 1
+    annotations = [good, {**good, "id": 2, key: value}, "text", {}]
+    assert coco_metrics([1], annotations, results, [1], ["a"])["AP"] == 1
 
 
 @pytest.mark.parametrize(

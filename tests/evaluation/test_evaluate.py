@@ -144,8 +144,9 @@ def test_a_set_without_objects_has_no_figures(coco_set, caplog, tmp_path):
 def test_without_annotations_only_the_submission_is_written(coco_set, tmp_path):
     content = json.loads(coco_set.annotations.read_text())
     del content["annotations"]
-    coco_set.annotations.write_text(json.dumps(content))
-    assert evaluate(load_dataset(coco_set), PERFECT, tmp_path / "out") == {}
+    for absent in (content, {**content, "annotations": None}):
+        coco_set.annotations.write_text(json.dumps(absent))
+        assert evaluate(load_dataset(coco_set), PERFECT, tmp_path / "out") == {}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bbox.json"]
     assert "no annotations" in format_metrics({})
 
