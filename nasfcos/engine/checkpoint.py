@@ -42,6 +42,11 @@ from ..models.weights import Weights, read_weights
 logger = logging.getLogger(__name__)
 
 FINAL = "model_final.pth"
+# All that a run writes: whatever lacks a part of it was written by something else.
+CONTENT = {
+    "model", "optimizer", "scheduler", "scaler", "iteration", "sampler", "random", "config",
+    "classes",
+}  # fmt: skip
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 # What a run leaves in its output folder beside checkpoints.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.png", "tensorboard", "inference")
@@ -93,9 +98,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     ) as error:  # fmt: skip
         first_line = str(error).split("\n", 1)[0]
         raise CheckpointError(f"{path} is not a readable checkpoint: {first_line}") from error
-    missing = {"model", "optimizer", "scheduler", "iteration"} - (
-        state.keys() if isinstance(state, dict) else set()
-    )
+    missing = CONTENT - (state.keys() if isinstance(state, dict) else set())
     if missing:
         raise CheckpointError(
             f"{path} is not a checkpoint of a training run: it has no {', '.join(sorted(missing))}"

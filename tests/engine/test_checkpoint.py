@@ -11,12 +11,8 @@ from nasfcos.engine import checkpoint as ck
 
 
 def state(iteration):
-    return {
-        "model": {"w": torch.full((100,), float(iteration))},
-        "optimizer": {},
-        "scheduler": {},
-        "iteration": iteration,
-    }
+    weights = {"w": torch.full((100,), float(iteration))}
+    return dict.fromkeys(ck.CONTENT) | {"model": weights, "iteration": iteration}
 
 
 def names(folder):
@@ -71,6 +67,16 @@ def test_a_damaged_byte_is_noticed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ck.CheckpointError, match="model_0000001.pth is damaged"):
         ck.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", sorted(ck.CONTENT))
+def test_a_file_without_a_part_of_a_run_is_no_checkpoint(tmp_path, part):
+    content = state(1)
+    del content[part]
+    torch.save(content, tmp_path / ck.FINAL)
+    with pytest.raises(ck.CheckpointError, match=f"model_final.pth .*it has no {part}$"):
+        ck.load_checkpoint(tmp_path / ck.FINAL)
+    assert ck.newest_checkpoint(tmp_path) is None
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

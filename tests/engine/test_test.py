@@ -6,7 +6,13 @@ import torch
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_dataset
 from nasfcos.engine import load_test_model
-from nasfcos.engine.checkpoint import FINAL, CheckpointError, newest_weights, save_checkpoint
+from nasfcos.engine.checkpoint import (
+    CONTENT,
+    FINAL,
+    CheckpointError,
+    newest_weights,
+    save_checkpoint,
+)
 from nasfcos.engine.test import merge, test, to_original_size
 from nasfcos.engine.train import build_model
 from nasfcos.models.weights import WeightsError
@@ -46,7 +52,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
     for value, path in ((1.0, tmp_path / "given.pth"), (2.0, tmp_path / "out" / FINAL)):
         with torch.no_grad():
             probe.fill_(value)
-        state = {"model": model.state_dict(), "optimizer": {}, "scheduler": {}, "iteration": 1}
+        state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
         save_checkpoint(state, path)
         files[value] = str(path)
     given = config("MODEL.WEIGHT", files[1.0])
@@ -66,8 +72,8 @@ def test_which_weights_are_tested(config_file, tmp_path):
 def trained(config_file, tmp_path):
     """Config of the tiny job, whose output folder holds a checkpoint for "white" and "red"."""
     cfg = load_config(config_file, [])
-    state = {"model": build_model(cfg, CPU).state_dict(), "classes": ["white", "red"]}
-    state |= {"optimizer": {}, "scheduler": {}, "iteration": 1}
+    state = dict.fromkeys(CONTENT) | {"iteration": 1, "classes": ["white", "red"]}
+    state["model"] = build_model(cfg, CPU).state_dict()
     save_checkpoint(state, tmp_path / "out" / FINAL)
     return cfg
 

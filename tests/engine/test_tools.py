@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nasfcos.config import load_config
-from nasfcos.engine.checkpoint import load_checkpoint, save_checkpoint
+from nasfcos.engine.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 from nasfcos.engine.train import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -228,8 +228,8 @@ def test_interrupted_from_the_keyboard(job, tmp_path):
 
 def test_machines_that_do_not_share_the_output_folder_are_told_so(config_file, tmp_path):
     cfg = load_config(config_file)
-    state = {"model": build_model(cfg, torch.device("cpu")).state_dict(), "classes": None}
-    state |= {"optimizer": {}, "scheduler": {}, "iteration": 1}
+    model = build_model(cfg, torch.device("cpu"))
+    state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
     save_checkpoint(state, tmp_path / "0" / "out" / "model_final.pth")
     (tmp_path / "1").mkdir()
     port = str(free_port())
