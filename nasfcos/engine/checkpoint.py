@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import random
 import re
 import shutil
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -37,7 +35,7 @@ from yacs.config import CfgNode
 
 from ..config.tree import leaves
 from ..evaluation.files import replacing
-from ..models.weights import Weights, read_weights
+from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +86,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is broken, or no checkpoint of a training run.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"{path} is damaged: wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        first_line = str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{path} is not a readable checkpoint: {first_line}") from error
+        state = read_torch_file(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     missing = CONTENT - (state.keys() if isinstance(state, dict) else set())
     if missing:
         raise CheckpointError(

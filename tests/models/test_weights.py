@@ -1,5 +1,6 @@
 """Weight files of every kind, and files that are none."""
 
+import argparse
 import collections
 import hashlib
 import http.server
@@ -227,6 +228,43 @@ def test_unreadable_files(tmp_path, content):
     torch.save({"model": {"something.else": torch.ones(1)}}, path)
     with pytest.raises(WeightsError, match=r"none of the known kinds.*something\.else"):
         read_weights(path)
+
+
+def flip_a_bit(path, value):
+    """Damage one of the numbers `value` in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(8, value, np.float32).tobytes()) + 17] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"backbone.x": torch.full((100,), 3.0)}}, path)
+    assert read_weights(path).tensors["backbone.x"].sum() == 300
+    flip_a_bit(path, 3.0)
+    with pytest.raises(WeightsError, match=r"model\.pth is damaged: wrong checksum of .*data/0$"):
+        read_weights(path)
+
+
+def test_a_file_that_was_cut_off_is_called_so(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"backbone.x": torch.ones(100)}}, path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(WeightsError, match=r"model\.pth cannot be read .*cut off"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "torch", "old torch"])
+def test_nobody_is_advised_to_execute_a_file(tmp_path, kind):
+    path = tmp_path / "model.pth"
+    if kind == "text":
+        path.write_text("MODEL:\n  WEIGHT: model.pth\n")
+    else:
+        content = {"model": {}, "args": argparse.Namespace(lr=0.01)}
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
+    with pytest.raises(WeightsError, match="save the model's state dict alone") as error:
+        read_weights(path)
+    assert "weights_only" not in str(error.value)
 
 
 def test_released_file_on_disk(tmp_path):
