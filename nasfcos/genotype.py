@@ -30,6 +30,7 @@ HEAD_OPS = (
 )
 
 SKIP = HEAD_OPS.index("skip_connect")
+PSUM = AGGREGATIONS.index("psum")
 
 NUM_INPUTS = 4
 """Backbone maps (C2..C5) that the pool of nodes starts with."""
@@ -143,14 +144,15 @@ class Genotype:
 def canonical(genotype: Genotype) -> Genotype:
     """One genotype for all that write the same graph; equal for two genotypes iff they do.
 
-    The same graph is written by swapping a cell's inputs together with their operations, by
+    The same graph is written by swapping the inputs of a sum together with their operations, by
     computing the cells in another order that leaves P3, P4, P5 and the set of the extra nodes as
     they are, and by moving the head's skips about (the split counts layers with weights only).
     Two cells of equal expressions stay two: they have weights of their own, so a graph that uses
     one of them twice differs from a graph that uses each once.
 
-    Both aggregations are taken as commutative. For `cat` that holds up to the order of its output
-    channels: the grouped conv makes the first half of them from the first input.
+    `cat` is not commutative: its grouped conv makes the first half of the output channels from the
+    first input. A convolution after it could learn either order, but a sum would pair other
+    channels.
 
     There are no dead cells to remove: an unconsumed output is part of every level or is a level,
     and from any other cell a chain of consumers leads to an unconsumed output.
@@ -172,11 +174,11 @@ def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
     differently, so each way is followed until another one writes a smaller cell.
     """
     graph = Genotype(cells)
-    uses: dict[int, list[tuple[int, int]]] = {NUM_INPUTS + k: [] for k in range(len(cells))}
+    uses: dict[int, list[tuple[int, int, int]]] = {NUM_INPUTS + k: [] for k in range(len(cells))}
     for consumer, cell in enumerate(cells):
-        for node, op in zip(cell.inputs, cell.ops, strict=True):
+        for slot, (node, op) in enumerate(zip(cell.inputs, cell.ops, strict=True)):
             if node >= NUM_INPUTS:
-                uses[node].append((consumer, op))
+                uses[node].append((consumer, op, 0 if cell.aggregation == PSUM else slot))
     # What must be placed before a node: its inputs; and extras before P5 before P4 before P3.
     before = {NUM_INPUTS + k: set(cell.inputs) for k, cell in enumerate(cells)}
     outputs = graph.unconsumed[-NUM_OUTPUTS:]
@@ -193,8 +195,10 @@ def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
             for node, cell in enumerate(cells, NUM_INPUTS):
                 if node in way or not before[node] <= way.keys():
                     continue
-                inputs = (way[i] for i in cell.inputs)
-                code = (*sorted(zip(inputs, cell.ops, strict=True)), cell.aggregation)
+                pairs = [(way[i], op) for i, op in zip(cell.inputs, cell.ops, strict=True)]
+                if cell.aggregation == PSUM:
+                    pairs.sort()
+                code = (*pairs, cell.aggregation)
                 if smallest is None or code < smallest:
                     smallest, longer, followed = code, [], []
                 # Equal cells that the same cells use in the same way may change places.

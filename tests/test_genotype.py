@@ -7,6 +7,7 @@ import pytest
 from nasfcos.genotype import (
     AGGREGATIONS,
     FPN_OPS,
+    PSUM,
     PUBLISHED,
     Cell,
     Genotype,
@@ -78,7 +79,7 @@ def random_fpn(rng, cells, ops=5, aggregations=2):
 
 
 def rewritten(genotype, order, swaps):
-    """The same cells in another order (positions in `genotype`), some with inputs swapped.
+    """The same cells in another order (positions in `genotype`), some sums with inputs swapped.
 
     None if a cell would come before its inputs, or another output become P3, P4 or P5.
     """
@@ -92,7 +93,7 @@ def rewritten(genotype, order, swaps):
             return None
         cells.append(
             Cell(inputs[::-1], ops[::-1], cell.aggregation)
-            if swap
+            if swap and cell.aggregation == PSUM
             else Cell(inputs, ops, cell.aggregation)
         )
     other = Genotype(tuple(cells), genotype.head_split, genotype.head_ops)
@@ -112,7 +113,7 @@ def as_graph(genotype):
             role = f"P{3 + genotype.pyramid_nodes.index(node)}"
         graph.add_node(node, label=(AGGREGATIONS[cell.aggregation], role))
         for slot, (source, op) in enumerate(zip(cell.inputs, cell.ops, strict=True)):
-            graph.add_node((node, slot), label=FPN_OPS[op])
+            graph.add_node((node, slot), label=(FPN_OPS[op], cell.aggregation != PSUM and slot))
             graph.add_edge(source, (node, slot))
             graph.add_edge((node, slot), node)
     return graph
@@ -143,12 +144,13 @@ def test_canonical_forms_are_equal_only_for_equal_graphs():
         if len(Genotype(cells).unconsumed) >= 3:
             genotypes.append(Genotype(cells))
     rng = random.Random(0)
-    genotypes += [random_fpn(rng, 5, ops=1, aggregations=1) for _ in range(30)]
+    genotypes += [random_fpn(rng, 5, ops=1, aggregations=a) for a in (1, 2) for _ in range(30)]
     # Twins of which one is used twice, or each once.
     twins = [[[3, 3, 4, 4, 0]]] * 2
     for pairs in itertools.product([(4, 4), (4, 5), (5, 4), (5, 5)], repeat=3):
-        users = [[[a, b, 0, 4, 0]] for a, b in pairs]
-        genotypes.append(Genotype.parse([*twins, *users]))
+        for aggregation in range(2):
+            users = [[[a, b, 0, 4, aggregation]] for a, b in pairs]
+            genotypes.append(Genotype.parse([*twins, *users]))
     described = [(canonical(genotype), as_graph(genotype)) for genotype in genotypes]
     equal = 0
     for (form_a, graph_a), (form_b, graph_b) in itertools.combinations(described, 2):

@@ -242,6 +242,7 @@ _C.SEARCH.PPO.CLIP = 0.2
 # Weight of the entropy bonus, and decay of the moving baseline of the reward.
 _C.SEARCH.PPO.ENTROPY = 0.02
 _C.SEARCH.PPO.BASELINE_DECAY = 0.9
+# Largest norm of the gradient; 0: not clipped.
 _C.SEARCH.PPO.CLIP_GRAD_NORM = 1.0
 
 _C.SEARCH.EVOLUTION = CN()

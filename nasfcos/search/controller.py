@@ -164,7 +164,7 @@ class PPO:
         entropy: weight of the bonus for the mean entropy of a decision (nats).
         baseline_decay: of the moving average of rewards that an advantage is measured from, and of
             that of their squared distances from it, which advantages are divided by the root of.
-        clip_grad_norm: largest norm of the gradient.
+        clip_grad_norm: largest norm of the gradient; 0: not clipped.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class PPO:
         self.space = space
         self.batches = 0
         self.known: set[str] = set()
+        self.worst = math.inf
         self.baseline: float | None = None
         self.spread = 0.0
         self.controller = Controller(space, hidden, self._generator("weights"))
@@ -211,25 +212,22 @@ class PPO:
         return (proposals + repeats)[:count]
 
     def learn(self, batch: Sequence[Choices], rewards: Sequence[float]) -> dict[str, float]:
-        """An update of the policy; architectures whose reward is not finite are left out.
+        """An update of the policy. A failed trial, whose reward is not finite, counts as the worst
+        so far; it is left out before there is any.
 
         Returns:
             of the last pass: `policy_loss`, mean `entropy` of a decision in nats, `kl` from the
             policy that proposed, the share of `clipped` ratios; and the `baseline`, all that if
-            any reward was finite.
+            any reward was finite so far.
         """
         self.batches += 1
         self.known.update(self.space.key(choices) for choices in batch)
-        lessons = [
-            (choices, reward)
-            for choices, reward in zip(batch, rewards, strict=True)
-            if math.isfinite(reward)
-        ]
-        if not lessons:
+        self.worst = min([self.worst, *filter(math.isfinite, rewards)])
+        if self.worst == math.inf:
             return {}
-        sequences, finite = zip(*lessons, strict=True)
+        rewards = [reward if math.isfinite(reward) else self.worst for reward in rewards]
         with _one_thread():
-            return self._update(sequences, torch.tensor(finite, dtype=torch.double))
+            return self._update(batch, torch.tensor(rewards, dtype=torch.double))
 
     def _update(self, batch: Sequence[Choices], rewards: Tensor) -> dict[str, float]:
         advantages = self._advantages(rewards)
@@ -241,7 +239,8 @@ class PPO:
             loss = policy_loss(log_probs, old, advantages, self.clip)
             self.optimizer.zero_grad()
             (loss - self.entropy * entropy.mean()).backward()
-            nn.utils.clip_grad_norm_(self.controller.parameters(), self.clip_grad_norm)
+            if self.clip_grad_norm:
+                nn.utils.clip_grad_norm_(self.controller.parameters(), self.clip_grad_norm)
             self.optimizer.step()
         ratio = (log_probs.detach() - old).exp()
         return {

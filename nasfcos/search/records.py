@@ -69,7 +69,7 @@ class TrialRecord:
         genotype: the whole decoder, as a nested list.
         result: as the trial returned it, or, where the graph had been tried, that trial's.
         objective: what the strategy learns from: the reward less the cost term; nan of a failed
-            trial, for which it learns the worst objective so far.
+            trial.
         reused: index of the trial whose result this is; None for a trial of its own.
         finished: time of the end, seconds since the epoch.
     """

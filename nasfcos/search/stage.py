@@ -122,11 +122,7 @@ def run_stage(
             on_progress,
         )
         done += size
-        records = journal.records()[:done]
-        worst = min((r.objective for r in records if math.isfinite(r.objective)), default=-1.0)
-        rewards = [
-            r.objective if math.isfinite(r.objective) else worst for r in records[done - size :]
-        ]
+        rewards = [record.objective for record in journal.records()[done - size : done]]
         journal.note_batch(batch, strategy.learn(proposals, rewards))
         on_progress(journal)
         batch += 1

@@ -31,7 +31,7 @@ class Strategy(Protocol):
     def learn(self, batch: Sequence[Choices], rewards: Sequence[float]) -> dict[str, float]:
         """Take in what a batch was worth, in the order in which it was proposed.
 
-        Architectures whose reward is not finite teach nothing.
+        A reward that is not finite is that of a failed trial.
 
         Returns:
             figures for the log, by name.
@@ -77,7 +77,7 @@ class RandomSearch:
 class Evolution(RandomSearch):
     """Regularised evolution (Real et al., 2019): the population dies of age, not of weakness.
 
-    Of some drawn from the population the best is the parent; a child differs from it in one
+    Failed trials do not enter it. Of some drawn from it the best is the parent; a child differs from it in one
     decision, and is a graph not tried before. Until the population is full, and where a parent has
     no such child left, draws are random.
 
@@ -110,7 +110,8 @@ class Evolution(RandomSearch):
 
     def _draw(self, rng: random.Random, known: set[str]) -> Choices:
         if len(self.population) == self.population.maxlen:
-            _, parent = max(rng.sample(self.population, self.tournament))
+            rivals = rng.sample(self.population, self.tournament)
+            _, parent = max(rivals, key=lambda member: member[0])
             children = self.space.neighbours(parent)
             for child in rng.sample(children, len(children)):
                 if self.space.key(child) not in known:

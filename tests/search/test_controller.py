@@ -199,11 +199,24 @@ def test_it_learns_the_best_choice():
     assert figures["kl"] >= 0 and 0 <= figures["clipped"] <= 1
 
 
-def test_rewards_that_are_not_finite_teach_nothing():
+def test_a_failed_trial_counts_as_the_worst_so_far():
+    batches = [[(0, 0, 0), (0, 1, 0), (1, 2, 2)], [(0, 2, 0), (1, 1, 2)]]
     policy, other = ppo(HEAD, 0), ppo(HEAD, 0)
-    assert policy.learn(policy.propose(2), [math.nan, -math.inf]) == {}
-    assert policy.learn([(0, 0, 0), (0, 1, 0), (1, 2, 2)], [1.0, math.nan, 2.0])["baseline"] == 1.5
-    other.learn(other.propose(2), [math.nan, -math.inf])
-    other.learn([(0, 0, 0), (1, 2, 2)], [1.0, 2.0])
+    for one in (policy, other):
+        assert one.learn(one.propose(2), [math.nan, -math.inf]) == {}  # before any is known
+    assert policy.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == 2.0
+    policy.learn(batches[1], [-math.inf, 3.0])
+    other.learn(batches[0], [1.0, 1.0, 4.0])
+    other.learn(batches[1], [1.0, 3.0])
     for a, b in zip(policy.controller.parameters(), other.controller.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_a_limit_gradients_are_not_clipped():
+    weights = []
+    for limit in (0.0, 1e9, 1e-9):
+        policy = ppo(HEAD, 0)
+        policy.clip_grad_norm = limit
+        policy.learn([(0, 0, 0), (0, 1, 0), (1, 2, 2)], [1.0, 2.0, 3.0])
+        weights.append(torch.cat([p.flatten() for p in policy.controller.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -178,12 +178,13 @@ def test_a_graph_written_twice_is_tried_once(tmp_path):
     assert [rewards for _, rewards in strategy.lessons] == [[-2.0, -2.0], [-2.0, -1.0]]
 
 
-def test_a_failed_trial_teaches_the_worst_so_far(tmp_path):
+def test_a_failed_trial_has_no_reward_and_a_reason(tmp_path):
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 2, 0), (0, 2, 0, 0)]
     failed = TrialResult(FAILED, reason="out of memory")
     results = {0: failed, 1: done(-3.0), 2: done(-5.0), 3: failed}
     journal, strategy = run(tmp_path, proposals, Scripted(results))
-    assert [rewards for _, rewards in strategy.lessons] == [[-3.0, -3.0], [-5.0, -5.0]]
+    lessons = [reward for _, rewards in strategy.lessons for reward in rewards]
+    assert lessons == pytest.approx([math.nan, -3.0, -5.0, math.nan], nan_ok=True)
     assert journal.records()[0].result.reason == "out of memory"
     assert math.isnan(journal.records()[3].objective)
 
