@@ -149,9 +149,11 @@ def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoi
 
 
 @pytest.mark.parametrize(
-    "source", ["", "catalog://ImageNetPretrained/MSRA/R-50", "torchvision://resnet50"]
+    "source", ["", "catalog://ImageNetPretrained/MSRA/R-50", "torchvision://resnet50", "resnet.pth"]
 )
 def test_without_a_detector_the_newest_checkpoint_counts(source, checkpoint, tmp_path):
+    if source == "resnet.pth":
+        source = str(backbone_file(tmp_path))
     config = small_config("MODEL.WEIGHT", source, "OUTPUT_DIR", str(tmp_path))
     with pytest.raises(ConfigError, match="no checkpoint.*trained detector.*MODEL.WEIGHT"):
         Predictor(config)
@@ -161,11 +163,15 @@ def test_without_a_detector_the_newest_checkpoint_counts(source, checkpoint, tmp
     assert Predictor(config).class_names == CLASSES
 
 
-def test_a_file_of_a_backbone_is_refused(cfg, tmp_path):
+def backbone_file(folder):
     weights = {"conv1.weight": torch.zeros(8, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}
-    torch.save(weights, tmp_path / "resnet.pth")
+    torch.save(weights, folder / "resnet.pth")
+    return folder / "resnet.pth"
+
+
+def test_a_file_of_a_backbone_is_refused(cfg, tmp_path):
     with pytest.raises(WeightsError, match="resnet.pth.*trained detector"):
-        Predictor(cfg, tmp_path / "resnet.pth")
+        Predictor(cfg, backbone_file(tmp_path))
 
 
 def test_weights_of_another_model_are_refused(checkpoint):

@@ -3,7 +3,8 @@
 python tools/compare_configs.py --configs output/nas/bccd/best.yaml configs/bccd/nas_fcos.yaml \
     configs/bccd/fpn_fcos.yaml --seeds 3 --output output/compare DATASETS.ROOT datasets
 
-What is finished is not trained again, so a comparison that was stopped goes on.
+What is finished is not trained again, so the same command goes on with a comparison that was
+stopped. A training that diverges counts for nothing.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from statistics import mean
 
 from nasfcos.config import load_config, override_config
 from nasfcos.engine.distributed import session
-from nasfcos.engine.launch import USER_ERRORS
-from nasfcos.engine.logging import log_to_console, log_to_file
+from nasfcos.engine.launch import run
+from nasfcos.engine.logging import log_to_file
+from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.evaluation.files import replacing, write_json
 from nasfcos.search.select import train_in_full
 
@@ -28,10 +30,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", required=True, metavar="FOLDER")
     args, overrides = parser.parse_known_args()
-    log_to_console()
     output = Path(args.output)
     results: dict[str, list[dict[str, float]]] = {file: [] for file in args.configs}
-    try:
+
+    def job() -> None:
         configs = {file: load_config(file, overrides) for file in args.configs}
         with session(configs[args.configs[0]].MODEL.DEVICE) as device:
             log_to_file(output)
@@ -41,20 +43,20 @@ def main() -> int:
                     folder = output / f"{number}_{Path(file).stem}" / f"seed_{seed}"
                     own = ["SEED", seed, "OUTPUT_DIR", str(folder)]
                     cfg = override_config(cfg, own, "the comparison")
-                    results[file].append(train_in_full(cfg, device))
-                    logger.info("%s, seed %d: AP %.4f", file, seed, results[file][-1]["AP"])
+                    try:
+                        found = train_in_full(cfg, device)
+                    except NonFiniteLossError as error:
+                        logger.error("%s, seed %d: %s", file, seed, error)
+                        continue
+                    results[file].append(found)
+                    logger.info("%s, seed %d: AP %.4f", file, seed, found["AP"])
                     write_json(output / "results.json", results, indent=2)
-    except USER_ERRORS as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.error("interrupted; the same command goes on")
-        return 130
-    table = as_table(results)
-    with replacing(output / "results.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
-    print(table)
-    return 0
+        table = as_table(results)
+        with replacing(output / "results.md") as temporary:
+            temporary.write_text(table, encoding="utf-8")
+        print(table)
+
+    return run(job)
 
 
 def as_table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -63,7 +65,10 @@ def as_table(results: dict[str, list[dict[str, float]]]) -> str:
     for file, runs in results.items():
         cells = []
         for name in ("AP", "AP50"):
-            values = [run[name] for run in runs]
+            values = [figures[name] for figures in runs]
+            if not values:
+                cells.append("diverged")
+                continue
             cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| `{file}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -14,8 +14,7 @@ from statistics import median
 from yacs.config import CfgNode
 
 from nasfcos.config import ConfigError, load_config, override_config
-from nasfcos.engine.launch import USER_ERRORS, argument_parser
-from nasfcos.engine.logging import log_to_console
+from nasfcos.engine.launch import argument_parser, run
 from nasfcos.evaluation.files import replacing, write_json
 from nasfcos.genotype import Genotype
 from nasfcos.search.simulate import (
@@ -45,8 +44,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--output", required=True, metavar="PNG", help="a JSON file goes beside it")
     args = parser.parse_intermixed_args()
-    log_to_console()
-    try:
+
+    def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells if args.stage == "head" else None
         space = build_space(cfg, args.stage, cells)
@@ -79,10 +78,8 @@ def main() -> int:
         with replacing(args.output) as temporary:
             figure.savefig(temporary)
         write_json(f"{args.output.removesuffix('.png')}.json", hits)
-    except USER_ERRORS as error:
-        logger.error("%s", error)
-        return 2
-    return 0
+
+    return run(job)
 
 
 def read_rows(path: str) -> list[dict[str, str]]:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from nasfcos.config import ConfigError, load_config
 from nasfcos.drawing import FORMATS, save_architecture
-from nasfcos.engine.launch import USER_ERRORS, argument_parser
-from nasfcos.engine.logging import log_to_console
+from nasfcos.engine.launch import argument_parser, run
 from nasfcos.genotype import Genotype
 
 logger = logging.getLogger("nasfcos.draw_architecture")
@@ -31,8 +30,7 @@ def main() -> int:
     if args.output.suffix.lower() not in FORMATS:
         parser.error(f"--output must end in one of {', '.join(FORMATS)}, not {args.output.name!r}")
 
-    log_to_console()
-    try:
+    def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         if not cfg.MODEL.GENOTYPE:
             raise ConfigError(
@@ -50,12 +48,10 @@ def main() -> int:
                 cfg.MODEL.NECK.NAME,
             )
         save_architecture(genotype, args.output, title=Path(args.config_file).stem)
-    except USER_ERRORS as error:
-        logger.error("%s", error)
-        return 2
-    logger.info("%s", genotype.describe())
-    logger.info("drawn to %s", args.output)
-    return 0
+        logger.info("%s", genotype.describe())
+        logger.info("drawn to %s", args.output)
+
+    return run(job)
 
 
 if __name__ == "__main__":

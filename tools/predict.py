@@ -8,9 +8,9 @@ import logging
 import sys
 
 from nasfcos.config import load_config
+from nasfcos.data import DataError
 from nasfcos.engine.checkpoint import newest_weights
-from nasfcos.engine.launch import USER_ERRORS, argument_parser
-from nasfcos.engine.logging import log_to_console
+from nasfcos.engine.launch import argument_parser, run
 from nasfcos.predictor import Predictor, predict_files
 
 logger = logging.getLogger("nasfcos.predict")
@@ -31,24 +31,20 @@ def main() -> int:
     )
     args = parser.parse_intermixed_args()
 
-    log_to_console()
-    try:
+    def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         given = "MODEL.WEIGHT" in args.overrides[::2]
         newest = None if given else newest_weights(cfg.OUTPUT_DIR)
         predictor = Predictor(cfg, newest)
         summary = predict_files(predictor, args.input, args.output, args.score)
-    except USER_ERRORS as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return 130
-    logger.info(
-        "%d images and %d videos written to %s, %d skipped because they cannot be read",
-        summary.images, summary.videos, args.output, summary.skipped,
-    )  # fmt: skip
-    return 0 if summary.images or summary.videos else 2
+        logger.info(
+            "%d images and %d videos written to %s, %d skipped because they cannot be read",
+            summary.images, summary.videos, args.output, summary.skipped,
+        )  # fmt: skip
+        if not summary.images and not summary.videos:
+            raise DataError(f"nothing that {args.input} names could be read")
+
+    return run(job)
 
 
 if __name__ == "__main__":

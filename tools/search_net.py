@@ -7,7 +7,7 @@ python tools/search_net.py --config-file configs/nas/demo.yaml --status
 import sys
 
 from nasfcos.config import load_config
-from nasfcos.engine.launch import USER_ERRORS, argument_parser, launch
+from nasfcos.engine.launch import argument_parser, launch, run
 from nasfcos.search.search import search, search_status
 
 
@@ -22,12 +22,7 @@ def main() -> int:
     )
     args = parser.parse_intermixed_args()
     if args.status:
-        try:
-            print(search_status(load_config(args.config_file, args.overrides)))
-        except USER_ERRORS as error:
-            print(error, file=sys.stderr)
-            return 2
-        return 0
+        return run(lambda: print(search_status(load_config(args.config_file, args.overrides))))
     return launch(
         args,
         lambda cfg, device: search(cfg, device, args.config_file, args.overrides, args.resume),

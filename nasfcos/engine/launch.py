@@ -57,8 +57,8 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
     """Run `job` with the config and this process's device; gives the exit code."""
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    log_to_console()
-    try:
+
+    def start() -> None:
         cfg = load_config(args.config_file, args.overrides)
         with distributed.session(cfg.MODEL.DEVICE) as device:
             log_to_file(cfg.OUTPUT_DIR)
@@ -66,6 +66,15 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
             log_environment(device)
             logger.debug("config:\n%s", cfg.dump())
             job(cfg, device)
+
+    return run(start)
+
+
+def run(job: Callable[[], None]) -> int:
+    """Run a job that logs to the console, and say how it ended; gives the exit code."""
+    log_to_console()
+    try:
+        job()
     except USER_ERRORS as error:
         logger.error("%s", _message(error))
         return 2

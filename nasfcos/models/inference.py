@@ -37,7 +37,9 @@ def optimize_for_inference(
         dtype: of maps and weights. bfloat16 is for processors and GPUs that multiply it; pixels,
             boxes and scores stay float32.
         compile: run backbone, neck and head through `torch.compile`, on a GPU with CUDA graphs.
-            Each new size of a batch is compiled when it is first met, which can take minutes.
+            Each new size of a batch is compiled when it is first met, which can take minutes;
+            after as many sizes as ``torch._dynamo.config.recompile_limit`` says (8), further ones
+            run uncompiled.
 
     Returns:
         a module that is called as the detector is in evaluation mode.

@@ -34,9 +34,13 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):  # under autocast
+            # Its factors stay float32: rounded, they would change each channel as a whole.
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=0.0)
         scale = self.weight * self.running_var.rsqrt()
         shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+        return x * scale[:, None, None] + shift[:, None, None]
 
 
 class ConvNormAct(nn.Module):
