@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import read_size
-from .records import Annotations, DataError, Record, clip_and_filter
+from .images import find_size
+from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_and_count, side
 
 
 def load_coco(path: Path) -> dict:
@@ -116,18 +116,15 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
     for image in content["images"]:
         try:
             image_id, file_name = image["id"], image["file_name"]
-            height, width = int(image.get("height") or 0), int(image.get("width") or 0)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            height, width = side(image.get("height")), side(image.get("width"))
+        except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: image entry without 'id' or 'file_name': {image}") from error
         if not isinstance(image_id, int) or not isinstance(file_name, str):
             raise DataError(f"{path}: image id {image_id!r} must be an integer, its name text")
         if image_id in records:
             remarks["image ids given twice (the last counts)"] += 1
-        if height <= 0 or width <= 0:
-            try:
-                height, width = read_size(folder / file_name)
-            except Exception:  # reported by name when the image is loaded
-                height, width = 0, 0
+        if height == 0 or width == 0:
+            height, width = find_size(folder / file_name, (0, 0))
         records[image_id] = Record(file_name, image_id, height, width, *empty)
     return records
 
@@ -135,14 +132,15 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
 def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) -> Annotations:
     """Read a COCO file.
 
-    A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. Boxes that are
-    not finite, have no area, or belong to an unknown image or category are dropped and counted,
-    as is what `find_fault` finds.
-    Records stand in the order of their sorted image ids.
+    A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. An image that one
+    of its boxes sticks out of gets the size of its file, should that be another one. Boxes that are
+    not finite, have no area, or belong to an unknown image or category are dropped and counted, as
+    is what `find_fault` finds. Records stand in the order of their sorted image ids.
 
     Args:
         path: annotation file; without `annotations` the set counts as not annotated.
-        images: its images folder, read only for images whose size the file does not give.
+        images: its images folder, read only for images whose size the file does not give, or
+            which boxes stick out of.
         classes: category names by label, some or all of the file's. None: all, by sorted id.
 
     Raises:
@@ -171,7 +169,7 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         elif annotation["category_id"] in labels:
             annotations.append(annotation)
     if annotations:
-        _attach(annotations, records, labels, remarks)
+        _attach(annotations, records, labels, images, remarks)
     return Annotations(
         records=[records[i] for i in sorted(records)],
         classes=tuple(names[i] for i in labels),
@@ -181,23 +179,29 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
     )
 
 
+def _sizes(owners: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([record.height for record in owners]), np.array([r.width for r in owners])
+
+
 def _attach(
-    annotations: list[dict], records: dict[int, Record], labels: dict[int, int], remarks: Counter
+    annotations: list[dict],
+    records: dict[int, Record],
+    labels: dict[int, int],
+    folder: Path,
+    remarks: Counter,
 ) -> None:
     """Convert all boxes at once and give each record its own."""
     owners = [records[annotation["image_id"]] for annotation in annotations]
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64)
     with np.errstate(over="ignore"):  # what is not finite is dropped below
         boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:] - 1, 0)
-    boxes, keep, clipped = clip_and_filter(
-        boxes,
-        np.array([record.height for record in owners]),
-        np.array([record.width for record in owners]),
-    )
-    if dropped := int((~keep).sum()):
-        remarks["boxes not finite, without area or outside of their image dropped"] = dropped
-    if clipped:
-        remarks["boxes clipped to their image"] = clipped
+    doubtful = {owners[i].image_id for i in np.flatnonzero(beyond(boxes, *_sizes(owners)))}
+    for record in map(records.get, doubtful):
+        annotated = record.height, record.width
+        record.height, record.width = find_size(folder / record.file_name, annotated)
+        if (record.height, record.width) != annotated:
+            remarks[OTHER_SIZE] += 1
+    boxes, keep = clip_and_count(boxes, *_sizes(owners), remarks)
     kept = np.flatnonzero(keep)
     classes = np.array([labels[annotations[i]["category_id"]] for i in kept], dtype=np.int64)
     crowd = np.array([bool(annotations[i].get("iscrowd", 0)) for i in kept], dtype=bool)

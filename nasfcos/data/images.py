@@ -55,13 +55,21 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in extensions.items() if kind in Image.OPEN)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file as it is displayed, without decoding it."""
+def read_size(path: Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of the picture that `load_image` makes of a file, without decoding it."""
     with Image.open(path) as image:
         width, height = image.size
-        if _orientation(image) in _QUARTER_TURNS:
+        if _orientation_to_apply(image, annotated_size) in _QUARTER_TURNS:
             height, width = width, height
         return height, width
+
+
+def find_size(path: Path, annotated_size: tuple[int, int]) -> tuple[int, int]:
+    """`read_size`, or the annotated one for a file that cannot be read."""
+    try:
+        return read_size(path, annotated_size)
+    except Exception:  # reported by name when the image is loaded
+        return annotated_size
 
 
 def load_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> Image.Image:

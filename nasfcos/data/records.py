@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+_ROUNDING = 0.1
+"""Pixels by which the decimals of a file may miss the border without a remark."""
+
+OTHER_SIZE = "images annotated with another size than their files have (which counts)"
+
 
 class DataError(ValueError):
     """Data or their description are unusable; the message names the file, the key and a remedy."""
@@ -24,7 +29,7 @@ class Record:
 
     file_name: str  # relative to the data set's images folder
     image_id: int
-    height: int  # as annotated, or of the image file; 0 where neither could be read
+    height: int  # as annotated, or of the image file (see `beyond`); 0 where neither is known
     width: int
     boxes: np.ndarray  # [N, 4] float32
     labels: np.ndarray  # [N] int64 in 1..number of classes
@@ -45,6 +50,29 @@ class Annotations:
         return ", ".join(f"{count} {what}" for what, count in sorted(self.remarks.items()))
 
 
+def side(value: object) -> int:
+    """The height or width in an annotation; 0 where it is no number of pixels."""
+    try:
+        return max(0, int(float(value)))
+    except (OverflowError, TypeError, ValueError):
+        return 0
+
+
+def beyond(boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int) -> np.ndarray:
+    """[N] bool: boxes (as for `clip_and_filter`) that their images, as annotated, end before.
+
+    Either the box or the size is wrong: the image files have to be asked.
+    """
+    return (boxes > _last_pixels(boxes, heights, widths) + _ROUNDING).any(1)
+
+
+def _last_pixels(boxes: np.ndarray, heights, widths) -> np.ndarray:
+    last = np.empty(boxes.shape)
+    last[:, 0::2] = np.reshape(widths, (-1, 1))
+    last[:, 1::2] = np.reshape(heights, (-1, 1))
+    return np.where(last > 0, last - 1, np.inf)
+
+
 def clip_and_filter(
     boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -58,13 +86,20 @@ def clip_and_filter(
         The clipped boxes [N, 4] float32; a mask [N] of those to keep (finite, and x1 > x0 and
         y1 > y0 once clipped, as in the release); how many of the kept ones were clipped.
     """
-    highest = np.empty(boxes.shape)
-    highest[:, 0::2] = np.reshape(widths, (-1, 1))
-    highest[:, 1::2] = np.reshape(heights, (-1, 1))
-    highest = np.where(highest > 0, highest - 1, np.inf)
-    clipped = np.clip(boxes, 0, highest)
+    clipped = np.clip(boxes, 0, _last_pixels(boxes, heights, widths))
     keep = np.isfinite(boxes).all(1)
     keep &= (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-    # Rounding in a file's decimals is no remark worth making.
-    moved = np.abs(clipped - boxes).max(1, initial=0) > 0.1
+    moved = np.abs(clipped - boxes).max(1, initial=0) > _ROUNDING
     return clipped.astype(np.float32), keep, int((moved & keep).sum())
+
+
+def clip_and_count(
+    boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int, remarks: Counter
+) -> tuple[np.ndarray, np.ndarray]:
+    """`clip_and_filter`, with what it changed among the remarks: the boxes and the mask."""
+    clipped, keep, moved = clip_and_filter(boxes, heights, widths)
+    if dropped := int((~keep).sum()):
+        remarks["boxes not finite, without area or outside of their image dropped"] += dropped
+    if moved:
+        remarks["boxes clipped to their image"] += moved
+    return clipped, keep

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .images import image_suffixes, read_size
-from .records import Annotations, DataError, Record, clip_and_filter
+from .images import find_size, image_suffixes
+from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_and_count, side
 
 # The second column in the lists of one class: absent, difficult, there.
 _PRESENCE = re.compile(r"\s+(-1|0|1)$")
@@ -66,13 +66,6 @@ def _text(element: ElementTree.Element | None, path: str) -> str:
     return ((element.findtext(path) if element is not None else None) or "").strip()
 
 
-def _integer(text: str) -> int:
-    try:
-        return int(float(text))
-    except (OverflowError, ValueError):
-        return 0
-
-
 def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     """Sorted names of the classes that occur in a split.
 
@@ -101,8 +94,9 @@ def read_voc(
     """Read a split of a VOC data set.
 
     VOC counts pixels from 1, both corners inclusive: 1 is subtracted from each coordinate, then
-    boxes are clipped to the image. Objects marked difficult are kept with their `ignored` flag.
-    The image id is the place in the split, from 1.
+    boxes are clipped to the image. An image that one of its boxes sticks out of gets the size of
+    its file, should that be another one. Objects marked difficult are kept with their `ignored`
+    flag. The image id is the place in the split, from 1.
 
     Args:
         annotations: folder of XML files, called as the images.
@@ -128,14 +122,18 @@ def read_voc(
                 continue
             root = _parse(path)
         file_name = _choose_file(name, files.get(name, []), _text(root, "filename"), remarks)
-        height, width = _integer(_text(root, "size/height")), _integer(_text(root, "size/width"))
-        if height <= 0 or width <= 0:
-            try:
-                height, width = read_size(images / file_name)
-            except Exception:  # reported by name when the image is loaded
-                height, width = 0, 0
-        boxes, found, ignored = _read_objects(root, height, width, labels, remarks)
-        records.append(Record(file_name, image_id, height, width, boxes, found, ignored))
+        height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
+        if height == 0 or width == 0:
+            height, width = find_size(images / file_name, (0, 0))
+        boxes, found, ignored = _read_objects(root, labels, remarks)
+        if beyond(boxes, height, width).any():
+            annotated = height, width
+            height, width = find_size(images / file_name, annotated)
+            if (height, width) != annotated:
+                remarks[OTHER_SIZE] += 1
+        boxes, keep = clip_and_count(boxes, height, width, remarks)
+        objects = boxes[keep], found[keep], ignored[keep]
+        records.append(Record(file_name, image_id, height, width, *objects))
     if missing:
         shown = ", ".join(str(path) for path in missing[:5])
         if len(missing) > max_missing:
@@ -155,13 +153,9 @@ def read_voc(
 
 
 def _read_objects(
-    root: ElementTree.Element | None,
-    height: int,
-    width: int,
-    labels: dict[str, int],
-    remarks: Counter,
+    root: ElementTree.Element | None, labels: dict[str, int], remarks: Counter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes [N, 4], labels [N] and difficult flags [N] of one XML file."""
+    """Boxes [N, 4] as annotated, labels [N] and difficult flags [N] of one XML file."""
     boxes, found, difficult = [], [], []
     for item in root.iterfind("object") if root is not None else ():
         name = _text(item, "name")
@@ -174,13 +168,5 @@ def _read_objects(
             boxes.append([np.nan] * 4)
         found.append(labels[name])
         difficult.append(_text(item, "difficult") == "1")
-    array, keep, clipped = clip_and_filter(
-        np.array(boxes, dtype=np.float64).reshape(-1, 4), height, width
-    )
-    if not keep.all():
-        remarks["boxes not finite, without area or outside of their image dropped"] += int(
-            (~keep).sum()
-        )
-    if clipped:
-        remarks["boxes clipped to their image"] += clipped
-    return array[keep], np.array(found, np.int64)[keep], np.array(difficult, bool)[keep]
+    array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    return array, np.array(found, np.int64), np.array(difficult, bool)

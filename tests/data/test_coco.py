@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+from PIL import Image
 
+from nasfcos.data import build_dataset
 from nasfcos.data.coco import read_coco, read_coco_classes
-from nasfcos.data.records import DataError
+from nasfcos.data.records import OTHER_SIZE, DataError
 
 
 def read(tmp_path, classes=None):
@@ -97,6 +99,55 @@ def test_size_missing_in_the_file_is_read_from_the_image(write_coco, tmp_path):
     record = read(tmp_path).records[0]
     assert (record.height, record.width) == (40, 60)
     assert record.boxes.tolist() == [[50, 30, 59, 39]]
+
+
+def test_size_that_is_no_number_is_read_from_the_image(write_coco, tmp_path):
+    write_coco([{"bbox": [50, 30, 30, 30]}])
+    content = json.loads((tmp_path / "ann.json").read_text())
+    for size in ("abc", math.inf, math.nan, -60, [60]):
+        content["images"][0]["width"] = size
+        (tmp_path / "ann.json").write_text(json.dumps(content))
+        assert read(tmp_path).records[0].width == 60
+
+
+def write_sizes(tmp_path, *sizes):
+    """Replace the annotated (height, width) of the images in turn."""
+    path = tmp_path / "ann.json"
+    content = json.loads(path.read_text())
+    for image, (height, width) in zip(content["images"], sizes, strict=True):
+        image |= {"height": height, "width": width}
+    path.write_text(json.dumps(content))
+
+
+def test_a_box_beyond_the_annotated_size_is_clipped_to_the_file(write_coco, tmp_path):
+    boxes = [{"bbox": [45, 5, 10, 30]}, {"bbox": [5, 5, 70, 50]}, {"image_id": 2}]
+    write_coco(boxes, sizes=((40, 60), (40, 60)))
+    write_sizes(tmp_path, (60, 40), (60, 40))
+    found = read(tmp_path)
+    assert [(r.height, r.width) for r in found.records] == [(40, 60), (60, 40)]
+    assert found.records[0].boxes.tolist() == [[45, 5, 54, 34], [5, 5, 59, 39]]
+    assert found.remarks == {OTHER_SIZE: 1, "boxes clipped to their image": 1}
+    (tmp_path / "images" / "1.png").unlink()
+    assert read(tmp_path).records[0].boxes.tolist() == [[5, 5, 39, 54]]
+
+
+@pytest.mark.parametrize(
+    ("annotated", "size"),  # of a file whose 40 x 60 stored pixels are displayed as 60 x 40
+    [((40, 60), (40, 60)), ((60, 40), (60, 40)), ((30, 30), (60, 40))],
+)
+def test_the_size_of_a_turned_file_is_that_of_the_loaded_image(
+    make_config, write_coco, tmp_path, annotated, size
+):
+    entry = write_coco([{"bbox": [5, 5, 70, 70]}], sizes=((40, 60),))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "1.png", exif=exif)
+    write_sizes(tmp_path, annotated)
+    dataset = build_dataset(make_config("DATASETS.TRAIN", ("mine",), mine=entry), "mine")
+    image, target = dataset[0]
+    assert (dataset.records[0].height, dataset.records[0].width) == size
+    assert (image.height, image.width) == target["original_size"] == size
+    assert target["boxes"].tolist() == [[5, 5, size[1] - 1, size[0] - 1]]
 
 
 def test_without_annotations(write_coco, tmp_path):

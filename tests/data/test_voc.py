@@ -3,6 +3,7 @@
 import pytest
 
 from nasfcos.data import DataError, build_dataset, class_names
+from nasfcos.data.records import OTHER_SIZE
 from nasfcos.data.voc import read_voc
 
 
@@ -71,6 +72,22 @@ def test_missing_or_zero_size_is_read_from_the_image(write_voc, tmp_path):
         found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("cat",))
         assert (found.records[0].height, found.records[0].width) == (40, 60)
         assert found.records[0].boxes.tolist() == [[0, 0, 59, 39]]
+
+
+def test_a_box_beyond_the_annotated_size_is_clipped_to_the_file(write_voc, tmp_path):
+    swapped = "<size><width>40</width><height>60</height></size>"
+    boxes = [(45, 5, 58, 30), (5, 5, 70, 50)]
+    write_voc(
+        {"a": [("cat", box, 0) for box in boxes], "b": [("cat", (1, 1, 9, 9), 0)]}, tag=swapped
+    )
+    args = (tmp_path / "xml", tmp_path / "images", None, ("cat",))
+    found = read_voc(*args)
+    sizes = [(record.height, record.width) for record in found.records]
+    assert sizes == [(40, 60), (60, 40)]  # of b, nothing says that the file had to be opened
+    assert found.records[0].boxes.tolist() == [[44, 4, 57, 29], [4, 4, 59, 39]]
+    assert found.remarks == {OTHER_SIZE: 1, "boxes clipped to their image": 1}
+    (tmp_path / "images" / "a.jpg").write_bytes(b"")
+    assert read_voc(*args).records[0].boxes.tolist() == [[4, 4, 39, 49]]
 
 
 def test_split_lists_of_one_class_have_a_second_column(write_voc, tmp_path):
