@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ TORCHVISION_BN_EPS = 1e-5
 
 # How a zip begins, which is what torch has written since version 1.6.
 ZIP_START = b"PK\x03\x04"
+
+# Names of each kind that a message lists.
+SHOWN = 20
 
 Tensors = dict[str, Tensor]
 
@@ -81,16 +84,17 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.misshapen)
 
     def problems(self) -> str:
-        """The tensors that did not load, a line each."""
-        return "\n".join(
-            f"  {what}: {name}"
-            for what, names in (
-                ("missing from the source", self.missing),
-                ("unknown to the model", self.unexpected),
-                ("another shape", self.misshapen),
-            )
-            for name in names
-        )
+        """The tensors that did not load, a line each; of many of a kind the first, and how many."""
+        lines = []
+        for what, names in (
+            ("missing from the source", self.missing),
+            ("unknown to the model", self.unexpected),
+            ("another shape", self.misshapen),
+        ):
+            lines += [f"  {what}: {name}" for name in names[:SHOWN]]
+            if len(names) > SHOWN:
+                lines.append(f"  {what}: and {len(names) - SHOWN} more, {len(names)} in all")
+        return "\n".join(lines)
 
 
 def load_weights(
@@ -107,11 +111,13 @@ def load_weights(
             with or without a ``module.`` prefix, alone or under ``model``. ImageNet backbones set
             the backbone and the input normalisation only. Or what `read_weights` gave.
         strict: refuse a source unless every tensor has its counterpart of the same shape. False:
-            load what fits (fine-tuning to other classes) and log the rest.
+            load what fits (fine-tuning to other classes) and log the rest, but refuse a source
+            of which no parameter fits, and an ImageNet backbone without most of the convolutions
+            of the model's: it is another one.
 
     Raises:
-        WeightsError: unreadable, or in strict mode not matching; every such tensor is listed, and
-            the model is left as it was.
+        WeightsError: unreadable, or not matching; the tensors that do not fit are listed, and the
+            model is left as it was.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     name = weights.name
@@ -133,11 +139,17 @@ def load_weights(
             report.loaded.append(key)
     report.unexpected = [key for key in tensors if key not in wanted]
 
-    if not report.complete and (strict or not report.loaded):
+    if not report.complete and strict:
         raise WeightsError(
             f"{name} ({weights.description}) does not fit the model:\n{report.problems()}\n"
             "Use a config that describes the weights' model, or load with strict=False "
             "(fine-tuning) to take only what fits."
+        )
+    if lack := _what_lacks(weights.kind, {key: own[key] for key in wanted}, report.loaded):
+        raise WeightsError(
+            f"{name} ({weights.description}) is of another model: {lack}\n{report.problems()}\n"
+            "Use weights of the config's model (MODEL.WEIGHT), or a config that describes the "
+            "weights' model (MODEL.BACKBONE, MODEL.RESNET)."
         )
     with torch.no_grad():
         for key in report.loaded:
@@ -146,6 +158,19 @@ def load_weights(
     if not report.complete:
         logger.warning("%s does not fit the model everywhere:\n%s", name, report.problems())
     return report
+
+
+def _what_lacks(kind: str, wanted: Mapping[str, Tensor], loaded: Sequence[str]) -> str | None:
+    """Why what fits is too little to go on with; None: it is not."""
+    names = {name for name, tensor in wanted.items() if isinstance(tensor, nn.Parameter)}
+    if kind == "detector":
+        return None if names.intersection(loaded) else "no parameter of the model is in it."
+    # Shapes agree by chance between backbones: half of a ResNet-18's fit into a ResNet-50.
+    convs = {name for name in names if wanted[name].dim() == 4}
+    found = len(convs.intersection(loaded))
+    if found > len(convs) / 2:
+        return None
+    return f"{found} of the {len(convs)} convolutions of the model's backbone are in it."
 
 
 def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
@@ -470,7 +495,8 @@ def _fit_batch_norms(model: nn.Module, tensors: Tensors) -> Tensors:
             if torchvision and variance in fitted:
                 fitted[variance] = fitted[variance] + TORCHVISION_BN_EPS
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and path.startswith("backbone."):
-            fitted.setdefault(counter, torch.tensor(0))
+            if f"{path}.weight" in fitted:
+                fitted.setdefault(counter, torch.tensor(0))
     stem = getattr(model, "backbone", None)
     if torchvision and getattr(stem, "stride_in_1x1", False):
         logger.warning(

@@ -5,6 +5,7 @@ import collections
 import hashlib
 import http.server
 import pickle
+import re
 import threading
 
 import numpy as np
@@ -143,6 +144,51 @@ def test_not_strict_loads_what_fits_and_logs_the_rest(caplog):
     assert torch.equal(model.head.cls_logits.weight, fresh)
     assert torch.equal(model.head.box_pred.weight, source.head.box_pred.weight)
     assert "head.cls_logits.weight" in caplog.text
+
+
+def model_files(folder):
+    torchvision_models = torchvision.models
+    sources = {
+        "mobilenet_v2": torchvision_models.mobilenet_v2(weights=None).state_dict(),
+        "resnet18": torchvision_models.resnet18(weights=None).state_dict(),
+        "head": {"head.other": torch.ones(3), "preprocess.mean": torch.ones(3)},
+    }
+    for name, state in sources.items():
+        torch.save(state, folder / f"{name}.pth")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("mobilenet_v2", "torchvision MobileNetV2.*: 0 of the 53 convolutions"),
+        ("resnet18", "torchvision ResNet.*: 9 of the 53 convolutions"),
+        ("head", "own checkpoint.*: no parameter"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_another_model_are_refused(tmp_path, file, words, strict):
+    """In fine-tuning too, where they would be a training from scratch; nothing is changed."""
+    model_files(tmp_path)
+    model = build("MODEL.RESNET.STRIDE_IN_1X1", False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(WeightsError, match="does not fit" if strict else words) as error:
+        nasfcos.load_weights(model, tmp_path / f"{file}.pth", strict=strict)
+    text = str(error.value)
+    assert f"{file}.pth" in text and len(text.splitlines()) < 70
+    missing = [line for line in text.splitlines() if "missing from the source" in line]
+    assert len(missing) == 21 and re.search(r"and \d+ more, \d+ in all$", missing[-1])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_backbone_that_lacks_some_loads_for_fine_tuning(caplog):
+    source = torchvision.models.resnet50(weights=None).state_dict()
+    del source["layer4.2.conv3.weight"], source["layer4.2.bn3.weight"]
+    model = build("MODEL.RESNET.STRIDE_IN_1X1", False, "MODEL.RESNET.NORM", "bn")
+    report = nasfcos.load_weights(model, source, strict=False)
+    assert "backbone.layer4.2.conv3.weight" in report.missing
+    assert "layer4.2.conv3.weight" in caplog.text
+    conv = model.backbone.layer3[0].conv2.weight
+    assert torch.equal(conv, source["layer3.0.conv2.weight"])
 
 
 def test_own_checkpoint_keeps_classes_and_input_normalisation(tmp_path):
