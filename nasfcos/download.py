@@ -31,12 +31,12 @@ def resolve_source(source: str) -> Path:
     """The local file of a source: a path as it is; ``http(s)://``, ``catalog://`` and
     ``torchvision://`` downloaded into the cache unless they are there.
 
-    A URL may end in ``#sha256=<hex>`` (at least the first eight digits). Without it the checksum in
-    a torch-style file name (``resnet50-0676ba61.pth``) counts, and without that the checksum of the
-    first download, so that a file damaged later is noticed.
+    A URL may end in ``#sha256=<hex>`` (at least the first eight digits, in either case). Without it
+    the checksum in a torch-style file name (``resnet50-0676ba61.pth``) counts, and without that the
+    checksum of the first download, so that a file damaged later is noticed.
 
     Raises:
-        DownloadError: unknown name, failed download, wrong checksum.
+        DownloadError: unknown name, failed download, wrong checksum, or one that is none.
     """
     if source.startswith("catalog://"):
         name = source.removeprefix("catalog://")
@@ -69,8 +69,8 @@ def _torchvision_url(name: str) -> str:
 
 
 def _download(url: str) -> Path:
-    url, _, fragment = url.partition("#")
-    expected = fragment.removeprefix("sha256=") or None
+    url, marker, fragment = url.partition("#")
+    expected = _checksum(url, fragment) if marker else None
     # Many files are called model_final.pth: each URL has a folder of its own.
     folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:12]
     path = folder / (Path(urlparse(url).path).name or "weights")
@@ -96,6 +96,16 @@ def _download(url: str) -> Path:
             ) from None
         record.write_text(sha256(path) + "\n")
     return path
+
+
+def _checksum(url: str, fragment: str) -> str:
+    match = re.fullmatch(r"sha256=([0-9a-f]{8,64})", fragment.lower())
+    if not match:
+        raise DownloadError(
+            f"{url}#{fragment}: what follows the # is no checksum; write #sha256= and at least the "
+            "first 8 of the 64 hexadecimal digits, or leave it out with the #"
+        )
+    return match[1]
 
 
 def sha256(path: Path) -> str:

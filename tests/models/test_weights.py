@@ -357,6 +357,8 @@ def test_url_is_downloaded_once_and_verified(server):
     assert path.read_bytes() == content
     assert download.resolve_source(f"{url}/model.pth") == path
     assert asked == ["/model.pth"]
+    assert download.resolve_source(f"{url}/model.pth#sha256={checksum[:8].upper()}") == path
+    assert asked == ["/model.pth"]
     (folder / "other").mkdir()
     (folder / "other" / "model.pth").write_bytes(b"other weights")
     assert download.resolve_source(f"{url}/other/model.pth").read_bytes() == b"other weights"
@@ -375,6 +377,17 @@ def test_wrong_checksum_leaves_nothing_behind(server):
     assert not list(download.cache_dir().rglob("*.pth"))
     with pytest.raises(download.DownloadError, match="Fetch it by other means"):
         download.resolve_source(f"{url}/gone.pth")
+
+
+@pytest.mark.parametrize(
+    "fragment", ["", "sha256=", "sha256=0123abc", "sha256=0123abcg", "sha1=0123abcd", "0" * 65]
+)
+def test_what_is_no_checksum_is_refused_before_anything_is_downloaded(server, fragment):
+    folder, url, asked = server
+    (folder / "model.pth").write_bytes(b"weights")
+    with pytest.raises(download.DownloadError, match="no checksum; write #sha256="):
+        download.resolve_source(f"{url}/model.pth#{fragment}")
+    assert not asked
 
 
 def test_unknown_names():
