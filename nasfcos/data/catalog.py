@@ -62,6 +62,7 @@ class DatasetSpec:
     annotations: Path  # JSON file (coco) or folder of XML files (voc)
     split: Path | None = None  # voc: text file of image names; None: all XML files
     classes: tuple[str, ...] | None = None  # by label; None: follow from the annotations
+    adopted: bool = False  # the classes are the training data's, some of which may be absent here
     has_annotations: bool = True  # False: images only (a test split)
     key: str = "DATASETS.ROOT"  # of the config, for messages
 
@@ -269,4 +270,4 @@ def with_training_classes(
             f"data set {spec.name} has classes that the training data has not: "
             f"{', '.join(map(repr, unknown))}; name those to use in {spec.key}.CLASSES"
         )
-    return replace(spec, classes=trained or None)
+    return replace(spec, classes=trained or None, adopted=spec.classes is None)

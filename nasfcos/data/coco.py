@@ -1,5 +1,6 @@
 """COCO annotation files (detection: images, annotations, categories)."""
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -62,8 +63,15 @@ def find_fault(annotation: object) -> str | None:
 
 def _categories(content: dict, path: Path) -> dict[int, str]:
     """id -> name, in the order of the ids."""
+    names: dict = {}
     try:
-        names = {category["id"]: category["name"] for category in content.get("categories", [])}
+        for category in content.get("categories") or []:
+            i, name = category["id"], category["name"]
+            if names.setdefault(i, name) != name:
+                raise DataError(
+                    f"{path}: the categories {names[i]!r} and {name!r} have one id, {i!r}; whose "
+                    "boxes are whose cannot be told: give one of them another id"
+                )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: every category needs an 'id' and a 'name'") from error
     if not all(isinstance(i, int) and isinstance(name, str) for i, name in names.items()):
@@ -105,9 +113,29 @@ def _choose_categories(
     if missing:
         raise DataError(
             f"{path}: has no category called {', '.join(map(repr, missing))} (it has "
-            f"{', '.join(map(repr, ids))}); give the names of this file as CLASSES"
+            f"{', '.join(map(repr, ids))}); name some of these as CLASSES, or add the category to "
+            "the file"
         )
     return {ids[name]: label for label, name in enumerate(classes, 1)}
+
+
+def _add_absent(
+    names: dict[int, str], classes: tuple[str, ...], content: dict, remarks: Counter
+) -> dict[int, str]:
+    """`names` with ids that nothing else has for those of the `classes` that have no category."""
+    absent = [name for name in classes if name not in names.values()]
+    if not absent or len(absent) == len(classes):  # none of them: these are other data
+        return names
+    taken = set(names)
+    for annotation in content.get("annotations") or []:
+        if not find_fault(annotation):
+            taken.add(annotation["category_id"])
+    unused = (i for i in itertools.count(1) if i not in taken)
+    shown = ", ".join(map(repr, absent))
+    remarks[f"classes without a category in the file, so without objects in it ({shown})"] = len(
+        absent
+    )
+    return names | dict(zip(unused, absent, strict=False))
 
 
 def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> dict[int, Record]:
@@ -129,7 +157,9 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
     return records
 
 
-def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) -> Annotations:
+def read_coco(
+    path: Path, images: Path, classes: tuple[str, ...] | None = None, adopted: bool = False
+) -> Annotations:
     """Read a COCO file.
 
     A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. An image that one
@@ -142,6 +172,8 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         images: its images folder, read only for images whose size the file does not give, or
             which boxes stick out of.
         classes: category names by label, some or all of the file's. None: all, by sorted id.
+        adopted: the classes are those of other data. The file need not have all of them, only one:
+            others have no objects in it (and some category id that it does not use).
 
     Raises:
         DataError: not COCO JSON (with the line), `classes` that the file does not have, or one that
@@ -156,6 +188,8 @@ def read_coco(path: Path, images: Path, classes: tuple[str, ...] | None = None) 
         names = dict(enumerate(classes, 1))
     if not names:
         raise DataError(f"{path}: has no 'categories'")
+    if classes is not None and adopted:
+        names = _add_absent(names, classes, content, remarks)
     labels = _choose_categories(names, classes, path)
 
     annotations = []

@@ -138,7 +138,7 @@ def load_dataset(spec: DatasetSpec, max_bad_images: int = 10) -> DetectionDatase
             be missing.
     """
     if spec.format == "coco":
-        annotations = read_coco(spec.annotations, spec.images, spec.classes)
+        annotations = read_coco(spec.annotations, spec.images, spec.classes, spec.adopted)
     else:
         if spec.classes is None:
             raise DataError(f"data set {spec.name}: without annotations it needs CLASSES")

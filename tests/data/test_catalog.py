@@ -146,6 +146,26 @@ def test_test_set_with_other_classes_is_refused(make_config, write_coco):
         build_dataset(cfg, "test")
 
 
+def test_test_set_may_lack_classes_of_the_training_data(make_config, write_coco, tmp_path):
+    entry = write_coco([{}])
+    (tmp_path / "ann.json").rename(tmp_path / "train.json")
+    train = {**entry, "ANNOTATIONS": "train.json"}
+    test = write_coco([{"image_id": 1}], categories=((3, "cat"),))
+    cfg = make_config("DATASETS.TRAIN", ("train",), train=train, test=test)
+    for classes in (None, ["dog", "cat"]):
+        found = build_dataset(cfg, "test", classes)
+        assert found.classes == ("dog", "cat") and found.category_ids == (1, 3)
+        assert found.records[0].labels.tolist() == [2]
+    own = {**test, "CLASSES": ["dog", "cat"]}  # asked for by name, so it must be there
+    cfg = make_config("DATASETS.TRAIN", ("own",), own=own)
+    with pytest.raises(DataError, match="has no category called 'dog'.*CLASSES"):
+        build_dataset(cfg, "own")
+    with pytest.raises(ConfigError, match="has classes that the training data has not: 'cat'"):
+        other = write_coco([{}], categories=((3, "cat"),))
+        cfg = make_config("DATASETS.TRAIN", ("a",), a={**train, "CLASSES": ["dog"]}, test=other)
+        build_dataset(cfg, "test")
+
+
 def test_test_set_alone_keeps_its_own_classes(make_config, write_coco):
     cfg = make_config("DATASETS.TRAIN", ("train",), train=ENTRY | {"ANNOTATIONS": "gone.json"},
                       test=write_coco([{}]))  # fmt: skip

@@ -90,6 +90,29 @@ def test_classes_choose_and_order_categories(write_coco, tmp_path):
         read(tmp_path, ("bird", "cat"))
 
 
+def test_adopted_classes_may_be_absent(write_coco, tmp_path):
+    write_coco([{"category_id": 3}, {"category_id": 1}, {"category_id": 7}])
+    classes = ("bird", "dog", "ant")
+    found = read_coco(tmp_path / "ann.json", tmp_path / "images", classes, adopted=True)
+    assert found.classes == classes
+    assert found.category_ids == (2, 3, 4)  # neither a category nor used without being one
+    assert found.records[0].labels.tolist() == [2]
+    remarks = {
+        "classes without a category in the file, so without objects in it ('bird', 'ant')": 2
+    }
+    assert found.remarks == remarks | {"boxes of unknown categories dropped": 1}
+    with pytest.raises(DataError, match="no category called 'bird', 'ant'"):
+        read_coco(tmp_path / "ann.json", tmp_path / "images", ("bird", "ant"), adopted=True)
+
+
+def test_two_categories_of_one_id_are_refused(write_coco, tmp_path):
+    write_coco([{}], categories=((3, "dog"), (7, "cat"), (3, "ant")))
+    with pytest.raises(DataError, match=r"ann\.json: the categories 'dog' and 'ant' have one id"):
+        read(tmp_path)
+    write_coco([{}], categories=((3, "dog"), (7, "cat"), (3, "dog")))  # the same one twice
+    assert read(tmp_path).classes == ("dog", "cat")
+
+
 def test_size_missing_in_the_file_is_read_from_the_image(write_coco, tmp_path):
     write_coco([{"bbox": [50, 30, 30, 30]}])
     content = json.loads((tmp_path / "ann.json").read_text())

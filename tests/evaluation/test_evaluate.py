@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_without_annotations_only_the_submission_is_written(coco_set, tmp_path):
         assert evaluate(load_dataset(coco_set), PERFECT, tmp_path / "out") == {}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bbox.json"]
     assert "no annotations" in format_metrics({})
+
+
+def test_a_class_that_only_the_training_data_has_can_be_detected(coco_set):
+    spec = replace(coco_set, classes=("bird", "cat", "ox", "dog"), adopted=True)
+    found = {10: detection((10, 10, 29, 39, 0.9, 2), (0, 0, 9, 9, 0.8, 1)),
+             4: detection((0, 0, 49, 39, 0.75, 4))}  # fmt: skip
+    metrics = evaluate(load_dataset(spec), found)
+    assert metrics["AP"] == 1 and math.isnan(metrics["per_class"]["bird"]["AP"])
 
 
 def test_crowds_are_ignored_not_missed(coco_set):
