@@ -75,8 +75,11 @@ def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
-        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk by a RuntimeError ("unexpected pos") that does not call it so.
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {error}. {_free_space(path.parent)}"
+        ) from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -242,6 +245,17 @@ def _try_load(path: Path) -> dict[str, Any] | None:
     except CheckpointError as error:
         logger.warning("passed over: %s", error)
         return None
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"Its folder cannot be used ({error})"
+    return (
+        f"Its disk has {free / 1e6:,.0f} MB free; if that is too little, delete older checkpoints "
+        "or other files, or set OUTPUT_DIR to another disk, and go on with --resume"
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 import logging
 import pickle
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -32,6 +33,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         ck.save_checkpoint(state(6), path)
     assert names(tmp_path) == ["model_0000005.pth"]
     assert ck.load_checkpoint(path)["iteration"] == 5
+
+
+@pytest.fixture
+def files_of_100_kb():
+    """No file of this process can grow larger: torch meets it as it meets a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_cannot_be_written_whole_is_told_with_the_free_space(tmp_path, files_of_100_kb):
+    large = state(7) | {"model": {"w": torch.zeros(100, 1000)}}
+    words = r"model_0000007\.pth: .*Its disk has [\d,]+ MB free; .*delete older checkpoints"
+    with pytest.raises(ck.CheckpointError, match=f"(?s){words}"):
+        ck.save_checkpoint(large, ck.checkpoint_path(tmp_path, 7))
+    assert names(tmp_path) == []
 
 
 def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
