@@ -20,7 +20,7 @@ def load_coco(path: Path) -> dict:
         DataError: the file is something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows' editors begin with a mark
             content = json.load(file)
     except json.JSONDecodeError as error:
         raise DataError(

@@ -21,6 +21,8 @@ def _parse(path: Path) -> ElementTree.Element:
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{path}, line {line}, column {column}: not valid XML ({error})") from error
+    except (LookupError, ValueError) as error:  # an encoding that it declares
+        raise DataError(f"{path}: cannot be decoded ({error}); save it as UTF-8") from error
 
 
 def _names(annotations: Path, split: Path | None) -> list[str]:
@@ -28,7 +30,10 @@ def _names(annotations: Path, split: Path | None) -> list[str]:
     if split is None:
         names = sorted(path.stem for path in annotations.glob("*.xml"))
     else:
-        lines = split.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = split.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{split}: not a UTF-8 text file ({error})") from error
         names = [_name(line.strip(), annotations) for line in lines if line.strip()]
         names = list(dict.fromkeys(names))
     if not names:

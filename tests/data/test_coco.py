@@ -182,6 +182,13 @@ def test_without_annotations(write_coco, tmp_path):
     assert not read(tmp_path).has_annotations
 
 
+def test_byte_order_mark(write_coco, tmp_path):
+    write_coco([{}])
+    path = tmp_path / "ann.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read(tmp_path).records) == 2
+
+
 def test_malformed_files_name_file_and_line(write_coco, tmp_path):
     path = tmp_path / "ann.json"
     path.write_text('{"images": [\n  {"id": 1,}\n]}')

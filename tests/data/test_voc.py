@@ -120,6 +120,28 @@ def test_malformed_xml_names_file_and_line(make_config, write_voc, tmp_path):
         build_dataset(cfg, "mine")
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "none-such"])
+def test_encodings_that_cannot_be_read_name_the_file(write_voc, tmp_path, encoding):
+    write_voc({"a": []})
+    (tmp_path / "xml" / "a.xml").write_bytes(
+        f'<?xml version="1.0" encoding="{encoding}"?><annotation></annotation>'.encode()
+    )
+    with pytest.raises(DataError, match=r"a\.xml: cannot be decoded.*UTF-8"):
+        read_voc(tmp_path / "xml", tmp_path / "images", None, ("cat",))
+
+
+def test_encodings_of_the_split(write_voc, tmp_path):
+    write_voc({"a": [], "b": []})
+    split = tmp_path / "split.txt"
+    args = (tmp_path / "xml", tmp_path / "images", split, ("cat",))
+    split.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert [record.file_name for record in read_voc(*args).records] == ["a.jpg", "b.jpg"]
+    for content in ("a\n\xe9\n".encode("latin-1"), "a\n".encode("utf-16")):
+        split.write_bytes(content)
+        with pytest.raises(DataError, match=r"split\.txt: not a UTF-8 text file"):
+            read_voc(*args)
+
+
 def test_listed_images_without_annotation_file(write_voc, tmp_path):
     write_voc({"a": [("cat", (1, 1, 9, 9), 0)], "b": []})
     (tmp_path / "xml" / "b.xml").unlink()
