@@ -246,11 +246,13 @@ def with_training_classes(
 
     Raises:
         ConfigError: its classes do not fit those of the training data.
+        DataError: there are neither others' classes nor, for the reason given, its own.
     """
+    unreadable = None
     try:
         own = _classes_of(spec)
-    except DataError:  # not annotated; or malformed, which its reader will say
-        own = ()
+    except DataError as error:  # not annotated; or malformed, which its reader will say
+        own, unreadable = (), error
     trained = own
     if classes is not None:
         trained = tuple(classes)
@@ -270,4 +272,6 @@ def with_training_classes(
             f"data set {spec.name} has classes that the training data has not: "
             f"{', '.join(map(repr, unknown))}; name those to use in {spec.key}.CLASSES"
         )
-    return replace(spec, classes=trained or None, adopted=spec.classes is None)
+    if unreadable and not trained:
+        raise unreadable
+    return replace(spec, classes=trained, adopted=spec.classes is None)

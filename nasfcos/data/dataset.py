@@ -141,7 +141,7 @@ def load_dataset(spec: DatasetSpec, max_bad_images: int = 10) -> DetectionDatase
         annotations = read_coco(spec.annotations, spec.images, spec.classes, spec.adopted)
     else:
         if spec.classes is None:
-            raise DataError(f"data set {spec.name}: without annotations it needs CLASSES")
+            raise DataError(f"data set {spec.name}: a VOC set cannot be read without its classes")
         annotations = read_voc(
             spec.annotations,
             spec.images,

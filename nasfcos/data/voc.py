@@ -75,16 +75,24 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     """Sorted names of the classes that occur in a split.
 
     Raises:
-        DataError: an XML file is malformed, or there is no object at all.
+        DataError: an XML file is malformed, none is there, or there is no object at all.
     """
     found = set()
-    for name in _names(annotations, split):
-        path = annotations / f"{name}.xml"
-        if path.exists():
-            found.update(_text(item, "name") for item in _parse(path).iterfind("object"))
+    paths = [annotations / f"{name}.xml" for name in _names(annotations, split)]
+    present = [path for path in paths if path.exists()]
+    if not present:
+        raise DataError(
+            f"{split or annotations}: none of the listed images has an annotation file "
+            f"({paths[0]}, for one), so the classes must be given as CLASSES"
+        )
+    for path in present:
+        found.update(_text(item, "name") for item in _parse(path).iterfind("object"))
     found.discard("")
     if not found:
-        raise DataError(f"{split or annotations}: no object in any of the XML files")
+        raise DataError(
+            f"{split or annotations}: no object in any of the XML files, so the classes must be "
+            "given as CLASSES"
+        )
     return tuple(sorted(found))
 
 

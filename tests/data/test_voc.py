@@ -120,6 +120,24 @@ def test_malformed_xml_names_file_and_line(make_config, write_voc, tmp_path):
         build_dataset(cfg, "mine")
 
 
+@pytest.mark.parametrize(
+    ("split", "xml", "message"),
+    [("a\n", "<annotation>\n<object>", r"a\.xml, line 2, column \d+: not valid XML"),
+     ("\n", "<annotation/>", r"split\.txt: lists no image"),
+     ("a.jpg\n", "<annotation/>", r"split\.txt: none of the listed.*a\.jpg\.xml.*as CLASSES"),
+     ("a\n", "<annotation/>", r"split\.txt: no object.*as CLASSES")],
+)  # fmt: skip
+def test_why_the_classes_are_not_known(make_config, write_voc, tmp_path, split, xml, message):
+    entry = write_voc({"a": []})
+    (tmp_path / "split.txt").write_text(split)
+    (tmp_path / "xml" / "a.xml").write_text(xml)
+    for train in ("mine",), ("mine", "other"), ("other",):
+        gone = {**entry, "IMAGES": "gone"}
+        cfg = make_config("DATASETS.TRAIN", train, mine=entry, other=gone)
+        with pytest.raises(DataError, match=message):
+            build_dataset(cfg, "mine")
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "none-such"])
 def test_encodings_that_cannot_be_read_name_the_file(write_voc, tmp_path, encoding):
     write_voc({"a": []})
