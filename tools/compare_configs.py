@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", required=True, metavar="FOLDER")
     args, overrides = parser.parse_known_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     output = Path(args.output)
     results: dict[str, list[dict[str, float]]] = {file: [] for file in args.configs}
 

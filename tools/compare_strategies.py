@@ -31,6 +31,8 @@ from nasfcos.search.strategies import build_strategy
 logger = logging.getLogger("nasfcos.compare")
 
 STRATEGIES = ("ppo", "evolution", "random")
+MOST_SEQUENCES = 10**6
+"""Larger spaces are refused."""
 
 
 def main() -> int:
@@ -44,11 +46,20 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--output", required=True, metavar="PNG", help="a JSON file goes beside it")
     args = parser.parse_intermixed_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    if not args.output.lower().endswith(".png"):
+        parser.error(f"--output must end in .png, not {args.output!r}")
 
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells if args.stage == "head" else None
         space = build_space(cfg, args.stage, cells)
+        if space.size() > MOST_SEQUENCES:
+            raise ConfigError(
+                f"the {args.stage} space has {space.size():.2g} architectures, so no table can "
+                "have them all: make SEARCH.SPACE small, as configs/nas/demo_table.yaml does"
+            )
         rows = read_rows(args.table)
         table = {row["key"]: float(row["reward"]) for row in rows}
         if missing := {space.key(c) for c in space} - table.keys():
@@ -77,7 +88,7 @@ def main() -> int:
         figure = plot_first_hits(hits, len(table), goal)
         with replacing(args.output) as temporary:
             figure.savefig(temporary)
-        write_json(f"{args.output.removesuffix('.png')}.json", hits)
+        write_json(f"{args.output[: -len(".png")]}.json", hits)
 
     return run(job)
 
@@ -85,14 +96,25 @@ def main() -> int:
 def read_rows(path: str) -> list[dict[str, str]]:
     """The complete trials of a search's CSV."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["status"] == "complete"]
+        reader = csv.DictReader(file)
+        if missing := {"status", "key", "reward", "curve"} - set(reader.fieldnames or ()):
+            raise ConfigError(
+                f"{path} is no table of trials: it has no column {', '.join(sorted(missing))}"
+            )
+        return [row for row in reader if row["status"] == "complete"]
 
 
 def log_early_stopping(cfg: CfgNode, rows: list[dict[str, str]]) -> None:
     """What SEARCH.PRUNING, from its usual start on, would have done to the search of the table."""
+    curves = [dict(json.loads(row["curve"])) for row in rows]
+    if missing := set(cfg.SEARCH.PRUNING.RUNGS) - set(curves[0]):
+        raise ConfigError(
+            f"SEARCH.PRUNING.RUNGS has {sorted(missing)}, but the table's trials were judged at "
+            f"{sorted(curves[0])} only"
+        )
     outcome = replay_pruning(
         [float(row["reward"]) for row in rows],
-        [dict(json.loads(row["curve"])) for row in rows],
+        curves,
         Pruning(tuple(cfg.SEARCH.PRUNING.RUNGS), cfg.SEARCH.PRUNING.KEEP),
         cfg.SEARCH.PROXY.ITERATIONS,
         cfg.SEARCH.BATCH,

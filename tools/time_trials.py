@@ -3,8 +3,9 @@
 python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6
 python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6 --stage head
 
-Without the cache, images are read and run through the backbone in the trial's own process, and in
-the head stage through the FPN (of MODEL.GENOTYPE) as well.
+Everything is made in time_trials/ of OUTPUT_DIR. Without the cache, images are read and run through
+the backbone in the trial's own process, and in the head stage through the FPN (of MODEL.GENOTYPE)
+as well.
 """
 
 import json
@@ -68,9 +69,11 @@ def main() -> int:
     parser.add_argument("--stage", choices=("fpn", "head"), default="fpn")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_intermixed_args()
+    if args.count < 1 or args.workers < 1:
+        parser.error("--count and --workers must be at least 1")
 
     def job(cfg, device) -> None:
-        folder = Path(cfg.OUTPUT_DIR)
+        folder = Path(cfg.OUTPUT_DIR) / "time_trials"
         cfg = split_training_data(cfg, folder / "split", cfg.SEED)
         model = prepare_backbone(cfg, device, folder / "backbone")
         caches = build_caches(cfg, model, folder / "cache")

@@ -57,7 +57,12 @@ def check_agreement(
 
     Returns:
         Kendall's tau (b) between reward and AP.
+
+    Raises:
+        ConfigError: fewer than two, or more than were tried to the end.
     """
+    if count < 2:
+        raise ConfigError(f"{count} architectures have no order: compare at least two")
     rows = []
     for record in spread(read_records(folder / "search.db", stage), count):
         place = folder / "agreement" / stage / str(record.index)

@@ -77,9 +77,9 @@ class RandomSearch:
 class Evolution(RandomSearch):
     """Regularised evolution (Real et al., 2019): the population dies of age, not of weakness.
 
-    Failed trials do not enter it. Of some drawn from it the best is the parent; a child differs from it in one
-    decision, and is a graph not tried before. Until the population is full, and where a parent has
-    no such child left, draws are random.
+    Failed trials do not enter it. Of some drawn from it the best is the parent; a child differs
+    from that in one decision, and is a graph not tried before. Until the population is full, and
+    where a parent has no such child left, draws are random.
 
     Args:
         space: of the architectures.
