@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import sys
+from pathlib import Path
 from statistics import median
 
 from yacs.config import CfgNode
@@ -88,7 +89,7 @@ def main() -> int:
         figure = plot_first_hits(hits, len(table), goal)
         with replacing(args.output) as temporary:
             figure.savefig(temporary)
-        write_json(f"{args.output[: -len(".png")]}.json", hits)
+        write_json(Path(args.output).with_suffix(".json"), hits)
 
     return run(job)
 
