@@ -83,7 +83,8 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     if not present:
         raise DataError(
             f"{split or annotations}: none of the listed images has an annotation file "
-            f"({paths[0]}, for one), so the classes must be given as CLASSES"
+            f"({paths[0]}, for one): a split lists names without folder and ending, and a set "
+            "without annotations needs CLASSES"
         )
     for path in present:
         found.update(_text(item, "name") for item in _parse(path).iterfind("object"))

@@ -124,7 +124,7 @@ def test_malformed_xml_names_file_and_line(make_config, write_voc, tmp_path):
     ("split", "xml", "message"),
     [("a\n", "<annotation>\n<object>", r"a\.xml, line 2, column \d+: not valid XML"),
      ("\n", "<annotation/>", r"split\.txt: lists no image"),
-     ("a.jpg\n", "<annotation/>", r"split\.txt: none of the listed.*a\.jpg\.xml.*as CLASSES"),
+     ("a.jpg\n", "<annotation/>", r"split\.txt: none of the listed.*a\.jpg\.xml.*without folder"),
      ("a\n", "<annotation/>", r"split\.txt: no object.*as CLASSES")],
 )  # fmt: skip
 def test_why_the_classes_are_not_known(make_config, write_voc, tmp_path, split, xml, message):
