@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from ..genotype import (
 from .defaults import get_defaults
 from .errors import ConfigError, nearest
 from .released import is_released, translate_released
-from .tree import get_setting, nested
+from .tree import get_setting, literal, nested
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +158,25 @@ POSITIVE = (  # each entry, where it is a list
 INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
 
 
+# Norms have groups of at least two channels, deformable convolutions two groups of offsets.
+EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_CHANNELS")
+
+
 class _YamlLoader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no."""
+    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no, and
+    in which a key that stands twice is an error, not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark, f"the key {key.value!r} stands twice",
+                    key.start_mark,
+                )  # fmt: skip
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -196,6 +212,12 @@ def load_config(
     for source, tree in _inheritance_chain(Path(file)) if file is not None else ():
         _merge(cfg, tree, source, sources)
     _merge_overrides(cfg, overrides, COMMAND_LINE, sources)
+    return _finished(cfg, sources)
+
+
+def _finished(cfg: CfgNode, sources: dict[str, str]) -> CfgNode:
+    """The tree, checked and frozen."""
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     _check(cfg, sources)
     cfg.freeze()
     return cfg
@@ -238,7 +260,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
         raise ConfigError(f"config file {path} cannot be read{named_by}: {error}") from None
     try:
         tree = yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no calendar has
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
         return {}
@@ -284,9 +306,7 @@ def override_config(cfg: CfgNode, overrides: Sequence[Any], source: str) -> CfgN
     cfg.defrost()
     sources: dict[str, str] = {}
     _merge_overrides(cfg, overrides, source, sources)
-    _check(cfg, sources)
-    cfg.freeze()
-    return cfg
+    return _finished(cfg, sources)
 
 
 def _merge_overrides(
@@ -307,7 +327,8 @@ def _free_form(value: Any) -> Any:
         for key, item in value.items():
             node[str(key)] = _free_form(item)
         return node
-    return value
+    # A list on a command line is text.
+    return literal(value) if isinstance(value, str) and value[:1] in "[(" else value
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -330,10 +351,7 @@ def _unknown_key(name: str, source: str) -> str:
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            pass
+        value = literal(value)
     names = isinstance(default, tuple) and default and isinstance(default[0], str)
     if names and isinstance(value, str):
         value = (value,)  # one name where names are wanted
@@ -389,6 +407,9 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         entries = value if isinstance(value, (list, tuple)) else [value]
         if not all(0 < entry < math.inf for entry in entries):
             fail(name, f"is {value!r}, but must be positive, and finite")
+    for name in EVEN:
+        if (value := get_setting(cfg, name)) % 2:
+            fail(name, f"is {value!r}, but must be even")
     for name, length in (("MODEL.RESNET.BLOCKS", 4), ("MODEL.FCOS.SIZE_LIMITS", 4)):
         if len(get_setting(cfg, name)) != length:
             fail(name, f"needs {length} entries, not {get_setting(cfg, name)!r}")
@@ -396,6 +417,13 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
     if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
+    limits = list(cfg.MODEL.FCOS.SIZE_LIMITS)
+    if limits != sorted(limits):
+        fail("MODEL.FCOS.SIZE_LIMITS", f"is {limits}, but must rise from P3 to P6")
+    if cfg.INPUT.HUE > 0.5:
+        fail("INPUT.HUE", f"is {cfg.INPUT.HUE}, but the whole circle of colours is 0.5 either way")
+    if not -1 <= cfg.SEED < 2**31:
+        fail("SEED", f"is {cfg.SEED}, but must be -1 or lie in 0..{2**31 - 1}")
     if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
         fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must lie within 0..1")
     if cfg.MODEL.RETINANET.BG_IOU > cfg.MODEL.RETINANET.FG_IOU:

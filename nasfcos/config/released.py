@@ -6,12 +6,11 @@ Each key is named here once: with the key it becomes, with the value it must hav
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import ConfigError, nearest
-from .tree import leaves, nested
+from .tree import leaves, literal, nested
 
 RESNET_BLOCKS = {
     "R-50": [3, 4, 6, 3],
@@ -153,7 +152,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
                 f"{source}: there is no key {name!r} in the release's searched detectors."
                 f"{nearest(name, TRANSLATION)}"
             )
-        value = _literal(raw)
+        value = literal(raw)  # the release writes tuples as text: (60000,80000,)
         try:
             made = rule(value)
         except (ValueError, TypeError, AttributeError) as error:
@@ -172,13 +171,3 @@ def _sections(name: str) -> Iterator[str]:
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         yield ".".join(parts[:end]) + ".*"
-
-
-def _literal(value: Any) -> Any:
-    """The release writes tuples as text: ``(60000,80000,)``."""
-    if isinstance(value, str) and value[:1] in "([":
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,3 +37,13 @@ def get_setting(tree: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         tree = tree[part]
     return tree
+
+
+def literal(value: Any) -> Any:
+    """What a text says as a Python literal; anything else, and a text that is none, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return value

@@ -61,10 +61,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(
-            f"MODEL.DEVICE {name!r} is no device; use auto, cpu, cuda or cuda:N"
-        ) from None
-    if device.type != "cuda":
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"MODEL.DEVICE {name!r} is not among auto, cpu, cuda and cuda:N")
+    if device.type == "cpu":
         return device
     gpus = torch.cuda.device_count()
     index = local_rank() if device.index is None else device.index

@@ -109,6 +109,12 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("MODEL:\n  BACKBONE:\n    FREEZE_AT: -1\n", r"BACKBONE\.FREEZE_AT.*at least 0"),
         ("MODEL:\n  MOBILENET:\n    WIDTH: 0.0\n", r"MOBILENET\.WIDTH.*positive"),
         ("MODEL:\n  RETINANET:\n    BG_IOU: 0.6\n", r"RETINANET\.BG_IOU is above FG_IOU"),
+        ("SOLVER:\n  GAMMA: 0.1\nSOLVER:\n  GAMMA: 0.2\n", r"file\.yaml.*'SOLVER' stands twice"),
+        ("OUTPUT_DIR: 2024-02-30\n", r"file\.yaml is not valid YAML"),
+        ("MODEL:\n  NECK:\n    CHANNELS: 33\n", r"NECK\.CHANNELS is 33.*even"),
+        ("MODEL:\n  FCOS:\n    SIZE_LIMITS: [9, 8, 7, 6]\n", r"SIZE_LIMITS.*rise from P3"),
+        ("INPUT:\n  HUE: 0.9\n", r"INPUT\.HUE is 0\.9"),
+        ("SEED: 99999999999999999999\n", r"SEED is 9{20}.*-1 or"),
         ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
         ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
         ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
@@ -160,3 +166,16 @@ def test_overriding_a_tree_checks_and_leaves_it_alone():
 def test_missing_file_names_the_nearest():
     with pytest.raises(ConfigError, match=r"does not exist.*R_50_NAS_head\.yaml"):
         load_config(SEARCH / "R_50_NAS_hed.yaml")
+
+
+def test_home_is_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(None, ["OUTPUT_DIR", "~/runs"]).OUTPUT_DIR == str(tmp_path / "runs")
+    assert override_config(load_config(), ["OUTPUT_DIR", "~"], "test").OUTPUT_DIR == str(tmp_path)
+
+
+def test_a_list_on_the_command_line_is_a_list_in_a_new_section_too():
+    cfg = load_config(None, ["DATASETS.CUSTOM.own.CLASSES", "['a', 'b']"])
+    assert cfg.DATASETS.CUSTOM.own.CLASSES == ["a", "b"]
+    cfg = load_config(None, ["DATASETS.CUSTOM.own.IMAGES", "(photos) 1"])
+    assert cfg.DATASETS.CUSTOM.own.IMAGES == "(photos) 1"
