@@ -2,20 +2,24 @@
 
 A trial trains a decoder only, so the backbone need not run in it (paper, section 4). Each cache is
 a folder, called by a hash over everything that its content follows from: the weights that computed
-it, the data, the settings. So a stale one is never used. It holds ``level0.npy`` ... (float16
-[N, H, W, C], channels last as decoders want them), ``targets.npz``, and ``cache.json``, which says
-what the rest is.
+it, the annotations and the content of the image files, the settings. So a stale one is never used.
+It holds ``level0.npy`` ... (float16 [N, H, W, C], channels last as decoders want them),
+``targets.npz``, and ``cache.json``, which says what the rest is. ``images.json`` beside the caches
+remembers the hashes of the image files.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 Targets = list[dict[str, Tensor]]
 
-_VERSION = 2  # of the crops and files; raise it whenever they change
-_META, _TARGETS = "cache.json", "targets.npz"
+_VERSION = 3  # of the crops and files; raise it whenever they change
+_META, _TARGETS, _IMAGES = "cache.json", "targets.npz", "images.json"
 _PARTIAL = ".partial"
 # Of a box's area, what a crop must keep of it.
 MIN_VISIBLE = 0.25
@@ -56,6 +60,10 @@ GPU_SHARE = 0.6
 LOG_EVERY = 10.0
 # Bytes that go to the GPU at a time.
 _TRANSFER = 2**28
+# Image files that are read at a time for their hashes.
+_READERS = 8
+# Of the operating system, where a disk, a quota or the longest file is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASH_DIGITS = 16
 
 
@@ -179,6 +187,25 @@ def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tenso
     for place in np.argsort(indices, kind="stable"):
         target[place] = array[indices[place]]
     return rows
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: against damage, and as fast as disks are."""
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _verify(folder: Path) -> None:
+    """Compare the content of a cache's files, whose sizes are right, with their checksums."""
+    meta = _read_meta(folder)
+    if (size := sum(meta["files"].values())) > 1e10:
+        logger.info("comparing the checksums of %s in %s", _gigabytes(size), folder)
+    for name in meta["files"]:
+        if _checksum(folder / name) != meta.get("checksums", {}).get(name):
+            raise CacheError(f"{folder / name} is damaged: its checksum is wrong; delete {folder}")
 
 
 def _level_file(level: int) -> str:
@@ -315,16 +342,13 @@ def _module_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _data_hash(datasets: Sequence[DetectionDataset]) -> str:
-    """Of the annotations, and of the name and size of each image file."""
+def _data_hash(datasets: Sequence[DetectionDataset], folder: Path) -> str:
+    """Of the annotations, and of the name and content of each image file."""
     digest = hashlib.sha256()
     for dataset in datasets:
-        for record in dataset.records:
-            try:
-                # Not its time, which a copy of the data need not keep.
-                file = (dataset.spec.images / record.file_name).stat().st_size
-            except OSError:
-                file = None
+        images = dataset.spec.images.resolve()
+        files = _image_hashes(folder, [images / record.file_name for record in dataset.records])
+        for record, file in zip(dataset.records, files, strict=True):
             fields = (record.file_name, file, record.height, record.width, len(record.boxes))
             digest.update(repr(fields).encode())
             for array in (record.boxes, record.labels, record.ignored):
@@ -332,20 +356,72 @@ def _data_hash(datasets: Sequence[DetectionDataset]) -> str:
     return digest.hexdigest()
 
 
-def _feature_key(model: Detector, crops: Crops) -> str:
+def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
+    """Of the content of each image file; None where it cannot be read.
+
+    Remembered in `folder`: a file is read again only after its size or one of its times changed.
+    """
+    memory = folder / _IMAGES
+    known = _remembered(memory)
+
+    def identify(path: Path) -> list | None:
+        try:
+            found = path.stat()
+            stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            before = known.get(str(path))
+            if before is not None and before[:-1] == stamp:
+                return before
+            return [*stamp, hashlib.sha256(path.read_bytes()).hexdigest()[: 2 * _HASH_DIGITS]]
+        except OSError:
+            return None
+
+    entries: list[list | None] = []
+    last_line = time.perf_counter()
+    step = 16 * _READERS  # what is begun is finished, and an interrupt should not wait for long
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(paths), step):
+            entries += pool.map(identify, paths[first : first + step])
+            if time.perf_counter() - last_line > LOG_EVERY:
+                last_line = time.perf_counter()
+                logger.info("image files read to know their content: %d of %d",
+                            len(entries), len(paths), extra=PERIODIC)  # fmt: skip
+    new = {
+        str(path): entry for path, entry in zip(paths, entries, strict=True) if entry is not None
+    }
+    if not new.items() <= known.items():
+        try:
+            write_json(memory, known | new)
+        except OSError as error:
+            logger.warning("%s cannot be written, so the images will be read again: %s",
+                           memory, error)  # fmt: skip
+    return [None if entry is None else entry[-1] for entry in entries]
+
+
+def _remembered(memory: Path) -> dict[str, list]:
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _feature_key(model: Detector, crops: Crops, folder: Path) -> str:
     return _hash(
         _VERSION,
         _module_hash(model.preprocess),
         model.preprocess.size_divisibility,
         _module_hash(model.backbone),
-        _data_hash(crops.datasets),
+        _data_hash(crops.datasets, folder),
         crops.settings,
     )
 
 
 # --------------------------------------------------------------------------------------- building
 def build_caches(
-    cfg: CfgNode, model: Detector, folder: str | Path
+    cfg: CfgNode,
+    model: Detector,
+    folder: str | Path,
+    accept: Callable[[str, str], None] = lambda train, val: None,
 ) -> tuple[FeatureCache, FeatureCache]:
     """C2..C5 of meta-train and meta-val: found again, or computed.
 
@@ -354,6 +430,7 @@ def build_caches(
             SEARCH.CACHE.CROPS random crops of each image, DATASETS.TEST the one in the centre.
         model: its preprocessing and backbone compute the maps, on its device.
         folder: of the caches (SEARCH.CACHE.FOLDER, or ``cache`` in OUTPUT_DIR).
+        accept: called with the names of the two before any of them is made; may raise.
 
     Returns:
         The caches of meta-train and of meta-val.
@@ -372,13 +449,16 @@ def build_caches(
     ):
         datasets = [build_dataset(cfg, name) for name in names]
         parts[part] = Crops(datasets, settings.SIZE, crops, cfg.SEED)
-    keys = {part: _feature_key(model, crops) for part, crops in parts.items()}
+    keys = {part: _feature_key(model, crops, folder) for part, crops in parts.items()}
+    accept(*keys.values())
     _remove_partial(folder)
     if missing := [part for part, key in keys.items() if not _is_whole(folder / key)]:
         shapes = feature_shapes(model, settings.SIZE)
         _check_space(folder, {p: (len(parts[p]) * parts[p].per_image, shapes) for p in missing})
     train, val = (
-        cache_features(folder, model, crops, workers=cfg.DATALOADER.NUM_WORKERS, title=part)
+        _cache_features(
+            folder, keys[part], model, crops, workers=cfg.DATALOADER.NUM_WORKERS, title=part
+        )
         for part, crops in parts.items()
     )
     _mention_unused(folder, lambda meta: {meta["key"], meta["source"]} & set(keys.values()))
@@ -406,6 +486,21 @@ def cache_features(
     Raises:
         CacheError, DataError: as for `build_caches`.
     """
+    folder = Path(folder).resolve()
+    key = _feature_key(model, crops, folder)
+    return _cache_features(folder, key, model, crops, batch_size, workers, title)
+
+
+def _cache_features(
+    folder: Path,
+    key: str,
+    model: Detector,
+    crops: Crops,
+    batch_size: int = 16,
+    workers: int = 0,
+    title: str = "features",
+) -> FeatureCache:
+    """`cache_features` with the key known."""
     preprocess, backbone = model.preprocess, model.backbone
 
     def batches() -> Iterator[tuple[list[Tensor], list[dict]]]:
@@ -422,8 +517,8 @@ def cache_features(
 
     with _evaluating(model):
         return _find_or_build(
-            Path(folder).resolve(),
-            _feature_key(model, crops),
+            folder,
+            key,
             title,
             count=len(crops) * crops.per_image,
             shapes=lambda: feature_shapes(model, crops.size),
@@ -531,6 +626,16 @@ def _check_space(folder: Path, planned: dict[str, tuple[int, Sequence[tuple[int,
         )
 
 
+def _too_full(title: str, folder: Path, needed: int, error: OSError) -> str:
+    free = shutil.disk_usage(folder).free
+    return (
+        f"cache {title}: writing to {folder} failed ({error.strerror}): {_gigabytes(needed)} are "
+        f"needed, and {_gigabytes(free)} are free on its disk now that what was written is removed "
+        "(there may be a quota or a limit for single files, too). Make room, or set "
+        "SEARCH.CACHE.FOLDER to a folder on a larger disk"
+    )
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         _read_meta(folder)
@@ -568,6 +673,7 @@ def _find_or_build(
     with _locked(path):
         if path.exists():
             try:
+                _verify(path)
                 cache = FeatureCache.open(path)
                 logger.info("cache %s: %d crops found in %s", title, len(cache), path)
                 return cache
@@ -586,8 +692,10 @@ def _find_or_build(
             meta |= _fill(partial, title, count, levels, batches())
             write_json(partial / _META, meta, indent=2)
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise CacheError(_too_full(title, folder, needed, error)) from error
             raise
         seconds = time.perf_counter() - start
         logger.info(
@@ -670,10 +778,12 @@ def _fill(
         labels=np.concatenate([np.asarray(t["labels"], np.int64) for t in targets]),
         counts=np.array([len(t["labels"]) for t in targets], np.int64),
     )
+    paths.append(folder / _TARGETS)
     return {
         "count": len(targets),
         "shapes": [list(shape) for shape in shapes],
-        "files": {path.name: path.stat().st_size for path in (*paths, folder / _TARGETS)},
+        "files": {path.name: path.stat().st_size for path in paths},
+        "checksums": {path.name: _checksum(path) for path in paths},
     }
 
 

@@ -1,5 +1,6 @@
 """The feature cache: crops, files, and what makes a cache another one."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -306,11 +307,13 @@ def own_copy(cfg, data_root, tmp_path):
 
 def test_what_makes_another_cache(model, own_copy, tmp_path):
     def key(crops=0, size=SIZE, seed=0):
-        return module._feature_key(model, Crops([own_copy()], size, crops, seed))
+        return module._feature_key(model, Crops([own_copy()], size, crops, seed), tmp_path)
 
-    def enlarge():
-        with (tmp_path / "copy/images/001.png").open("ab") as file:
-            file.write(b"0")
+    def repaint():
+        """Another picture, to the byte as large."""
+        path = tmp_path / "copy/images/001.png"
+        content = path.read_bytes()
+        path.write_bytes(content[:-20] + bytes(8) + content[-12:])
 
     def relabel(change):
         path = tmp_path / "copy/annotations.json"
@@ -332,11 +335,11 @@ def test_what_makes_another_cache(model, own_copy, tmp_path):
     assert key() == first  # a copy of the data need not keep the files' times
     assert key(seed=1) == first  # the centre is not random
     keys = [first, key(size=96), key(crops=1), key(crops=2), key(crops=1, seed=1)]
-    assert module._feature_key(model, Crops([own_copy()] * 2, SIZE)) not in keys
+    assert module._feature_key(model, Crops([own_copy()] * 2, SIZE), tmp_path) not in keys
     model.head.cls_logits.bias.data += 1
     assert key() == first  # the head takes no part
     changes = [
-        enlarge,
+        repaint,
         lambda: relabel(move),
         lambda: relabel(category),
         lambda: relabel(crowd),
@@ -355,6 +358,31 @@ def test_what_makes_another_cache(model, own_copy, tmp_path):
         change()
         keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_images_are_read_once_to_know_their_content(model, own_copy, tmp_path, monkeypatch):
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+
+    def key():
+        read.clear()
+        return module._feature_key(model, Crops([own_copy()], SIZE), tmp_path / "cache")
+
+    (tmp_path / "cache").mkdir()
+    images = sorted((tmp_path / "copy/images").iterdir())
+    first = key()
+    assert sorted(read) == images
+    assert key() == first and read == []
+    os.utime(images[2], (1, 1))
+    assert key() == first and read == [images[2]]
+    shutil.copytree(tmp_path / "copy", tmp_path / "newer")  # with times of its own
+    shutil.rmtree(tmp_path / "copy")
+    (tmp_path / "newer").rename(tmp_path / "copy")
+    assert key() == first and len(read) == len(images)
+    for damage in (b"{", b"[]", b'{"x": 1}', b"\xff"):
+        (tmp_path / "cache/images.json").write_bytes(damage)
+        assert key() == first and len(read) == len(images)
 
 
 def stamps(folder):
@@ -408,9 +436,26 @@ def test_a_damaged_cache_is_made_anew(model, dataset, folder, damage, message, c
     np.testing.assert_array_equal(again.maps[2], expected)
 
 
+@pytest.mark.parametrize("name", ["level1.npy", "targets.npz"])
+def test_damage_that_keeps_the_size_is_found(model, dataset, folder, name, caplog):
+    crops = Crops([dataset], SIZE)
+    cache = cache_features(folder, model, crops)
+    expected = np.array(cache.maps[1])
+    with (cache.folder / name).open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\xff\xff" * 4)  # nan in half precision
+    again = cache_features(folder, model, crops)
+    assert f"{name} is damaged: its checksum is wrong" in caplog.text
+    np.testing.assert_array_equal(again.maps[1], expected)
+    caplog.clear()
+    cache_features(folder, model, crops)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 # -------------------------------------------------------------------------------------- what fails
 def nothing_but_locks(folder):
-    return all(path.suffix == ".lock" for path in folder.iterdir())
+    """Nor the memory of what the images are."""
+    return all(path.suffix == ".lock" or path.name == "images.json" for path in folder.iterdir())
 
 
 def test_the_estimate_is_the_size(model, dataset, folder):
@@ -442,6 +487,49 @@ def test_too_small_a_disk(cfg, model, folder, monkeypatch):
     build_caches(cfg, model, folder)
     free = 0
     build_caches(cfg, model, folder)  # they are there
+
+
+def test_a_cache_that_is_not_accepted_is_not_made(cfg, model, folder):
+    train, val = build_caches(cfg, model, folder / "a")
+    asked = []
+
+    def refuse(*names):
+        asked.append(names)
+        raise ValueError("not these")
+
+    with pytest.raises(ValueError, match="not these"):
+        build_caches(cfg, model, folder / "b", refuse)
+    assert asked == [(train.folder.name, val.folder.name)]
+    assert not list(folder.glob("b/*/"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_disk_that_fills_up_meanwhile(model, dataset, folder, monkeypatch, number):
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.np, "savez", full)
+    with pytest.raises(CacheError) as error:
+        cache_features(folder, model, Crops([dataset], SIZE))
+    needed = estimate_bytes(feature_shapes(model, SIZE), len(dataset))
+    for part in (str(folder), f"{needed / 1e6:.1f} MB are needed", "are free",
+                 os.strerror(number), "SEARCH.CACHE.FOLDER"):  # fmt: skip
+        assert part in str(error.value)
+    assert nothing_but_locks(folder)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limits for files here")
+def test_the_longest_file_a_process_may_write(model, dataset, folder):
+    import resource
+
+    longest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, longest[1]))
+    try:
+        with pytest.raises(CacheError, match="File too large.*SEARCH.CACHE.FOLDER"):
+            cache_features(folder, model, Crops([dataset], SIZE))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, longest)
+    assert nothing_but_locks(folder)
 
 
 def test_maps_beyond_half_precision(model, dataset, folder):
@@ -539,8 +627,9 @@ def test_progress_in_the_log(model, dataset, folder, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     cache_features(folder, model, Crops([dataset], SIZE), batch_size=4, title="meta-val")
     lines = [r.getMessage() for r in caplog.records if getattr(r, "periodic", False)]
-    assert lines[0].startswith(f"cache meta-val: 4 of {len(dataset)} crops, ")
-    assert lines[0].endswith(" to go")
+    assert lines[0] == f"image files read to know their content: {len(dataset)} of {len(dataset)}"
+    assert lines[1].startswith(f"cache meta-val: 4 of {len(dataset)} crops, ")
+    assert lines[1].endswith(" to go")
 
 
 # ------------------------------------------------------------------------------------- the pyramid
