@@ -45,8 +45,13 @@ def resolve_source(source: str) -> Path:
         source = CATALOG_ROOT + CATALOG[name]
     elif source.startswith("torchvision://"):
         source = _torchvision_url(source.removeprefix("torchvision://"))
-    if urlparse(source).scheme in ("http", "https"):
-        return _download(source)
+    return local_path(source) or _download(source)
+
+
+def local_path(source: str) -> Path | None:
+    """The path that a source is by itself; None: it is to be downloaded."""
+    if urlparse(source).scheme in ("http", "https", "catalog", "torchvision"):
+        return None
     return Path(source.removeprefix("file://")).expanduser()
 
 

@@ -45,6 +45,7 @@ CONTENT = {
     "model", "optimizer", "scheduler", "scaler", "iteration", "sampler", "random", "config",
     "classes",
 }  # fmt: skip
+DAMAGED = ".damaged"  # follows the name of a file that could not be read
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 # What a run leaves in its output folder beside checkpoints.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.png", "tensorboard", "inference")
@@ -100,21 +101,37 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(
+    output_dir: str | os.PathLike[str], rename_damaged: bool = False
+) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint of `output_dir` with the most iterations, and its content.
 
     Files that cannot be read are named in the log and passed over. None: there is nothing to read.
+
+    Args:
+        output_dir: the folder.
+        rename_damaged: what is passed over for the one that is found is renamed to ``*.damaged``.
+            A run that goes on from the one found would else come to their numbers again, and they
+            would count among its newest.
     """
     folder = Path(output_dir)
-    final = None
-    if (folder / FINAL).exists():
-        final = _try_load(folder / FINAL)
-    for iteration, path in reversed(_numbered(folder)):
-        if final is not None and final["iteration"] >= iteration:
+    found, damaged = None, []
+    # The final one first: its name does not tell its iteration.
+    candidates = [(-1, folder / FINAL)] * (folder / FINAL).exists() + _numbered(folder)[::-1]
+    for iteration, path in candidates:
+        if found is not None and found[1]["iteration"] >= iteration:
             break
-        if (state := _try_load(path)) is not None:
-            return path, state
-    return None if final is None else (folder / FINAL, final)
+        if (state := _try_load(path)) is None:
+            damaged.append(path)
+            continue
+        found = path, state
+        if path.name != FINAL:
+            break
+    if found is not None and rename_damaged:
+        for path in damaged:
+            aside = path.replace(path.with_name(path.name + DAMAGED))
+            logger.warning("%s cannot be read and was renamed to %s", path, aside.name)
+    return found
 
 
 def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
@@ -123,31 +140,49 @@ def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
     return None if found is None else replace(read_weights(found[1]), name=str(found[0]))
 
 
-def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all numbered checkpoints but the newest `keep`."""
-    for _, path in _numbered(Path(output_dir))[:-keep]:
+def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int, iteration: int) -> None:
+    """Delete the numbered checkpoints up to that of `iteration`, but the newest `keep` of them.
+
+    Those beyond, if there are any, are not of this run, and do not count: the one just saved stays.
+    """
+    done = [path for number, path in _numbered(Path(output_dir)) if number <= iteration]
+    for path in done[:-keep]:
         path.unlink(missing_ok=True)
 
 
-def set_earlier_run_aside(output_dir: str | os.PathLike[str]) -> Path | None:
-    """Move the files of a run that has checkpoints here into a subfolder, if there is one.
+def checkpoint_files(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a folder, readable or not, in the order in which they were written."""
+    folder = Path(output_dir)
+    files = [path for _, path in _numbered(folder)]
+    files += [folder / FINAL] * (folder / FINAL).exists()
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns)
+
+
+def make_aside(output_dir: str | os.PathLike[str]) -> Path:
+    """An empty subfolder for the files of an earlier run."""
+    number = 1
+    while (aside := Path(output_dir) / f"earlier_{number}").exists() and any(aside.iterdir()):
+        number += 1
+    aside.mkdir(exist_ok=True)
+    return aside
+
+
+def set_aside(checkpoints: Sequence[Path], aside: Path) -> None:
+    """Move an earlier run's checkpoints, and its other files, into a subfolder of theirs.
 
     A new run in the same folder must not mix its checkpoints with those of an earlier one, or
     --resume would go on from the wrong run.
+
+    Args:
+        checkpoints: the newest last: it is the last of all files to be moved, so that where this is
+            cut off, --resume finds the earlier run's newest state or none of it.
+        aside: the subfolder.
     """
-    folder = Path(output_dir)
-    checkpoints = [path for _, path in _numbered(folder)]
-    checkpoints += [folder / FINAL] * (folder / FINAL).exists()
-    if not checkpoints:
-        return None
-    number = 1
-    while (aside := folder / f"earlier_{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in checkpoints + [folder / name for name in RUN_FILES]:
+    folder = aside.parent
+    others = [folder / name for name in RUN_FILES] + sorted(folder.glob(f"model_*{DAMAGED}"))
+    for path in (*others, *checkpoints):
         if path.exists():
-            shutil.move(path, aside / path.name)
-    return aside
+            path.rename(aside / path.name)
 
 
 def restore_solver(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import random
 import secrets
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..data import build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
+from ..download import local_path
 from ..evaluation.files import replacing
 from ..models import build_detector, load_weights
 from ..transfer import to_device
@@ -36,14 +38,16 @@ from .checkpoint import (
     FINAL,
     CheckpointError,
     check_classes,
+    checkpoint_files,
     checkpoint_path,
     differing_keys,
+    make_aside,
     newest_checkpoint,
     random_state,
     remove_old_checkpoints,
     restore_solver,
     save_checkpoint,
-    set_earlier_run_aside,
+    set_aside,
     set_random_state,
 )
 from .logging import PERIODIC, on_terminal
@@ -168,9 +172,9 @@ def train(
 
     # Nothing of an earlier run is touched until every process is ready to start.
     distributed.barrier()
+    if path is None:
+        path = _set_earlier_run_aside(cfg, run)
     if main:
-        if not resume and (aside := set_earlier_run_aside(output)):
-            logger.warning("%s holds an earlier run; its files were moved to %s", output, aside)
         with replacing(output / "config.yaml") as temporary:
             temporary.write_text(cfg.dump(), encoding="utf-8")
 
@@ -300,6 +304,9 @@ def _iterate(
                 stopping |= monitor.finish()
                 path = final if done else checkpoint_path(cfg.OUTPUT_DIR, run.iteration)
                 _save(cfg, run, path, monitor)
+                if distributed.rank() == 0:
+                    keep = solver.KEEP_CHECKPOINTS
+                    remove_old_checkpoints(cfg.OUTPUT_DIR, keep, run.iteration)
                 if stopping and not done:
                     raise Interrupted(
                         stop.signum or signal.SIGTERM,
@@ -343,9 +350,37 @@ def _save(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
     random_states = distributed.all_gather(random_state())
     if distributed.rank() == 0:
         save_checkpoint(run.state(cfg, random_states), path)
-        remove_old_checkpoints(cfg.OUTPUT_DIR, cfg.SOLVER.KEEP_CHECKPOINTS)
         logger.info("saved %s", path)
     monitor.last_good = path
+
+
+def _set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
+    """Clear the folder for a run that starts from scratch: what an earlier one left is moved away.
+
+    That is all of it if `newest_checkpoint` found nothing to read: no figure of it is lost.
+
+    Where the weights that this run starts from are among the files to be moved, MODEL.WEIGHT leads
+    nowhere from then on, and a run killed before its first checkpoint could neither go on nor start
+    again. So the first checkpoint, of iteration 0, comes before the move. Killed between the two,
+    or in the middle of the move, --resume finds the earlier run; afterwards it finds this one.
+
+    Returns:
+        The checkpoint of iteration 0, if one was written.
+    """
+    earlier = checkpoint_files(cfg.OUTPUT_DIR) if distributed.rank() == 0 else []
+    weight = local_path(cfg.MODEL.WEIGHT) if cfg.MODEL.WEIGHT else None
+    moves_weight = weight is not None and any(map(weight.samefile, earlier))
+    first = checkpoint_path(cfg.OUTPUT_DIR, 0) if distributed.broadcast(moves_weight) else None
+    aside = make_aside(cfg.OUTPUT_DIR) if earlier else None
+    if first is not None:
+        if first in earlier:  # of a run that began like this one, to be replaced
+            shutil.copy2(first, aside)
+            earlier.remove(first)
+        _save(cfg, run, first, StepMonitor())
+    if aside is not None:
+        set_aside(earlier, aside)
+        logger.warning("%s holds an earlier run; its files are in %s now", cfg.OUTPUT_DIR, aside)
+    return first
 
 
 def _evaluate(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> dict[str, dict]:
@@ -374,7 +409,8 @@ def _check(cfg: CfgNode, device: torch.device) -> None:
 
 def _find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
     """What process 0 finds to resume from, on every process (they need not share its disk)."""
-    found = newest_checkpoint(output) if distributed.rank() == 0 else None
+    main = distributed.rank() == 0
+    found = newest_checkpoint(output, rename_damaged=True) if main else None
     found = distributed.broadcast(found)
     if found is None:
         logger.info("nothing to resume from in %s: starting from scratch", output)

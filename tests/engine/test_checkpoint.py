@@ -1,7 +1,10 @@
+import contextlib
 import logging
+import os
 import pickle
 import random
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,19 +125,76 @@ def test_only_the_newest_are_kept(tmp_path):
     for iteration in (9, 10, 100, 12345678):
         ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
     ck.save_checkpoint(state(5), tmp_path / ck.FINAL)
-    ck.remove_old_checkpoints(tmp_path, 2)
+    ck.remove_old_checkpoints(tmp_path, 2, 12345678)
     assert names(tmp_path) == ["model_0000100.pth", "model_12345678.pth", ck.FINAL]
 
 
+def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(tmp_path):
+    for iteration in (1, 2, 40):
+        ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
+    ck.remove_old_checkpoints(tmp_path, 1, 2)
+    assert names(tmp_path) == ["model_0000002.pth", "model_0000040.pth"]
+
+
 def test_an_earlier_run_is_set_aside_whole(tmp_path):
-    assert ck.set_earlier_run_aside(tmp_path) is None
+    ck.make_aside(tmp_path)  # of a run that was stopped before it moved anything
     for _ in range(2):
         ck.save_checkpoint(state(3), ck.checkpoint_path(tmp_path, 3))
         (tmp_path / "metrics.jsonl").write_text("{}")
+        (tmp_path / "model_0000004.pth.damaged").write_text("")
         (tmp_path / "log.txt").write_text("stays")
-        ck.set_earlier_run_aside(tmp_path)
+        ck.set_aside(ck.checkpoint_files(tmp_path), ck.make_aside(tmp_path))
     assert names(tmp_path) == ["earlier_1", "earlier_2", "log.txt"]
-    assert names(tmp_path / "earlier_2") == ["metrics.jsonl", "model_0000003.pth"]
+    moved = ["metrics.jsonl", "model_0000003.pth", "model_0000004.pth.damaged"]
+    assert names(tmp_path / "earlier_2") == moved
+
+
+def test_setting_aside_can_be_cut_off_anywhere(tmp_path, monkeypatch):
+    """What is left is the earlier run's newest state, until there is nothing left."""
+    files = ["model_0000003.pth", "model_0000006.pth", ck.FINAL, "metrics.jsonl", "config.yaml"]
+    rename = Path.rename
+    for moves in range(len(files) + 1):
+        folder = tmp_path / str(moves)
+        ck.save_checkpoint(state(6), folder / "model_0000006.pth")  # not written in this order
+        for at, name in enumerate(files):
+            if name.endswith("pth"):
+                ck.save_checkpoint(state(3 * at + 3), folder / name)
+                os.utime(folder / name, (at, at))
+            else:
+                (folder / name).write_text("{}")
+        left = iter(range(moves))
+
+        def limited(path, target, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", limited)
+        with contextlib.suppress(KeyboardInterrupt):
+            ck.set_aside(ck.checkpoint_files(folder), ck.make_aside(folder))
+        found = ck.newest_checkpoint(folder)
+        if moves < len(files):
+            assert found[0].name == ck.FINAL and found[1]["iteration"] == 9
+        else:
+            assert found is None
+        moved = {path.name for path in (folder / "earlier_1").iterdir()}
+        assert moved | set(names(folder)) == {*files, "earlier_1"}
+
+
+def test_what_is_passed_over_is_renamed_only_for_a_run_that_goes_on(tmp_path, caplog):
+    for iteration in (3, 6):
+        ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
+    for name in ("model_0000009.pth", ck.FINAL):
+        (tmp_path / name).write_bytes(b"not a checkpoint")
+    before = names(tmp_path)
+    assert ck.newest_checkpoint(tmp_path)[1]["iteration"] == 6
+    assert names(tmp_path) == before
+    assert ck.newest_checkpoint(tmp_path, rename_damaged=True)[1]["iteration"] == 6
+    assert names(tmp_path) == [
+        "model_0000003.pth", "model_0000006.pth", "model_0000009.pth.damaged",
+        "model_final.pth.damaged",
+    ]  # fmt: skip
+    assert "model_0000009.pth cannot be read and was renamed to" in caplog.text
 
 
 def test_random_states_survive_a_file(tmp_path):

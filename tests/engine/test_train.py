@@ -146,6 +146,35 @@ def test_resuming_passes_over_a_broken_checkpoint(config, monkeypatch, caplog):
     assert_same_weights(final_weights(cut), final_weights(whole))
 
 
+def test_a_damaged_checkpoint_costs_no_other(config, monkeypatch, caplog):
+    """It is out of the way of the one that comes to its number again, and of those kept."""
+    cut = config("SOLVER.KEEP_CHECKPOINTS", 1, "SOLVER.CHECKPOINT_PERIOD", 1)
+    output = Path(cut.OUTPUT_DIR)
+    interrupt_in(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        engine.train(cut, CPU)
+    (output / "model_0000007.pth").write_bytes(b"damaged")
+    interrupt_in(monkeypatch, 1)
+    with caplog.at_level(logging.WARNING, logger="nasfcos"), pytest.raises(Interrupted):
+        engine.train(cut, CPU, resume=True)
+    assert "model_0000007.pth cannot be read and was renamed" in caplog.text
+    found = sorted(path.name for path in output.glob("model_*"))
+    assert found == ["model_0000005.pth", "model_0000007.pth.damaged"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_set_aside_when_it_is_resumed(config):
+    cfg = config("SOLVER.MAX_ITER", 3, "SOLVER.LOG_PERIOD", 1)
+    output = Path(cfg.OUTPUT_DIR)
+    engine.train(cfg, CPU, skip_test=True)
+    lines = (output / "metrics.jsonl").read_text()
+    (output / "model_final.pth").write_bytes(b"damaged")
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, resume=True, skip_test=True)
+    assert load_checkpoint(output / "model_final.pth")["iteration"] == 1
+    assert [line["iteration"] for line in metrics(cfg)] == [1]
+    assert (output / "earlier_1" / "metrics.jsonl").read_text() == lines
+    assert (output / "earlier_1" / "model_final.pth").read_bytes() == b"damaged"
+
+
 def test_resuming_nothing_starts_and_resuming_the_finished_tests(config, caplog):
     cfg = config()
     with caplog.at_level(logging.INFO, logger="nasfcos"):
@@ -210,6 +239,40 @@ def test_fine_tuning_in_the_folder_of_the_weights(config):
     conv = "head.cls_logits.weight"
     assert torch.equal(final_weights(tuned)[conv], trained[conv])
     assert (Path(cfg.OUTPUT_DIR) / "earlier_1" / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "model_0000000.pth"])
+@pytest.mark.parametrize("seed", [3, -1])
+def test_a_killed_fine_tuning_in_the_folder_of_the_weights_goes_on(config, monkeypatch, name, seed):
+    """Killed before its first checkpoint, when MODEL.WEIGHT lies elsewhere already."""
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    output = Path(config().OUTPUT_DIR)
+    if name != "model_final.pth":
+        (output / "model_final.pth").rename(output / name)
+    weight = (output / name).read_bytes()
+    overrides = ("MODEL.WEIGHT", str(output / name), "SOLVER.MAX_ITER", 4, "SEED", seed)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    monkeypatch.setattr(train_module, "update", kill)
+    with pytest.raises(Killed):
+        engine.train(config(*overrides), CPU)
+    monkeypatch.undo()
+    assert (output / "earlier_1" / name).read_bytes() == weight
+    found = [path.name for path in output.glob("model_*")]
+    assert found == ["model_0000000.pth"]
+    engine.train(config(*overrides), CPU, resume=True, skip_test=True)
+
+    seed = yaml.safe_load((output / "config.yaml").read_text())["SEED"]
+    source = str(output / "earlier_1" / name)
+    whole = config("MODEL.WEIGHT", source, "SOLVER.MAX_ITER", 4, "SEED", seed, output="whole")
+    engine.train(whole, CPU, skip_test=True)
+    assert not (Path(whole.OUTPUT_DIR) / "model_0000000.pth").exists()
+    assert_same_weights(final_weights(config()), final_weights(whole))
 
 
 def test_resuming_with_the_classes_in_another_order_is_refused(config):
