@@ -40,7 +40,7 @@ def main() -> int:
     if args.plots:
         for axis in report["axes"]:
             if axis["curves"]:
-                plot_growth(axis, Path(args.plots) / f"growth_{axis['name']}.png")
+                plot_growth(axis, Path(args.plots) / f"{axis['name']}.png")
     print(format_growth(report))
     return int(failed(report))
 
