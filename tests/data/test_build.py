@@ -159,7 +159,9 @@ def test_too_many_bad_images_stop_with_their_names(config, tmp_path, workers):
 
 
 def test_errors_in_workers_name_the_file(config, tmp_path):
-    cfg = config("DATALOADER.NUM_WORKERS", 1, "INPUT.HUE", 3.0)  # torchvision allows 0.5
+    cfg = config("DATALOADER.NUM_WORKERS", 1).clone()
+    cfg.defrost()
+    cfg.INPUT.HUE = 3.0  # which load_config would refuse: torchvision allows 0.5
     with pytest.raises(DataError, match=r"\d\.png: ValueError: hue_factor"):
         list(islice(build_train_loader(cfg), 8))
 
