@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -519,12 +520,11 @@ def train_neck(
         "model": [config.MODEL[key].dump() for key in ("HEAD", "FCOS", "RETINANET")],
         "proxy": cfg.SEARCH.PROXY.dump(),
     }
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["made_from"] == made_from:
-            logger.info("the FPN of the head stage is taken from %s", path)
-            decoder.neck.load_state_dict(saved["neck"])
-            return decoder.neck.to(device, memory_format=torch.channels_last).eval()
+    saved = read_saved(path)
+    if saved.get("made_from") == made_from:
+        logger.info("the FPN of the head stage is taken from %s", path)
+        decoder.neck.load_state_dict(saved["neck"])
+        return decoder.neck.to(device, memory_format=torch.channels_last).eval()
     iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
     logger.info("training the FPN of the head stage for %d iterations", iterations)
     training = build_training(cfg, decoder, train, iterations, cfg.SEED)
@@ -538,3 +538,17 @@ def train_neck(
     with replacing(path) as temporary:
         torch.save({"neck": neck.state_dict(), "made_from": made_from}, temporary)
     return neck
+
+
+def read_saved(path: Path) -> dict:
+    """A dict saved by torch; empty where the file is missing or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # zipfile and torch.load raise many kinds
+        logger.warning("%s is damaged: %s", path, str(error).split("\n", 1)[0])
+        return {}

@@ -332,3 +332,26 @@ def test_neck_of_the_head_stage(folders, tmp_path, monkeypatch):
     cfg.SEARCH.PROXY.NECK_ITERATIONS += 1
     with pytest.raises(AssertionError, match="trained again"):
         train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "other"])
+def test_a_damaged_neck_is_trained_anew(folders, tmp_path, caplog, damage):
+    cfg = config(HEAD_CHANNELS=16)
+    caches = tuple(map(FeatureCache.open, folders["fpn"]))
+    cells = Genotype.parse(CELLS).cells
+    neck = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+    path = tmp_path / "neck.pth"
+    content = path.read_bytes()
+    if damage == "other":
+        torch.save([1, 2], path)
+    else:
+        middle = len(content) // 2
+        changed = content[:middle] + bytes(64) + content[middle + 64 :]
+        path.write_bytes({"truncated": content[:-100], "changed": changed, "empty": b""}[damage])
+    again = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+    assert f"{path} is damaged" in caplog.text
+    for name, value in neck.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    caplog.clear()
+    train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+    assert "damaged" not in caplog.text
