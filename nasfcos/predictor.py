@@ -40,6 +40,8 @@ OUTPUT_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 # Pictures on the sheet of a prediction run: its first ones.
 SHEET_PICTURES = 12
+# The longest side that a JPEG file can have; longer pictures become PNG files.
+JPEG_LIMIT = 65500
 
 Detections = dict[str, Tensor]
 
@@ -309,6 +311,8 @@ def _write_picture(
 ) -> dict[str, Any]:
     """Write the picture with its boxes; gives the image's entry of detections.json."""
     drawn = draw_detections(picture, found, predictor.class_names, score_threshold)
+    if max(picture.size) > JPEG_LIMIT and output.suffix.lower() in (".jpg", ".jpeg"):
+        output = output.with_name(output.name + ".png")
     with replacing(output) as temporary:
         Image.fromarray(drawn).save(temporary, quality=92)
     return {

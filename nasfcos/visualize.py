@@ -157,15 +157,28 @@ def to_picture(image: AnyImage) -> Image.Image:
     """A copy of an image as an 8-bit RGB picture, its pixels where they were.
 
     Raises:
-        ValueError: an array or tensor of another type or shape than `draw_detections` takes.
+        ValueError: an array or tensor of another type, shape or range than `draw_detections` takes,
+            an image without pixels, or something else.
     """
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image of {image.width} x {image.height} pixels has none")
         return to_rgb(image).copy()
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         if image.is_floating_point():
+            if image.numel() and not -1 <= image.min() <= image.max() <= 2:  # or NaN
+                raise ValueError(
+                    f"an image of floats must lie in 0..1, not in {image.min():g}.."
+                    f"{image.max():g}; divide by 255, or give it as uint8"
+                )
             image = (image * 255).round().clamp(0, 255).to(torch.uint8)
         image = image.movedim(0, -1).numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            "an image must be a path, a PIL image, an array or a tensor, not "
+            f"{type(image).__name__}"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(
             "an image must be an RGB array [H, W, 3] of uint8 or a tensor [3, H, W] of uint8 or of "

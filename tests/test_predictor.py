@@ -121,8 +121,13 @@ def test_what_is_no_image_is_refused(predictor, tmp_path):
         np.zeros((0, 30, 3), np.uint8),
         torch.zeros(1, 20, 30),
         torch.zeros(20, 30, 3),
+        torch.full((3, 20, 30), 200.0),
+        torch.full((3, 20, 30), torch.nan),
+        Image.new("RGB", (0, 30)),
+        b"not a picture",
+        None,
     ):
-        with pytest.raises(ValueError, match="an image must be"):
+        with pytest.raises(ValueError, match="an image (must|of)"):
             predictor(bad)
 
 
@@ -260,6 +265,12 @@ def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
     (folder / "sheet.jpg").rename(folder / "b.bmp.jpg")
     with pytest.raises(DataError, match="b.bmp.jpg would be written twice"):
         predict_files(predictor, str(folder), out)
+
+
+def test_a_picture_too_long_for_jpeg_becomes_png(predictor, tmp_path):
+    Image.new("RGB", (65501, 2)).save(tmp_path / "long.bmp")
+    assert predict_files(predictor, str(tmp_path / "long.bmp"), tmp_path / "out").images == 1
+    assert files_in(tmp_path / "out") == ["detections.json", "long.bmp.jpg.png"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -11,6 +11,7 @@ from nasfcos.config import load_config
 from nasfcos.data import DataError
 from nasfcos.engine.checkpoint import newest_weights
 from nasfcos.engine.launch import argument_parser, run
+from nasfcos.engine.signals import StopRequest
 from nasfcos.predictor import Predictor, predict_files
 
 logger = logging.getLogger("nasfcos.predict")
@@ -36,7 +37,8 @@ def main() -> int:
         given = "MODEL.WEIGHT" in args.overrides[::2]
         newest = None if given else newest_weights(cfg.OUTPUT_DIR)
         predictor = Predictor(cfg, newest)
-        summary = predict_files(predictor, args.input, args.output, args.score)
+        with StopRequest() as stop, stop.heeded_at_once():
+            summary = predict_files(predictor, args.input, args.output, args.score)
         logger.info(
             "%d images and %d videos written to %s, %d skipped because they cannot be read",
             summary.images, summary.videos, args.output, summary.skipped,

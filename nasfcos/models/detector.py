@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +110,11 @@ class Detector(nn.Module):
         checked = []
         for index, target in enumerate(targets):
             for key in ("boxes", "labels"):
-                if not isinstance(target.get(key), Tensor):
+                if not isinstance(target, Mapping) or not isinstance(target.get(key), Tensor):
                     raise ValueError(f"target {index}: {key!r} must be a tensor")
             boxes, labels = target["boxes"], target["labels"]
+            if labels.is_floating_point():
+                raise ValueError(f"target {index}: labels must be integers, not {labels.dtype}")
             if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
                 raise ValueError(
                     f"target {index}: boxes must be [N, 4] and labels [N], not "

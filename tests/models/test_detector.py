@@ -293,6 +293,12 @@ def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
         ([torch.rand(3, 9, 9)], [target((0, 0, 4, float("nan"), 1))], "not finite"),
         ([torch.rand(3, 9, 9)], [target((0, 0, 4, 4, 4))], "classes are 1..3"),
         ([torch.rand(3, 9, 9)], [target((0, 0, 4, 4, 0))], "classes are 1..3"),
+        ([torch.rand(3, 9, 9)], [torch.rand(2, 4)], "target 0: 'boxes' must be"),
+        (
+            [torch.rand(3, 9, 9)],
+            [{"boxes": torch.rand(1, 4), "labels": torch.tensor([1.7])}],
+            "labels must be integers",
+        ),
         (
             [torch.rand(3, 9, 9)],
             [{"boxes": torch.rand(2, 4), "labels": torch.ones(1)}],
