@@ -11,6 +11,7 @@ from PIL import Image
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError
 from nasfcos.data.records import UnreadableImage
+from nasfcos.engine.checkpoint import CONTENT
 from nasfcos.models.build import build_detector
 from nasfcos.models.weights import WeightsError
 from nasfcos.predictor import Predictor, find_inputs, predict_files
@@ -163,7 +164,7 @@ def test_without_a_detector_the_newest_checkpoint_counts(source, checkpoint, tmp
     with pytest.raises(ConfigError, match="no checkpoint.*trained detector.*MODEL.WEIGHT"):
         Predictor(config)
     state = torch.load(checkpoint, weights_only=True)
-    state |= {"optimizer": {}, "scheduler": {}, "iteration": 10}
+    state |= dict.fromkeys(CONTENT - state.keys(), {}) | {"iteration": 10}
     torch.save(state, tmp_path / "model_0000010.pth")
     assert Predictor(config).class_names == CLASSES
 

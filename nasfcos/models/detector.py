@@ -113,13 +113,13 @@ class Detector(nn.Module):
                 if not isinstance(target, Mapping) or not isinstance(target.get(key), Tensor):
                     raise ValueError(f"target {index}: {key!r} must be a tensor")
             boxes, labels = target["boxes"], target["labels"]
-            if labels.is_floating_point():
-                raise ValueError(f"target {index}: labels must be integers, not {labels.dtype}")
             if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
                 raise ValueError(
                     f"target {index}: boxes must be [N, 4] and labels [N], not "
                     f"{list(boxes.shape)} and {list(labels.shape)}"
                 )
+            if labels.is_floating_point() and len(labels):
+                raise ValueError(f"target {index}: labels must be integers, not {labels.dtype}")
             if boxes.device.type == "cpu" and len(boxes):
                 self._check_values(boxes, labels, index)
             checked.append({"boxes": boxes.float(), "labels": labels.long()})
