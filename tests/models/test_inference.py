@@ -74,6 +74,37 @@ def test_same_outputs(name, dtype, tolerance):
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
 
 
+@pytest.fixture
+def exact_products():
+    """A GPU's convolutions of float32 maps do not round them first, which is the default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(None, 1e-3), (torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
+)
+def test_a_gpu_gives_the_cpus_outputs(name, dtype, tolerance):
+    image = torch.rand(3, 140, 190, generator=torch.Generator().manual_seed(1))
+    model = lively(name)
+    want = head_outputs(model, image)
+    model = model.cuda()
+    if dtype is not None:
+        model = nasfcos.optimize_for_inference(model, dtype)
+    for found, expected in zip(head_outputs(model, image), want, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a.is_cuda
+            assert (a.cpu().float() - b).abs().mean() / b.abs().mean() < tolerance
+    found = model([image])[0]
+    assert len(found["boxes"]) > 10 and all(value.is_cuda for value in found.values())
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_golden_detections():
     cfg = nasfcos.load_config(
@@ -174,8 +205,10 @@ def test_concat(channels, dtype):
 
 
 @pytest.mark.slow
-def test_compiled():
-    model = lively("R_50_NAS_head")
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled(device):
+    model = lively("R_50_NAS_head").to(device)
     image = torch.rand(3, 96, 128)
     fast = nasfcos.optimize_for_inference(model, compile=True)
     with torch.no_grad():

@@ -231,6 +231,18 @@ def test_repeats_to_the_last_bit(folders):
     assert task(folders, seed=4).run(TrialJob(0, CELLS)).reward != first.reward
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize("stage, genotype", [("fpn", CELLS), ("head", HEAD)])
+def test_a_gpu_finds_the_cpus_reward(folders, stage, genotype, head):
+    want = task(folders, stage, head, ITERATIONS=2).run(TrialJob(0, genotype))
+    found = task(folders, stage, head, ITERATIONS=2)
+    found.device = "cuda"
+    found = found.run(TrialJob(0, genotype))
+    assert found.status == COMPLETE, found.reason
+    assert found.reward == pytest.approx(want.reward, rel=1e-2)
+
+
 def test_seed_of_the_weights():
     assert weight_seed(0, CELLS) == weight_seed(0, [list(map(list, cell)) for cell in CELLS])
     assert len({weight_seed(s, g) for s in (0, 1) for g in (CELLS, OTHER)}) == 4
