@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from ..config import load_config
 from ..data import build_dataset, build_test_loader, build_train_loader
 from ..data.images import read_size
-from ..engine.checkpoint import load_checkpoint, save_checkpoint
+from ..engine.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 from ..evaluation.coco import coco_metrics
 from ..models import build_detector, load_weights
 from .detectors import our_config
@@ -296,8 +296,9 @@ def checkpoint(setting: Setting) -> Case:
     tensors = model.state_dict()
     moments = {i: {"momentum_buffer": x.clone()} for i, x in enumerate(model.parameters())}
     path = setting.folder / "model_0000001.pth"
-    state = {"model": tensors, "optimizer": {"state": moments, "param_groups": []}}
-    save_checkpoint({**state, "scheduler": {}, "iteration": 1}, path)
+    state = dict.fromkeys(CONTENT, {}) | {"model": tensors, "iteration": 1}
+    state["optimizer"] = {"state": moments, "param_groups": []}
+    save_checkpoint(state, path)
     plain = "torch.load"
     return Case(
         "R_50_NAS_head's training checkpoint from a file that is in the page cache; ours verifies "

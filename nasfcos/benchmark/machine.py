@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from ..engine.distributed import available_cores
-from ..ops.library import has_compiled
+from ..ops.library import OPERATORS, has_compiled
 
 ROOT = Path(__file__).parents[2]
 SAME_FOR_COMPARISON = (
@@ -38,7 +38,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda if cuda else None,
         "compiled_operators": [
             name
-            for name in ("modulated_deform_conv2d", "nms", "sigmoid_focal_loss")
+            for name in OPERATORS
             if has_compiled(name, device.type)
         ],
         "commit": _commit(),

@@ -168,8 +168,7 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model, whose gradients are from now on the means over the processes of a job."""
     if world_size() == 1:
         return model
-    # Buffers are made alike where that matters (`broadcast_buffers`), not in every step.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

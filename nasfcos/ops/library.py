@@ -46,6 +46,9 @@ _SCHEMAS = {
         "int[2] padding, int[2] dilation, int offset_groups) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
+OPERATORS = tuple(name for name in _SCHEMAS if not name.endswith("_backward"))
+"""All operators; most have another one for the gradient."""
+
 # On CUDA torchvision's operator is the intended kernel of these, not a makeshift.
 _TORCHVISION_ON_CUDA = {"modulated_deform_conv2d", "modulated_deform_conv2d_backward"}
 
