@@ -278,7 +278,7 @@ def test_three_thousand_trials(tmp_path):
     s = stage(FPNSpace(7, FPN_OPS, AGGREGATIONS), 300, batch=2)
     s.records = [replace(r, index=10 * r.index + i) for r in s.records for i in range(10)]
     page = Page(write_report(tmp_path, [s]))
-    assert "3000 of 300" in page.text
+    assert "3,000 of 300 trials" in page.text
 
 
 # --------------------------------------------------------------------------------------- pictures
