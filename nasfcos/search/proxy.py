@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
 from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
+from ..models.weights import WeightsError, read_torch_file
 from ..transfer import to_device
 from .cache import FeatureCache
 from .cost import latency_ms, multiply_adds
@@ -545,10 +545,7 @@ def read_saved(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"wrong checksum of {damaged}")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # zipfile and torch.load raise many kinds
-        logger.warning("%s is damaged: %s", path, str(error).split("\n", 1)[0])
+        return dict(read_torch_file(path))
+    except (WeightsError, TypeError, ValueError) as error:
+        logger.warning("%s is damaged: %s", path, error)
         return {}
