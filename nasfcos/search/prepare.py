@@ -6,17 +6,32 @@ import logging
 from pathlib import Path
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
-from ..engine.checkpoint import FINAL, differing_keys, load_checkpoint
+from ..engine.checkpoint import FINAL, CheckpointError, differing_keys, load_checkpoint
 from ..engine.train import build_model, train
 from ..models import Detector, load_weights
+from .split import without_places
 
 logger = logging.getLogger(__name__)
 
 PLAIN = ("MODEL.NECK.NAME", "fpn", "MODEL.HEAD.TOWER", "plain", "MODEL.GENOTYPE", [])
 """Overrides that take the searched parts out of a detector."""
+
+NEUTRAL = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.KEEP_CHECKPOINTS",
+    "SOLVER.LOG_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
+"""Keys, besides those of SEARCH, that leave what is trained the same."""
+
+OTHER_RUN = "%s holds a run of another config: %s"
 
 
 def prepare_config(cfg: CfgNode, folder: Path) -> CfgNode:
@@ -43,7 +58,9 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
     source = cfg.SEARCH.PREPARE.WEIGHT
     if not source:
         final = folder / FINAL
-        same = is_run_of(plain, folder)
+        if changes := backbone_changes(plain, folder):
+            logger.warning(OTHER_RUN, folder, "; ".join(changes))
+        same = not changes
         if not (same and _is_finished(final, plain.SOLVER.MAX_ITER)):
             logger.info("fine-tuning the backbone with the plain detector in %s", folder)
             train(plain, device, resume=same, skip_test=True)
@@ -62,20 +79,47 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
 def is_run_of(cfg: CfgNode, folder: Path) -> bool:
     """Whether the training run in a folder, if there is any, is one of this config.
 
-    The SEARCH section and OUTPUT_DIR may differ. What differs otherwise is logged.
+    What differs (see `changes_since`) is logged.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        return True
-    changes = [
-        change
-        for change in differing_keys(cfg, path.read_text(encoding="utf-8"))
-        if not change.startswith(("SEARCH.", "OUTPUT_DIR"))
-    ]
-    if changes:
-        logger.warning("%s holds a run of another config: %s", folder, "; ".join(changes))
+    if changes := _changes_since_run(cfg, folder):
+        logger.warning(OTHER_RUN, folder, "; ".join(changes))
     return not changes
 
 
+def backbone_changes(plain: CfgNode, folder: Path) -> list[str]:
+    """Why the backbone in a folder, if there is one, is none of the config of a fine-tuning."""
+    # How it would be tested leaves the weights as they are.
+    return [c for c in _changes_since_run(plain, folder) if not c.startswith("TEST.")]
+
+
+def _changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
+    path = folder / "config.yaml"
+    return changes_since(path.read_text(encoding="utf-8"), cfg) if path.exists() else []
+
+
+def changes_since(then: str, cfg: CfgNode) -> list[str]:
+    """What differs between two configs that matters for a training, ``KEY: then -> now`` each.
+
+    Args:
+        then: the one as YAML text.
+        cfg: the other.
+    """
+    before, now = (_comparable(text) for text in (then, cfg.dump()))
+    return [
+        change
+        for change in differing_keys(now, before.dump())
+        if not change.startswith(("SEARCH.", *(f"{key}:" for key in NEUTRAL)))
+    ]
+
+
+def _comparable(text: str) -> CfgNode:
+    tree = yaml.safe_load(text)
+    return CfgNode(tree | {"DATASETS": without_places(tree["DATASETS"])})
+
+
 def _is_finished(final: Path, iterations: int) -> bool:
-    return final.exists() and load_checkpoint(final)["iteration"] >= iterations
+    try:
+        return final.exists() and load_checkpoint(final)["iteration"] >= iterations
+    except CheckpointError as error:
+        logger.warning("%s; the training goes on from what is left of it", error)
+        return False

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from yacs.config import CfgNode
@@ -26,25 +29,47 @@ _HASH_DIGITS = 12
 _MOVES_PER_CLASS = 200
 
 
-def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
-    """Split the sets of DATASETS.TRAIN into meta-train and meta-val.
+@dataclass(frozen=True)
+class Split:
+    """Meta-train and meta-val.
 
-    Writes the COCO files ``<name>_train.json`` and ``<name>_val.json`` of each set to a folder in
-    `folder`, which is called by a hash over them: what was made of another split cannot be taken
-    for what belongs to this one.
+    Attributes:
+        name: a hash over the files, and the name of their folder: what was made of another split
+            cannot be taken for what belongs to this one.
+        cfg: the config with the new sets as DATASETS.TRAIN and DATASETS.TEST, frozen.
+        files: contents of the annotation files by their paths.
+    """
+
+    name: str
+    cfg: CfgNode
+    files: Mapping[Path, str]
+
+    def write(self) -> None:
+        """Write the files; one that is there is not touched."""
+        for path, content in self.files.items():
+            _write_unless_there(path, content)
+
+
+def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
+    """The config of `plan_split`, with the files written."""
+    split = plan_split(cfg, folder, seed)
+    split.write()
+    return split.cfg
+
+
+def plan_split(cfg: CfgNode, folder: str | Path, seed: int) -> Split:
+    """Split the sets of DATASETS.TRAIN into meta-train and meta-val; writes nothing yet.
+
+    The files are COCO files ``<name>_train.json`` and ``<name>_val.json`` of each set.
     Their category ids are the labels of the training data, crowd and difficult boxes are marked
     `iscrowd`, and the image files stay where they are. All sets are stratified together
-    (`stratified_split`); the files depend on the data, SEARCH.META_VAL and the seed alone, and a
-    file that is there is not touched. Images without boxes are left out where
-    DATALOADER.SKIP_EMPTY says so.
+    (`stratified_split`); the files depend on the data, SEARCH.META_VAL and the seed alone. Images
+    without boxes are left out where DATALOADER.SKIP_EMPTY says so.
 
     Args:
         cfg: the config tree.
-        folder: of all splits; made if missing.
+        folder: of all splits.
         seed: of the split.
-
-    Returns:
-        The config with the new sets as DATASETS.TRAIN and DATASETS.TEST, frozen.
 
     Raises:
         ConfigError: an unknown data set, or sets whose classes disagree.
@@ -76,18 +101,35 @@ def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
             parts.append((side, f"{dataset.name}_{suffix}", dataset, content))
 
     contents = [(name, content) for _, name, _, content in parts]
-    folder = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:_HASH_DIGITS]
-    split = cfg.clone()
-    split.defrost()
+    hashed = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:_HASH_DIGITS]
+    new = cfg.clone()
+    new.defrost()
     names: tuple[list[str], list[str]] = ([], [])
+    files = {}
     for side, name, dataset, content in parts:
-        path = folder / f"{name}.json"
-        _write_unless_there(path, content)
-        split.DATASETS.CUSTOM[name] = _entry(dataset, path, classes)
+        path = folder / hashed / f"{name}.json"
+        files[path] = content
+        new.DATASETS.CUSTOM[name] = _entry(dataset, path, classes)
         names[side].append(name)
-    split.DATASETS.TRAIN, split.DATASETS.TEST = map(tuple, names)
-    split.freeze()
-    return split
+    new.DATASETS.TRAIN, new.DATASETS.TEST = map(tuple, names)
+    new.freeze()
+    return Split(hashed, new, files)
+
+
+def without_places(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """A DATASETS section, and where it has the sets of a split, without what else it says of data:
+    these are known by the hash in their path, wherever they and their images lie."""
+    used = {*datasets["TRAIN"], *datasets["TEST"]}
+    paths = [Path(entry["ANNOTATIONS"]) for name, entry in datasets["CUSTOM"].items()
+             if name in used]  # fmt: skip
+    if len(paths) < len(used) or not all(_is_of_split(path) for path in paths):
+        return dict(datasets)
+    rest = {key: value for key, value in datasets.items() if key not in ("ROOT", "CUSTOM")}
+    return rest | {"SPLIT": sorted({path.parent.name for path in paths})}
+
+
+def _is_of_split(path: Path) -> bool:
+    return re.fullmatch(rf"[0-9a-f]{{{_HASH_DIGITS}}}", path.parent.name) is not None
 
 
 def _presence(records: Sequence[Record], num_classes: int) -> np.ndarray:

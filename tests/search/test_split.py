@@ -11,7 +11,12 @@ import yaml
 
 from nasfcos.config import load_config
 from nasfcos.data import DataError, build_dataset, build_train_loader, class_names
-from nasfcos.search.split import split_training_data, stratified_split
+from nasfcos.search.split import (
+    plan_split,
+    split_training_data,
+    stratified_split,
+    without_places,
+)
 
 
 def rng(seed=0):
@@ -249,3 +254,30 @@ def test_data_without_annotations(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(tree))
     with pytest.raises(DataError, match="own cannot be split: it has no annotations"):
         split_training_data(own_config(tmp_path), tmp_path / "split", seed=0)
+
+
+def test_a_plan_writes_nothing(config_file, tmp_path):
+    cfg = load_config(config_file)
+    split = plan_split(cfg, tmp_path / "split", seed=4)
+    assert not (tmp_path / "split").exists()
+    split.write()
+    assert split.cfg == split_training_data(cfg, tmp_path / "split", seed=4)
+    assert {path.parent.name for path in split.files} == {split.name}
+    assert all(path.read_text() == content for path, content in split.files.items())
+
+
+def test_a_split_is_known_wherever_it_lies(config_file, tmp_path, data_root):
+    cfg = load_config(config_file)
+
+    def data(cfg):
+        return without_places(yaml.safe_load(cfg.dump())["DATASETS"])
+
+    first = data(split_training_data(cfg, tmp_path / "a", seed=4))
+    assert data(split_training_data(cfg, tmp_path / "b", seed=4)) == first
+    (tmp_path / "data").symlink_to(data_root)
+    moved = load_config(config_file, ["DATASETS.ROOT", str(tmp_path / "data")])
+    assert data(split_training_data(moved, tmp_path / "c", seed=4)) == first
+    assert data(split_training_data(cfg, tmp_path / "a", seed=5)) != first
+    other = load_config(config_file, ["DATASETS.TRAIN", ["val"]])
+    assert data(split_training_data(other, tmp_path / "a", seed=4)) != first
+    assert data(moved) != data(cfg)  # only what a split names is known by its content
