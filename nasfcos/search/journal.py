@@ -300,28 +300,11 @@ class Journal:
 
     # -------------------------------------------------------------------------------- inner parts
     def _check_settings(self, settings: dict[str, Any], before: dict[str, Any] | None) -> None:
-        """Store the settings in a new journal; refuse others in an old one."""
-        settings = json.loads(json.dumps(settings))
-        if before is None:
-            self._study.set_user_attr(SETTINGS, settings)
-            return
-        missing = object()
-        different = [
-            name
-            for name in sorted({*settings, *before})
-            if settings.get(name, missing) != before.get(name, missing)
-        ]
-        if different:
-            changes = "; ".join(
-                f"{name} was {_brief(before.get(name, '(nothing)'))} and is now "
-                f"{_brief(settings.get(name, '(nothing)'))}"
-                for name in different
-            )
-            raise JournalError(
-                f"{self.path} holds a search of the {self.space.stage} stage with other settings: "
-                f"{changes}. Set them as they were to go on with it, or name another OUTPUT_DIR "
-                "(and leave out --resume)"
-            )
+        """Store the settings in a journal without trials; refuse others in one that has some."""
+        if before is None or not self._storage.get_n_trials(self._study_id):
+            self._study.set_user_attr(SETTINGS, json.loads(json.dumps(settings)))
+        else:
+            _refuse_others(self.path, self.space.stage, settings, before)
 
     def _recover(self) -> None:
         """Read the file, and put in order what a kill left in it.
@@ -398,6 +381,57 @@ class Journal:
         )
         index = failed.user_attrs["index"]
         self._note_trial(next(t for t in waiting if t.user_attrs.get("index") == index))
+
+
+def check_settings(path: str | Path, stage: str, settings: Mapping[str, Any]) -> bool:
+    """Refuse settings that `Journal` would refuse, some of them, before they do any harm.
+
+    For the process that holds the lock of OUTPUT_DIR.
+
+    Returns:
+        whether the stage has trials; one without any takes all settings.
+
+    Raises:
+        JournalError: the file is no journal, or these settings are others; the message names them.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    with _readable(path):
+        storage = RDBStorage(URL, _engine(path, "rw"))
+        try:
+            study_id = storage.get_study_id_from_name(stage)
+            trials = storage.get_n_trials(study_id)
+            before = storage.get_study_user_attrs(study_id).get(SETTINGS, {})
+        except KeyError:
+            return False
+        finally:
+            storage.engine.dispose()
+    if trials:
+        _refuse_others(path, stage, settings, {n: v for n, v in before.items() if n in settings})
+    return trials > 0
+
+
+def _refuse_others(
+    path: Path, stage: str, settings: Mapping[str, Any], before: Mapping[str, Any]
+) -> None:
+    settings = json.loads(json.dumps(settings))
+    missing = object()
+    different = [
+        name
+        for name in sorted({*settings, *before})
+        if settings.get(name, missing) != before.get(name, missing)
+    ]
+    if different:
+        changes = "; ".join(
+            f"{name} was {_brief(before.get(name, '(nothing)'))} and is now "
+            f"{_brief(settings.get(name, '(nothing)'))}"
+            for name in different
+        )
+        raise JournalError(
+            f"{path} holds a search of the {stage} stage with other settings: {changes}. Set them "
+            "as they were to go on with it, or name another OUTPUT_DIR (and leave out --resume)"
+        )
 
 
 def read_records(path: str | Path, stage: str) -> list[TrialRecord]:

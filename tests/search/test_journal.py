@@ -17,7 +17,12 @@ optuna = pytest.importorskip("optuna")
 from optuna.storages import RDBStorage  # noqa: E402
 
 from nasfcos.genotype import PUBLISHED  # noqa: E402
-from nasfcos.search.journal import Journal, JournalError, read_records  # noqa: E402
+from nasfcos.search.journal import (  # noqa: E402
+    Journal,
+    JournalError,
+    check_settings,
+    read_records,
+)
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
 from nasfcos.search.space import FPNSpace, HeadSpace  # noqa: E402
 
@@ -148,6 +153,26 @@ def test_other_settings_are_refused_and_named(path):
     larger = HeadSpace(PUBLISHED.cells, 3)
     with pytest.raises(JournalError, match="decisions was"):
         Journal(path, larger, retries=2, settings=SETTINGS)
+
+
+def test_settings_are_refused_before_the_search_goes_on(tmp_path, path):
+    assert not check_settings(path, "head", {"SEARCH.BATCH": 8}) and not path.exists()
+    open_journal(path)
+    assert not check_settings(path, "head", {"SEARCH.BATCH": 8})  # it has no trials yet
+    changed = {**SETTINGS, "SEARCH.BATCH": 5}
+    Journal(path, SPACE, retries=2, settings=changed)
+    open_journal(path)
+    run(path, batches=1)
+    content = path.read_bytes()
+    assert check_settings(path, "head", {"SEARCH.BATCH": 4, "SEARCH.PRUNING.RUNGS": (10, 20)})
+    assert not check_settings(path, "fpn", {"SEARCH.BATCH": 8})
+    with pytest.raises(JournalError, match=r"stage with other settings: SEARCH.BATCH was 4 and is "
+                       r"now 8; SEED was \(nothing\) and is now 1\. .*OUTPUT_DIR"):  # fmt: skip
+        check_settings(path, "head", {"SEARCH.BATCH": 8, "SEED": 1})
+    assert path.read_bytes() == content
+    # Of a search that was killed as it made the file.
+    (tmp_path / "new.db").write_bytes(b"")
+    assert not check_settings(tmp_path / "new.db", "head", {"SEARCH.BATCH": 8})
 
 
 def test_a_worker_that_dies_costs_a_try(path):
