@@ -15,11 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..engine.metrics import format_duration
 from ..evaluation.files import write_json
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord
 
 PROGRESS_FILE = "progress.json"
+
+LOCK_FILE = "lock"
+"""Held by the process of a search as long as it runs."""
 
 RECENT = 20
 """Trials that the rate is taken from."""
@@ -78,17 +83,21 @@ def read_progress(folder: str | Path) -> Progress | None:
         return None
 
 
-def is_running(progress: Progress) -> bool | None:
-    """Whether its process is alive; None where that cannot be seen from this machine."""
+def is_running(folder: str | Path, progress: Progress) -> bool | None:
+    """Whether the search in a folder runs; None where that cannot be seen from here."""
     if progress.host != socket.gethostname():
         return None
-    try:
-        os.kill(progress.pid, 0)
-    except ProcessLookupError:
+    path = Path(folder) / LOCK_FILE
+    if not path.exists():
         return False
-    except PermissionError:  # another user's
+    try:
+        # A lock ends with its process, whose number may soon be that of another one.
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
         return True
-    return True
+    except (OSError, NotImplementedError):  # another user's; a file system without locks
+        return None
 
 
 # ----------------------------------------------------------------------------------------- trials
@@ -143,13 +152,13 @@ def trials_per_hour(records: Sequence[TrialRecord]) -> float:
     return 3600 * len(gaps) / elapsed if elapsed > 0 else math.nan
 
 
-def format_stage(stage: StageStatus) -> str:
-    """A stage in a line: trials, best so far, pace and how the trials ended."""
+def format_stage(stage: StageStatus, ended: bool = False) -> str:
+    """A stage in a line: trials, best so far, pace (unless `ended`) and how the trials ended."""
     done = len(stage.records)
     parts = [f"{stage.stage}: {done:,} of {stage.planned:,} trials"]
     if ranked := stage.ranked():
         parts.append(f"best {ranked[0].result.reward:.4f} (trial {ranked[0].index})")
-    if done < stage.planned:
+    if done < stage.planned and not ended:
         # Reused ones take no time, but they are a part of the way.
         rate, pace = trials_per_hour(stage.own()), trials_per_hour(stage.records)
         if math.isfinite(rate):
@@ -178,25 +187,26 @@ def format_status(
         now: seconds since the epoch; None is the present.
     """
     progress = read_progress(folder)
+    ended = progress is not None and progress.phase == FINISHED
     if progress is None:
         lines = [f"no search has run in {folder}, or it has not got as far as saying so"]
     else:
-        lines = [_format_process(progress, time.time() if now is None else now)]
-        if progress.phase != FINISHED:
+        lines = [_format_process(folder, progress, time.time() if now is None else now)]
+        if not ended:
             lines.append(f"phase: {_format_phase(progress)}")
-    return "\n".join(lines + [format_stage(StageStatus(*stage)) for stage in stages])
+    return "\n".join(lines + [format_stage(StageStatus(*stage), ended) for stage in stages])
 
 
-def _format_process(progress: Progress, now: float) -> str:
+def _format_process(folder: str | Path, progress: Progress, now: float) -> str:
     # Clocks of machines differ.
     age = max(0.0, now - progress.updated)
     said = f"last word {format_duration(age)} ago"
     if progress.phase == FINISHED:
         return f"finished {format_duration(age)} ago"
     process = f"process {progress.pid} on {progress.host}"
-    running = is_running(progress)
+    running = is_running(folder, progress)
     if running is None:
-        return f"{process}: another machine, so it cannot be seen whether it runs; {said}"
+        return f"{process}: it cannot be seen from here whether it runs; {said}"
     if not running:
         return f"stopped: {process} is gone, {said}; --resume goes on"
     if age > SILENT:

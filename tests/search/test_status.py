@@ -12,6 +12,7 @@ import pytest
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from nasfcos.search.status import (
     FINISHED,
+    LOCK_FILE,
     PROGRESS_FILE,
     StageStatus,
     format_stage,
@@ -74,11 +75,33 @@ def test_progress_that_cannot_be_read_is_none(tmp_path, content):
     assert read_progress(tmp_path) is None
 
 
-def test_whether_the_process_is_alive(said, gone):
-    assert is_running(read_progress(said())) is True
-    assert is_running(read_progress(said(pid=gone))) is False
-    assert is_running(read_progress(said(host="elsewhere"))) is None
-    assert is_running(read_progress(said(pid=1))) is True  # also where it is another user's
+@pytest.fixture
+def running(tmp_path):
+    """A process that holds the lock of the folder, as a search does."""
+    code = f"""
+import time
+from filelock import FileLock
+with FileLock({str(tmp_path / LOCK_FILE)!r}):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_whether_the_search_runs(said, running, tmp_path):
+    assert is_running(tmp_path, read_progress(said(pid=running.pid))) is True
+    assert is_running(tmp_path, read_progress(said(host="elsewhere"))) is None
+    running.kill()
+    running.wait()
+    # Another process may have its number by now: here it is that of the test itself.
+    assert is_running(tmp_path, read_progress(said(pid=os.getpid()))) is False
+    (tmp_path / LOCK_FILE).unlink(missing_ok=True)
+    assert is_running(tmp_path, read_progress(said())) is False
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 # ----------------------------------------------------------------------------------------- trials
@@ -141,37 +164,44 @@ def test_a_stage_without_a_reward(records):
 # --------------------------------------------------------------------------------------- together
 
 
-def test_a_running_search(said):
+def test_a_running_search(said, running):
     text = format_status(
-        said("search head", done=0, total=20),
+        said("search head", pid=running.pid, done=0, total=20),
         [("fpn", steady(40), 40), ("head", [], 20)],
         now=1030.0,
     )
     process, phase, fpn, head = text.splitlines()
-    here = f"process {os.getpid()} on {socket.gethostname()}"
+    here = f"process {running.pid} on {socket.gethostname()}"
     assert process == f"running: {here}, last word 00:00:30 ago"
     assert phase == "phase: search head 0 of 20"
     assert fpn == "fpn: 40 of 40 trials, best -2.0000 (trial 0)"
     assert head == "head: 0 of 20 trials"
 
 
-def test_a_stopped_silent_finished_or_distant_search(said, gone, tmp_path):
+def test_a_stopped_silent_finished_or_distant_search(said, gone, running, tmp_path):
     def first(folder, now):
         return format_status(folder, [], now).splitlines()[0]
 
+    assert "log.txt" in first(said(), 8200.0)
+    running.kill()
+    running.wait()
     assert first(said(pid=gone), 4600.0) == (
         f"stopped: process {gone} on {socket.gethostname()} is gone, last word 01:00:00 ago; "
         "--resume goes on"
     )
-    assert "log.txt" in first(said(), 8200.0)
     assert first(said(FINISHED, pid=gone), 1060.0) == "finished 00:01:00 ago"
-    assert "cannot be seen whether it runs" in first(said(host="elsewhere"), 1060.0)
+    assert "cannot be seen from here whether it runs" in first(said(host="elsewhere"), 1060.0)
     assert "no search has run" in first(tmp_path / "none", 1000.0)
 
 
-def test_a_process_that_says_so_itself_runs(tmp_path):
+def test_a_process_that_says_so_itself_runs(tmp_path, running):
     write_progress(tmp_path, "neck")
     assert format_status(tmp_path, []).startswith("running")
+
+
+def test_nothing_is_left_of_a_search_that_has_ended(said):
+    assert "00:30:00 left" in format_status(said(), [("fpn", steady(10), 40)])
+    assert "left" not in format_status(said(FINISHED), [("fpn", steady(10), 40)])
 
 
 def test_figures_of_a_phase(said):
