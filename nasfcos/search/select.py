@@ -12,6 +12,7 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
+from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
 from ..evaluation.files import write_json
@@ -21,6 +22,9 @@ from .records import TrialRecord
 from .status import StageStatus, write_progress
 
 logger = logging.getLogger(__name__)
+
+SUMMARY = "selected.json"
+"""What a full training found out, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,21 @@ def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> C
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
     """Train and test a config's detector, or read what an earlier call with it found out.
 
-    A training of another config in the same folder is set aside; SEARCH and OUTPUT_DIR may differ.
+    A training of another config in the same folder is set aside (`is_run_of`).
 
     Returns:
         AP and AP50 on the first of DATASETS.TEST.
+
+    Raises:
+        ConfigError: called in one of several processes.
+        NonFiniteLossError: the training diverged.
     """
-    summary = Path(cfg.OUTPUT_DIR) / "selected.json"
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            "architectures are trained and compared by one process; train one config with several "
+            "by tools/train_net.py"
+        )
+    summary = Path(cfg.OUTPUT_DIR) / SUMMARY
     same = is_run_of(cfg, Path(cfg.OUTPUT_DIR))
     if same and summary.exists():
         return json.loads(summary.read_text(encoding="utf-8"))
