@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,38 @@ from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .executors import build_executor
-from .journal import Journal, read_records
-from .prepare import prepare_backbone, prepare_config
-from .proxy import ProxyTask, train_neck
+from .journal import Journal, check_settings, read_records
+from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
+from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord
 from .report import StageReport, write_report
-from .select import Selected, by_merit, full_config, select, write_ranking
+from .select import (
+    SUMMARY,
+    Selected,
+    by_merit,
+    full_config,
+    select,
+    train_in_full,
+    write_ranking,
+)
 from .space import Space, build_space
-from .split import split_training_data
+from .split import Split, plan_split
 from .stage import Objective, Pruning, run_stage
-from .status import FINISHED, StageStatus, format_status, write_progress
+from .status import FINISHED, LOCK_FILE, StageStatus, format_status, write_progress
 from .strategies import build_strategy
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "search.db"
+
 TRIALS = {"fpn": "FPN", "head": "HEAD"}
 """Keys of SEARCH.TRIALS and SEARCH.SELECT by stage."""
+
+# What a stage's trials depend on beyond the config, by the names in its journal.
+SPLIT = "the split of the data (DATASETS.TRAIN, their images and boxes)"
+FEATURES = ("features of meta-train (data, PREPARE, CACHE)", "features of meta-val (data, PREPARE)")
+FPN = "the FPN below the head (the best of the FPN stage, or MODEL.GENOTYPE)"
+PYRAMIDS = ("outputs of the FPN on meta-train (neck.pth)", "outputs of the FPN on meta-val")
 
 
 def search(
@@ -61,6 +78,7 @@ def search(
         device: of the preparation, of trials in this process, and of the full trainings.
         config_file: that `cfg` was loaded from; ``best.yaml`` inherits from it, or from what it
             inherits from itself where that is an ordinary config.
+            A copy of that base is kept with it.
         overrides: KEY VALUE pairs that `cfg` has on top of it.
         resume: go on with the search in OUTPUT_DIR, if there is one.
 
@@ -79,7 +97,7 @@ def search(
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder), StopRequest() as stop, stop.heeded_at_once():
-        if (folder / "search.db").exists() and not resume:
+        if (folder / JOURNAL).exists() and not resume:
             raise ConfigError(
                 f"OUTPUT_DIR {folder} holds a search: go on with it by --resume, or name another "
                 "folder"
@@ -89,9 +107,9 @@ def search(
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        with lock.acquire(timeout=0):
+        with lock.acquire(timeout=1):  # --status takes it for a moment
             yield
     except Timeout:
         raise ConfigError(
@@ -118,22 +136,30 @@ class _Search:
         cfg, folder = self.cfg, self.folder
         cells = self._given_cells()
         self._check_configs()
-        write_progress(folder, "splitting the training data")
-        proxy_cfg = split_training_data(cfg, folder / "split", cfg.SEED)
+        split = plan_split(cfg, folder / "split", cfg.SEED)
+        self._check_changes(split, cells)
+        with replacing(folder / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
+        split.write()
+        proxy_cfg = split.cfg
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
         write_progress(folder, "caching the backbone's features")
-        caches = build_caches(proxy_cfg, detector, self._cache_folder())
+        caches = build_caches(proxy_cfg, detector, self._cache_folder(), self._check_features)
         del detector
 
         best: Selected | None = None
         for stage in cfg.SEARCH.STAGES:
             stage_caches = caches
+            settings = _fixed_settings(cfg, stage) | {SPLIT: split.name} | _names(FEATURES, caches)
             if stage == "head":
+                settings[FPN] = Genotype(cells).to_list()
+                self._check("head", settings)
                 write_progress(folder, "training the FPN of the head stage")
                 stage_caches = self._cache_pyramids(proxy_cfg, caches, cells)
+                settings |= _names(PYRAMIDS, stage_caches)
             space = build_space(cfg, stage, cells)
-            self._search_stage(proxy_cfg, stage, space, stage_caches)
+            self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
             best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
             cells = Genotype.parse(best.genotype).cells
         path = self._write_best(best)
@@ -170,6 +196,31 @@ class _Search:
             full_config(self.cfg, stage, example, self.folder)
         class_names(self.cfg)
 
+    def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
+        """Refuse to go on where finished trials would not count, while nothing is touched yet."""
+        begun = [s for s in self.cfg.SEARCH.STAGES if self._check(s, _fixed_settings(self.cfg, s))]
+        for stage in begun:
+            self._check(stage, {SPLIT: split.name})
+        if cells is not None:
+            self._check("head", {FPN: Genotype(cells).to_list()})
+        backbone = self.folder / "backbone"
+        if not begun or self.cfg.SEARCH.PREPARE.WEIGHT:
+            return
+        if changes := backbone_changes(prepare_config(split.cfg, backbone), backbone):
+            raise ConfigError(
+                f"the trials in {self.folder / JOURNAL} stand on the backbone in {backbone}, which "
+                f"was trained with other settings: {'; '.join(changes)}. Set them as they were to "
+                "go on (SEARCH.SELECT.OVERRIDES is for what shall differ in the full trainings), "
+                "or name another OUTPUT_DIR (and leave out --resume)"
+            )
+
+    def _check_features(self, *names: str) -> None:
+        for stage in self.cfg.SEARCH.STAGES:
+            self._check(stage, dict(zip(FEATURES, names, strict=True)))
+
+    def _check(self, stage: str, settings: dict[str, Any]) -> bool:
+        return check_settings(self.folder / JOURNAL, stage, settings)
+
     def _cache_folder(self) -> Path:
         given = self.cfg.SEARCH.CACHE.FOLDER
         return Path(given).expanduser() if given else self.folder / "cache"
@@ -194,6 +245,7 @@ class _Search:
         stage: str,
         space: Space,
         caches: tuple[FeatureCache, FeatureCache],
+        fixed: dict[str, Any],
     ) -> None:
         settings = cfg.SEARCH
         trials = settings.TRIALS[TRIALS[stage]]
@@ -210,14 +262,7 @@ class _Search:
             device=str(self.device) if settings.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
             seed=cfg.SEED,
         )
-        journal = Journal(
-            self.folder / "search.db",
-            space,
-            retries=settings.RETRIES,
-            settings=_fixed_settings(cfg, caches),
-        )
-        with replacing(self.folder / "config.yaml") as temporary:
-            temporary.write_text(self.cfg.dump(), encoding="utf-8")
+        journal = Journal(self.folder / JOURNAL, space, settings.RETRIES, fixed)
         self.reports[stage] = StageReport(
             stage, [], space.decisions, [], settings.STRATEGY, trials
         )
@@ -268,12 +313,14 @@ class _Search:
 
     def _write_best(self, best: Selected) -> Path:
         """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work."""
+        best, weights = self._weights(best)
         cfg = full_config(self.cfg, best.stage, best.genotype, self.folder / "best")
         base, keys = _ordinary_base(self.config_file)
+        base = _copy_with_bases(base, self.folder / "base")
         keys += [*map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
         keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
         settings = yaml.safe_load(cfg.dump())
-        tree = {"_BASE_": os.path.relpath(base.resolve(), self.folder.resolve())} | nested(
+        tree = {"_BASE_": base.relative_to(self.folder).as_posix()} | nested(
             {key: get_setting(settings, key) for key in keys if not key.startswith("SEARCH.")}
         )
         path = self.folder / "best.yaml"
@@ -283,10 +330,27 @@ class _Search:
             text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
             temporary.write_text(title + text, encoding="utf-8")
         load_config(path)
-        trained = load_checkpoint(self.folder / best.folder / FINAL)
         with replacing(self.folder / "best.pth") as temporary:
-            torch.save({key: trained[key] for key in ("model", "classes", "config")}, temporary)
+            torch.save(weights, temporary)
         return path
+
+    def _weights(self, best: Selected) -> tuple[Selected, dict[str, Any]]:
+        """The content of ``best.pth``: from the full training, or, where its files have been
+        deleted, from the ``best.pth`` that is there; trained again where that is gone, too."""
+        run = self.folder / best.folder
+        cfg = full_config(self.cfg, best.stage, best.genotype, run)
+        names = ("model", "classes", "config")
+        for path in (run / FINAL, self.folder / "best.pth"):
+            saved = read_saved(path)
+            if saved and not changes_since(saved["config"], cfg):
+                return best, {name: saved[name] for name in names}
+        logger.warning("the weights in %s are gone; they are trained again", run)
+        (run / SUMMARY).unlink(missing_ok=True)
+        best = replace(best, **train_in_full(cfg, self.device))
+        self.ranking[0] = best
+        write_ranking(self.folder / "ranking.json", self.ranking)
+        saved = load_checkpoint(run / FINAL)
+        return best, {name: saved[name] for name in names}
 
 
 class _Progress:
@@ -301,7 +365,7 @@ class _Progress:
         self.batches = 0
 
     def __enter__(self) -> _Progress:
-        self.shown = {record.index for record in self.journal.records()}
+        self.shown = {record.index for record in self._records()}
         self.batches = len(self.journal.batch_figures())
         self.began, self.before = time.monotonic(), len(self.shown)
         self.bar = tqdm(
@@ -312,13 +376,18 @@ class _Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._refresh(self.journal.records(), self.journal.batch_figures())
         self.bar.close()
         if self.board is not None:
             self.board.close()
+        self._refresh(self._records(), self.journal.batch_figures())
+        self.run._report(force=True)  # also of a search that ends here by an error
+
+    def _records(self) -> list[TrialRecord]:
+        """Those of the planned trials; an earlier run may have planned more."""
+        return [record for record in self.journal.records() if record.index < self.trials]
 
     def __call__(self, journal: Journal) -> None:
-        records = journal.records()
+        records = self._records()
         new = [record for record in records if record.index not in self.shown]
         if new:
             self.shown.update(record.index for record in new)
@@ -372,31 +441,42 @@ def _remark(record: TrialRecord) -> str:
 def search_status(cfg: CfgNode) -> str:
     """How far the search in OUTPUT_DIR is, in words; it may be running or not."""
     folder = Path(cfg.OUTPUT_DIR)
-    path = folder / "search.db"
+    path = folder / JOURNAL
+    try:  # its own settings, not those of the command that asks
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["SEARCH"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # it has hardly begun
+        settings = cfg.SEARCH
     stages = []
-    for stage in cfg.SEARCH.STAGES:
+    for stage in settings["STAGES"]:
+        trials = settings["TRIALS"][TRIALS[stage]]
         records = read_records(path, stage) if path.exists() else []
-        stages.append((stage, records, cfg.SEARCH.TRIALS[TRIALS[stage]]))
+        stages.append((stage, [record for record in records if record.index < trials], trials))
     return format_status(folder, stages)
 
 
-def _fixed_settings(
-    cfg: CfgNode, caches: tuple[FeatureCache, FeatureCache]
-) -> dict[str, Any]:
-    """What must stay the same as long as a stage is resumed: all that its trials depend on."""
+def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
+    """What must stay the same as long as a stage is resumed: all in the config that its trials
+    depend on, but for the training of the backbone."""
     sections = [
         f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
     ]
     sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
-    names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH"]
+    names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH", "SEARCH.META_VAL"]
+    names += ["DATALOADER.SKIP_EMPTY", "SEARCH.CACHE.SIZE", "SEARCH.CACHE.CROPS"]
     fixed = {name: get_setting(cfg, name) for name in names}
+    fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
+    if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
+        for name in ("SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"):
+            fixed[f"{name} (which chose the FPN below the head)"] = get_setting(cfg, name)
+    if stage == "head":
+        fixed["SEARCH.STAGES"] = list(cfg.SEARCH.STAGES)
     for section in sections:
         fixed.update(leaves(get_setting(cfg, section), f"{section}."))
-    fixed |= {
-        "features of meta-train (data, META_VAL, PREPARE, CACHE)": caches[0].folder.name,
-        "features of meta-val (data, META_VAL, PREPARE, CACHE)": caches[1].folder.name,
-    }
     return fixed
+
+
+def _names(settings: Sequence[str], caches: Sequence[FeatureCache]) -> dict[str, str]:
+    return {name: cache.folder.name for name, cache in zip(settings, caches, strict=True)}
 
 
 def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
@@ -411,3 +491,39 @@ def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
         del tree["SEARCH"]
         keys += [name for name, _ in leaves(tree)]
         path = path.parent / base
+
+
+def _copy_with_bases(path: Path, folder: Path) -> Path:
+    """Copy a config and all that it inherits from, so that they travel with what needs them.
+
+    The copies lie to one another as the files do.
+
+    Returns:
+        the copy of `path` in `folder`.
+    """
+    bases: dict[Path, list[str]] = {}
+
+    def place(path: Path) -> Path:
+        return path.parent.resolve() / path.name
+
+    def collect(path: Path) -> None:
+        if place(path) in bases:
+            return
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        named = tree.get("_BASE_", [])
+        bases[place(path)] = [named] if isinstance(named, str) else named
+        for base in bases[place(path)]:
+            collect(path.parent / Path(base).expanduser())
+
+    collect(path)
+    root = os.path.commonpath([file.parent for file in bases])
+    for file, names in bases.items():
+        copy, text = folder / file.relative_to(root), file.read_text(encoding="utf-8")
+        for name in names:
+            base = folder / place(file.parent / Path(name).expanduser()).relative_to(root)
+            relative = Path(os.path.relpath(base, copy.parent)).as_posix()
+            if os.path.normpath(name) != os.path.normpath(relative):  # an absolute path
+                text = text.replace(name, relative)
+        with replacing(copy) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / place(path).relative_to(root)

@@ -1,6 +1,8 @@
 """Whole searches through the command line: to best.yaml, killed and resumed, with bad settings."""
 
+import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -12,14 +14,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 pytest.importorskip("optuna")
 
-from nasfcos.config import load_config  # noqa: E402
+from nasfcos.config import ConfigError, load_config  # noqa: E402
+from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
+from nasfcos.search.prepare import prepare_config  # noqa: E402
 from nasfcos.search.records import COMPLETE  # noqa: E402
+from nasfcos.search.search import _copy_with_bases, search, search_status  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +84,7 @@ def trials(folder, stage):
     ]
 
 
-def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
+def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, one_thread):
     out = tmp_path / "out"
     whole = run("search_net.py", search_file)
     assert "2.6e+" not in whole and re.search(r"head layers: 2", whole)
@@ -86,7 +93,7 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
 
     # best.yaml is an ordinary config: what it names is what was trained.
     cfg = load_config(out / "best.yaml")
-    assert yaml.safe_load((out / "best.yaml").read_text())["_BASE_"] == "../tiny.yaml"
+    assert yaml.safe_load((out / "best.yaml").read_text())["_BASE_"] == "base/tiny.yaml"
     assert cfg.TEST.NMS_IOU == 0.5 and cfg.SOLVER.MAX_ITER == 6
     genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
     assert len(genotype.cells) == 4 and len(genotype.head_ops) == 2
@@ -131,9 +138,147 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path):
         metrics = json.loads((folder / "inference" / "val" / "metrics.json").read_text())
         assert metrics["AP"] == pytest.approx(row["AP"], abs=1e-6)
 
-    # A search with other settings is another search.
-    other = run("search_net.py", search_file, "--resume", "SEARCH.PROXY.LR", 0.001, code=2)
-    assert "SEARCH.PROXY.LR was 0.004 and is now 0.001" in other
+    refused_changes(search_file, tmp_path)
+    moved_and_tidied(search_file, tmp_path, caplog)
+
+
+def go_on(config, *overrides, resume=True):
+    """As the tool does, but in this process."""
+    cfg = load_config(config, overrides)
+    return search(cfg, torch.device("cpu"), config, overrides, resume)
+
+
+def refused_changes(search_file, tmp_path):
+    """A search with other settings is another search; nothing is changed before that is said."""
+    out = tmp_path / "out"
+    same = ("SEARCH.TRIALS.HEAD", 9, "SEARCH.SELECT.HEAD", 3)
+    data = tmp_path / "other"
+    shutil.copytree(load_config(search_file).DATASETS.ROOT, data)
+    tree = json.loads((data / "train/annotations.json").read_text())
+    tree["annotations"][0]["bbox"][2] -= 1
+    (data / "train/annotations.json").write_text(json.dumps(tree))
+    with Image.open(data / "val/images/001.png") as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(data / "val/images/001.png")
+    content = contents(out)
+    for changed, message in (
+        (("SEARCH.PROXY.LR", 0.001), "SEARCH.PROXY.LR was 0.004 and is now 0.001"),
+        (("SEARCH.META_VAL", 0.4), "SEARCH.META_VAL was 0.3 and is now 0.4"),
+        (("SEARCH.CACHE.SIZE", 96), "SEARCH.CACHE.SIZE was 64 and is now 96"),
+        (("SEARCH.PREPARE.WEIGHT", out / "best.pth"), "SEARCH.PREPARE.WEIGHT was none and is now"),
+        (("SEARCH.TRIALS.FPN", 12), r"TRIALS.FPN \(which chose .*\) was 6 and is now 12"),
+        (("SEARCH.SELECT.FPN", 2), r"SELECT.FPN \(which chose .*\) was 1 and is now 2"),
+        (("SEARCH.STAGES", "['head']"), r'SEARCH.STAGES was \["fpn", "head"\] and is now \["head'),
+        (("SOLVER.BASE_LR", 0.006), r"backbone.*SOLVER.BASE_LR: 0.005 -> 0.006\."),
+        (("DATASETS.ROOT", data), "the split of the data .* was .* and is now"),
+    ):
+        with pytest.raises(ConfigError, match=f"(?s){message}.*OUTPUT_DIR"):
+            go_on(search_file, *same, *map(str, changed))
+        assert contents(out) == content, changed
+    status = search_status(load_config(search_file, ["SEARCH.TRIALS.HEAD", 99]))
+    assert "finished" in status and "head: 9 of 9 trials" in status and "left" not in status
+
+
+def contents(folder):
+    """What is in the files, but for the logs of the tools and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name not in ("log.txt", "lock")
+    }
+
+
+def moved_and_tidied(search_file, tmp_path, caplog):
+    """A search goes on wherever its folder lies, and without the checkpoints of its trainings."""
+    out, moved = tmp_path / "out", tmp_path / "else/where"
+    moved.parent.mkdir()
+    out.rename(moved)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "moved.yaml")
+    best = load_config(moved / "best.yaml")
+    (tmp_path / "moved.yaml").rename(tmp_path / "tiny.yaml")
+    for path in moved.glob("select/*/*/model_*.pth"):
+        path.unlink()
+    weights = torch.load(moved / "best.pth", weights_only=True)
+    again = (
+        search_file, "OUTPUT_DIR", str(moved), "SEARCH.TRIALS.HEAD", 9, "SEARCH.SELECT.HEAD", 3,
+        "SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITER', 7]",
+    )  # fmt: skip
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    go_on(*again)
+    assert "iteration 1/" not in caplog.text and "/h, " not in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    found = torch.load(moved / "best.pth", weights_only=True)
+    assert all(torch.equal(found["model"][name], x) for name, x in weights["model"].items())
+    assert load_config(moved / "best.yaml").MODEL.GENOTYPE == best.MODEL.GENOTYPE
+
+    # What is gone altogether is trained again.
+    (moved / "best.pth").write_bytes(b"")
+    caplog.clear()
+    go_on(*again)
+    assert "they are trained again" in caplog.text and caplog.text.count("iteration 7/7") == 1
+    found = torch.load(moved / "best.pth", weights_only=True)
+    for name, x in weights["model"].items():
+        torch.testing.assert_close(found["model"][name], x)
+
+
+def test_the_configs_below_travel_with_the_best(tmp_path):
+    """Relative, from another folder of the same name, through a link, absolute, or as a list."""
+    configs = tmp_path / "configs"
+    files = {
+        "base/part.yaml": "SOLVER: {MAX_ITER: 11}",
+        "demo/part.yaml": "_BASE_: ../base/part.yaml\nSOLVER: {BASE_LR: 0.25}",
+        "demo/more.yaml": f"_BASE_: '{configs}/base/part.yaml'\nSOLVER: {{AMP: off}}",
+        "demo/both.yaml": "_BASE_: [part.yaml, more.yaml]  # two\nSOLVER: {GAMMA: 0.5}",
+    }
+    for name, text in files.items():
+        (configs / name).parent.mkdir(parents=True, exist_ok=True)
+        (configs / name).write_text(text)
+    (tmp_path / "link").symlink_to(configs / "demo")
+    expected = load_config(configs / "demo/both.yaml")
+    out = tmp_path / "out"
+    copy = _copy_with_bases(tmp_path / "link/both.yaml", out / "base")
+    assert copy == out / "base/demo/both.yaml" and "# two" in copy.read_text()
+    assert _copy_with_bases(tmp_path / "link/both.yaml", out / "base") == copy
+    shutil.rmtree(configs)
+    out.rename(tmp_path / "new")
+    assert load_config(tmp_path / "new/base/demo/both.yaml") == expected
+
+
+def test_only_the_planned_trials_choose(search_file, tmp_path, one_thread):
+    given = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN")
+    go_on(*given, 3)
+    first = json.loads((tmp_path / "out/ranking.json").read_text())
+    go_on(*given, 12)
+    records = read_records(tmp_path / "out/search.db", "fpn")
+    assert len(records) == 12
+    assert max(r.objective for r in records) > max(r.objective for r in records[:3])
+    go_on(*given, 3)
+    assert json.loads((tmp_path / "out/ranking.json").read_text()) == first
+    assert "fpn: 3 of 3 trials" in search_status(load_config(search_file))
+
+
+def test_other_weights_are_refused_before_they_are_cached(search_file, tmp_path, one_thread):
+    weights, out = tmp_path / "weights.pth", tmp_path / "out"
+    given = (search_file, "SEARCH.PREPARE.WEIGHT", str(weights), "SEARCH.STAGES", "('fpn',)",
+             "SEARCH.TRIALS.FPN", 2)  # fmt: skip
+    plain = prepare_config(load_config(search_file, given[1:]), out)
+    model = build_model(plain, torch.device("cpu"))
+    torch.save({"model": model.state_dict()}, weights)
+    go_on(*given)
+    content = contents(out)
+    next(model.backbone.parameters()).data.mul_(1.5)
+    torch.save({"model": model.state_dict()}, weights)
+    with pytest.raises(ConfigError, match="features of meta-train .*PREPARE.* was .* and is now"):
+        go_on(*given)
+    changed = {path for path, value in contents(out).items() if content.get(path) != value}
+    assert {path.name for path in changed} == {"progress.json"}
+
+
+def test_the_report_tells_of_a_bad_end(search_file, tmp_path, one_thread):
+    with pytest.raises(ConfigError, match="no trial of the fpn stage is complete"):
+        go_on(search_file, "SEARCH.PROXY.LR", 1e30, "SEARCH.REPORT_PERIOD", 9999)
+    assert "6 of 6" in (tmp_path / "out/report/report.html").read_text()
 
 
 def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path):
