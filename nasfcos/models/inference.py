@@ -254,9 +254,18 @@ def folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
 def optimized(module: nn.Module) -> nn.Module:
     """A module's form for inference; the module given is used up. Other modules' layers are
     optimised where they are."""
+    return _with_optimized_layers(module)
+
+
+def _with_optimized_layers(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, optimized(child))
     return module
+
+
+@optimized.register
+def _(module: nn.GroupNorm) -> nn.Module:
+    return PreciseNorm(module)
 
 
 @optimized.register
@@ -303,13 +312,13 @@ def _(module: ConvNormAct) -> nn.Module:
         return FusedConv(folded(module.conv, module.norm), relu=True)
     if isinstance(module.norm, nn.Identity):
         return FusedConv(module.conv, relu=True)
-    return _with_precise_norm(module)
+    return _with_optimized_layers(module)
 
 
 @optimized.register
 def _(module: SeparableConv) -> nn.Module:
     if not isinstance(module.norm, FIXED_NORMS):
-        return _with_precise_norm(module)
+        return _with_optimized_layers(module)
     pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
     return nn.Sequential(module.depthwise, pointwise)
 
@@ -318,13 +327,7 @@ def _(module: SeparableConv) -> nn.Module:
 def _(module: DeformConv) -> nn.Module:
     if isinstance(module.norm, FIXED_NORMS):
         return FusedDeformConv(module)
-    return _with_precise_norm(module)
-
-
-def _with_precise_norm(block: ConvNormAct | SeparableConv | DeformConv) -> nn.Module:
-    if isinstance(block.norm, nn.GroupNorm):
-        block.norm = PreciseNorm(block.norm)
-    return block
+    return _with_optimized_layers(module)
 
 
 @optimized.register

@@ -456,8 +456,8 @@ def build_caches(
         shapes = feature_shapes(model, settings.SIZE)
         _check_space(folder, {p: (len(parts[p]) * parts[p].per_image, shapes) for p in missing})
     train, val = (
-        _cache_features(
-            folder, keys[part], model, crops, workers=cfg.DATALOADER.NUM_WORKERS, title=part
+        cache_features(
+            folder, model, crops, workers=cfg.DATALOADER.NUM_WORKERS, title=part, key=keys[part]
         )
         for part, crops in parts.items()
     )
@@ -472,6 +472,7 @@ def cache_features(
     batch_size: int = 16,
     workers: int = 0,
     title: str = "features",
+    key: str | None = None,
 ) -> FeatureCache:
     """C2..C5 of all crops, from the cache of this model, data and settings if there is one.
 
@@ -482,25 +483,13 @@ def cache_features(
         batch_size: crops computed at a time.
         workers: processes that load images.
         title: for the log.
+        key: the cache's name, where that is known already.
 
     Raises:
         CacheError, DataError: as for `build_caches`.
     """
     folder = Path(folder).resolve()
-    key = _feature_key(model, crops, folder)
-    return _cache_features(folder, key, model, crops, batch_size, workers, title)
-
-
-def _cache_features(
-    folder: Path,
-    key: str,
-    model: Detector,
-    crops: Crops,
-    batch_size: int = 16,
-    workers: int = 0,
-    title: str = "features",
-) -> FeatureCache:
-    """`cache_features` with the key known."""
+    key = key or _feature_key(model, crops, folder)
     preprocess, backbone = model.preprocess, model.backbone
 
     def batches() -> Iterator[tuple[list[Tensor], list[dict]]]:
