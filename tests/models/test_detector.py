@@ -26,7 +26,8 @@ from nasfcos.models.heads.retinanet import (
 )
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
-from nasfcos.ops import nms, sigmoid_focal_loss
+from nasfcos.ops import nms
+from tests.plain import plain_losses
 
 TINY = [
     "MODEL.DEVICE", "cpu", "MODEL.NUM_CLASSES", 3, "MODEL.RESNET.BLOCKS", [1, 1, 1, 1],
@@ -432,37 +433,6 @@ def test_anchors():
     )  # fmt: skip
 
 
-def plain_losses(head, outputs, assignment):
-    """With the places of objects picked out."""
-    flat = [
-        torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, channels) for x in maps], 1)
-        for maps, channels in zip(outputs, (head.num_classes, 4, 1), strict=False)
-    ]
-    labels = assignment.labels
-    positive = labels > 0
-    count = positive.sum().item()
-    predicted, wanted = flat[1][positive], assignment.wanted[positive]
-    classes = sigmoid_focal_loss(flat[0].flatten(0, 1), labels.flatten(), gamma=2.0, alpha=0.25)
-    losses = {"loss_cls": classes / (count + len(labels))}
-    if len(flat) == 2:
-        smooth = torch.nn.functional.smooth_l1_loss(predicted, wanted, beta=0.11, reduction="sum")
-        return losses | {"loss_box": smooth / (4 * count)}
-    left, top, right, bottom = wanted.unbind(1)
-    target = (
-        (torch.minimum(left, right) / torch.maximum(left, right))
-        * (torch.minimum(top, bottom) / torch.maximum(top, bottom))
-    ).sqrt()
-    inside = torch.minimum(predicted, wanted)
-    area = lambda x: (x[:, 0] + x[:, 2]) * (x[:, 1] + x[:, 3])  # noqa: E731
-    union = area(predicted) + area(wanted) - area(inside)
-    box = -torch.log((area(inside) + 1) / (union + 1))
-    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
-    return losses | {
-        "loss_box": (box * target).sum() / target.sum(),
-        "loss_centerness": cross_entropy(flat[2][positive].squeeze(1), target),
-    }
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_losses_against_places_picked_out(head, layout):
@@ -470,9 +440,8 @@ def test_losses_against_places_picked_out(head, layout):
     outputs = [[x.requires_grad_() for x in maps] for maps in known_outputs(head, layout)]
     maps = [x for level in outputs for x in level]
     targets = [target((5, 3, 40, 50, 1), (30, 20, 90, 60, 3)), target()]
-    assignment = head.assign(SHAPES, targets)
-    expected = plain_losses(head, outputs, assignment)
-    losses = {name: term.loss for name, term in head.loss_terms(outputs, assignment).items()}
+    expected = plain_losses(head, outputs, targets)
+    losses = head.losses(outputs, targets)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=0)

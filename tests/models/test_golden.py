@@ -1,5 +1,7 @@
 """The eight released models: layout, outputs, losses, gradients and training as expected."""
 
+import copy
+import functools
 import math
 
 import pytest
@@ -17,6 +19,7 @@ from tests.known import (
     known_weights,
     layout,
 )
+from tests.plain import plain_losses, use_plain_operators
 
 MODELS = list(layout())
 LOSS_NAMES = {
@@ -70,6 +73,28 @@ def test_released_layout(name):
     assert {key for key, p in model.named_parameters() if not p.requires_grad} == frozen
 
 
+def elements(level):
+    """Those that were recorded of a map."""
+    flat = level.flatten()
+    return flat[:: max(1, flat.numel() // 7)][:7]
+
+
+@functools.cache
+def rounds_as_recorded():
+    """Whether plain operators give the recorded pyramid bit by bit: a processor with other vector
+    instructions rounds otherwise, and then some ReLUs of the model turn."""
+    model, _ = build("R_50_NAS_head")
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        use_plain_operators(patch)
+        batch, _ = model.eval().preprocess([known_image()])
+        pyramid = model.neck(model.backbone(batch))
+    expected = golden()["R_50_NAS_head"]["pyramid"]
+    return all(
+        torch.equal(elements(level), torch.tensor(recorded))
+        for level, (*_, recorded) in zip(pyramid, expected, strict=True)
+    )
+
+
 def test_pyramid_and_head(known):
     model, _, expected = known
     model.eval()
@@ -78,14 +103,13 @@ def test_pyramid_and_head(known):
         pyramid = model.neck(model.backbone(batch))
         outputs = model.head(pyramid)
     assert sizes == [(240, 320)]
-    for level, (shape, mean, std, elements) in zip(pyramid, expected["pyramid"], strict=True):
+    for level, (shape, mean, std, recorded) in zip(pyramid, expected["pyramid"], strict=True):
         assert list(level.shape) == shape
         assert level.mean().item() == pytest.approx(mean, rel=1e-4, abs=1e-4 * std)
         assert level.std().item() == pytest.approx(std, rel=1e-4)
-        flat = level.flatten()
-        picked = flat[:: max(1, flat.numel() // 7)][:7]
+        picked = elements(level)
         # Elements are sums of far larger terms: their accuracy is relative to the map's scale.
-        torch.testing.assert_close(picked, torch.tensor(elements), rtol=1e-4, atol=2e-5 * std)
+        torch.testing.assert_close(picked, torch.tensor(recorded), rtol=1e-4, atol=2e-5 * std)
     for levels, expected_levels in zip(outputs, expected["head"], strict=True):
         for level, (shape, mean, std) in zip(levels, expected_levels, strict=True):
             assert list(level.shape) == shape
@@ -98,56 +122,90 @@ def test_detections():
     with torch.no_grad():
         (found,) = model.eval()([known_image()])
     expected = torch.tensor(golden()["R_50_NAS_head"]["detections"])
-    assert torch.equal(found["labels"], expected[:, 5].long())
-    torch.testing.assert_close(found["scores"], expected[:, 4], rtol=1e-4, atol=0)
-    torch.testing.assert_close(found["boxes"], expected[:, :4], rtol=1e-4, atol=1e-3)
+    tolerance = 1e-4 if rounds_as_recorded() else 1e-3
+    torch.testing.assert_close(found["scores"], expected[:, 4], rtol=tolerance, atol=0)
+    # Scores that nearly tie may change places: class by class.
+    order, expected_order = (x.argsort(stable=True) for x in (found["labels"], expected[:, 5]))
+    assert torch.equal(found["labels"][order], expected[expected_order, 5].long())
+    boxes, expected_boxes = found["boxes"][order], expected[expected_order, :4]
+    torch.testing.assert_close(boxes, expected_boxes, rtol=tolerance, atol=1e-3)
+
+
+def raw_outputs(model, batch):
+    return model.head(model.neck(model.backbone(batch)))
 
 
 def test_losses_and_gradients(known):
     model, names, expected = known
     model.train().zero_grad()
     state = {key: x.clone() for key, x in model.state_dict().items()}
-    losses = model.head.losses(model.head(model.neck(model.backbone(known_batch(model)))), TARGETS)
+    losses = model.head.losses(raw_outputs(model, known_batch(model)), TARGETS)
     assert {LOSS_NAMES[key] for key in expected["losses"]} == set(losses)
     for key, value in expected["losses"].items():
         assert losses[LOSS_NAMES[key]].item() == pytest.approx(value, rel=1e-4)
     sum(losses.values()).backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert set(gradients) == {names[key] for key in expected["grad_norm"]}
+    tolerance = 1e-4 if rounds_as_recorded() else 1e-2
     for key, value in expected["grad_norm"].items():
+        norm = gradients[names[key]].norm().item()
         # A bias before a batch norm has no gradient but rounding.
-        assert gradients[names[key]].norm().item() == pytest.approx(value, rel=1e-4, abs=1e-7), key
+        assert norm == pytest.approx(value, rel=tolerance, abs=1e-7), key
     model.load_state_dict(state)
 
 
-def test_trajectory():
-    """Six steps of the config's own solver.
+def check_losses(losses, step, tolerance):
+    for key, value in step.items():
+        if key.startswith("loss"):
+            assert losses[LOSS_NAMES[key]].item() == pytest.approx(value, rel=tolerance), key
 
-    Rounding grows about a hundredfold a step in this run (PyTorch's own operators with one thread
-    instead of two are 7e-6 away at the second step's losses and 0.3 at the sixth's), so only the
-    first losses are held to what is expected, and the weights at the end to 1e-2.
+
+def test_trajectory(monkeypatch):
+    """Six steps of the config's own solver, in plain operators, and ours along the same way.
+
+    Rounding grows about a hundredfold a step in this run, so that after six steps only a
+    computation that rounds as the recorded one did is where that was. Plain operators do, on a
+    processor like its own; elsewhere the first steps alone are compared. At each step our operators
+    and losses must then agree with what the plain ones make of the same weights.
     """
     expected = golden()["R_50_NAS_densebox"]["trajectory"]
     cfg = config("R_50_NAS_densebox")
-    model, names = build("R_50_NAS_densebox")
-    model.train()
-    optimizer = build_optimizer(cfg, model)
+    ours, names = build("R_50_NAS_densebox")
+    model = copy.deepcopy(ours)
+    optimizer = build_optimizer(cfg, model.train())
     scheduler = build_lr_scheduler(cfg, optimizer)
     batch = known_batch(model)
-    tolerances = 1e-4, 1e-4, 1e-2
+    tolerances = (1e-2,) * 6 if rounds_as_recorded() else (1e-4, 1e-4, 1e-2)
     for number, step in enumerate(expected["steps"]):
         rates = sorted({group["lr"] for group in optimizer.param_groups})
         assert rates == pytest.approx([step["lr"], step["lr_max"]])
-        losses = model.head.losses(model.head(model.neck(model.backbone(batch))), TARGETS)
-        for key, value in step.items():
-            if key.startswith("loss") and number < len(tolerances):
-                want = pytest.approx(value, rel=tolerances[number])
-                assert losses[LOSS_NAMES[key]].item() == want, key
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
+        ours.load_state_dict(model.state_dict())
+        with monkeypatch.context() as patch:
+            use_plain_operators(patch)
+            losses = plain_losses(model.head, raw_outputs(model, batch), TARGETS)
+            if number < len(tolerances):
+                check_losses(losses, step, tolerances[number])
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+        check_step(ours.train(), batch, model, losses)
         optimizer.step()
         scheduler.step()
     state = model.state_dict()
     for key, value in expected["norms"].items():
         norm = state[names[key]].float().norm().item()
         assert math.isclose(norm, value, rel_tol=1e-2), (key, norm, value)
+
+
+def check_step(model, batch, plain_model, expected):
+    """Losses and gradients, which may differ by the few ReLUs that rounding turns."""
+    losses = model.head.losses(raw_outputs(model, batch), TARGETS)
+    assert losses.keys() == expected.keys()
+    for key, loss in losses.items():
+        assert loss.item() == pytest.approx(expected[key].item(), rel=1e-5), key
+    model.zero_grad()
+    sum(losses.values()).backward()
+    plain = dict(plain_model.named_parameters())
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None and plain[key].grad.norm() > 1e-6:
+            difference = (parameter.grad - plain[key].grad).norm() / plain[key].grad.norm()
+            assert difference < 1e-2, key

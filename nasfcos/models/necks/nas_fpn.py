@@ -120,12 +120,13 @@ class NASFPN(nn.Module):
         for cell, module in zip(genotype.cells, self.cells, strict=True):
             nodes.append(module(*(nodes[node] for node in cell.inputs)))
         extra = [nodes[node] for node in genotype.extra_nodes]
+        # P5 first, as in the release: gradients that meet in an extra node add up in that order.
         levels = []
-        for node, feature in zip(genotype.pyramid_nodes, features[NUM_INPUTS - 3 :], strict=True):
+        for node, feature in zip(genotype.pyramid_nodes[::-1], features[:0:-1], strict=True):
             level = nodes[node]
             for other in extra:
                 level = level + resize_to(other, level.shape[-2:])
-            levels.append(resize_to(level, feature.shape[-2:]))
+            levels.insert(0, resize_to(level, feature.shape[-2:]))
         return levels + self.top(levels[-1])
 
 
