@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -26,23 +27,31 @@ def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **
     return 2 * samples * (out_channels + 5)
 
 
+def _depthwise_flops(input_shape, weight_shape, *args, out_shape, **kwargs) -> int:
+    """At two a multiply-add; `rectified_pairs` too, with two input channels a group."""
+    _, per_group, kernel_h, kernel_w = weight_shape
+    return 2 * math.prod(out_shape) * per_group * kernel_h * kernel_w
+
+
+_FORMULAS = {
+    torch.ops.nasfcos.modulated_deform_conv2d: _deform_flops,
+    torch.ops.nasfcos.depthwise_conv2d: _depthwise_flops,
+    torch.ops.nasfcos.rectified_pairs: _depthwise_flops,
+}
+
+
 def multiply_adds(module: nn.Module, inputs: Sequence[Tensor] | Tensor) -> float:
     """Multiply-adds, in G, of ``module(inputs)``: those of its convolutions and matrix products.
 
     Norms, activations, sums and resizing are not counted, as is usual; the sampling of deformable
-    convolutions is, at five a sample (four neighbours and the mask). Nothing is computed: shapes
-    travel through a copy on the meta device. `inputs` matter by their shapes only, and neither
-    they nor the module are changed.
+    convolutions is, at five a sample (four neighbours and the mask). `inputs` matter by their
+    shapes only. A copy runs on them once, in evaluation mode, or on the meta device, where they and
+    the module lie there, computes nothing (which takes longer where maps are small).
     """
-    twin = copy.deepcopy(module).to("meta").eval()
-    if isinstance(inputs, Tensor):
-        shapes = inputs.to("meta")
-    else:
-        shapes = [x.to("meta") for x in inputs]
-    formulas = {torch.ops.nasfcos.modulated_deform_conv2d: _deform_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    twin = copy.deepcopy(module).eval()
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with torch.no_grad(), counter:
-        twin(shapes)
+        twin(inputs)
     return counter.get_total_flops() / 2 / 1e9
 
 
