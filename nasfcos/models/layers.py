@@ -35,9 +35,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.float16, torch.bfloat16):  # under autocast
-            # Its factors stay float32: rounded, they would change each channel as a whole.
-            mean, var = self.running_mean, self.running_var
-            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=0.0)
+            # Its factors stay float32: rounded, they would change each channel as a whole. Some
+            # versions of PyTorch refuse an epsilon of zero; this one adds nothing either.
+            mean, var, eps = self.running_mean, self.running_var, torch.finfo(torch.float32).tiny
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=eps)
         scale = self.weight * self.running_var.rsqrt()
         shift = self.bias - self.running_mean * scale
         return x * scale[:, None, None] + shift[:, None, None]
