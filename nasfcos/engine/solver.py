@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,9 +35,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     ]
     # One kernel for all tensors, and with fp16 no waiting for the loss scaler's verdict.
     fused = bool(trainable) and all(p.is_cuda for _, p in trainable)
-    if solver.OPTIMIZER == "sgd":
-        return SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
-    return AdamW(groups, lr=solver.BASE_LR, fused=fused)
+    if solver.OPTIMIZER != "sgd":
+        return AdamW(groups, lr=solver.BASE_LR, fused=fused)
+    optimizer = SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
+    if fused:
+        zero_momentum(optimizer)
+    return optimizer
+
+
+def zero_momentum(optimizer: SGD) -> None:
+    """Give an optimizer that has made no step its momentum, all zeros, which changes no step.
+
+    PyTorch's fused SGD makes it in its first step without setting it, and leaves it so where that
+    step is one to be skipped, as the first ones with fp16 usually are.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:

@@ -7,6 +7,7 @@ from torch import nn
 from nasfcos.config import load_config
 from nasfcos.engine import build_lr_scheduler, build_optimizer
 from nasfcos.engine.checkpoint import restore_solver
+from nasfcos.engine.solver import zero_momentum
 
 # Learning rates of the released training (weights; biases have twice these) by iteration.
 RELEASED = {
@@ -114,3 +115,22 @@ def test_restored_solver_has_the_moments_of_then_and_the_rates_of_now():
         1: pytest.approx(10 * RELEASED[1] * (1 + 2 * 4 / 500) / (1 + 2 * 1 / 500)),
         2: pytest.approx(10 * RELEASED[1] * (1 + 2 * 5 / 500) / (1 + 2 * 1 / 500)),
     }
+
+
+def test_fused_sgd_skips_a_first_step_that_overflows():
+    weights = {}
+    for fused in (False, True):
+        junk = [torch.full((1000,), 1e30) for _ in range(50)]  # what fresh memory may hold
+        del junk
+        parameter = nn.Parameter(torch.ones(1000))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=fused)
+        if fused:
+            zero_momentum(optimizer)
+        scaler = torch.amp.GradScaler("cpu")
+        for gradient in (math.inf, 1.0, -2.0, math.inf, 0.5):
+            scaler.scale(parameter.sum() * gradient).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        weights[fused] = parameter.detach()
+    torch.testing.assert_close(weights[True], weights[False])
