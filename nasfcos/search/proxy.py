@@ -19,6 +19,7 @@ meta-val. Where the paper is silent:
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
 from ..engine.distributed import resolve_device
@@ -269,12 +270,9 @@ class Training:
         self._bf16 = bf16
         trained = [p for p in self.decoder.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
-        self._average = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(polyak))
+        self.averaged = copy.deepcopy(self.decoder)
+        self._average = get_ema_multi_avg_fn(polyak)
         self._losses = torch.zeros(len(order), device=examples.device)
-
-    @property
-    def averaged(self) -> Decoder:
-        return self._average.module
 
     def advance(self, until: int) -> None:
         """Train until so many iterations are done.
@@ -298,8 +296,19 @@ class Training:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        self._average.update_parameters(self.decoder)
+        self._update_average()
         return loss.detach()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """As PyTorch's AveragedModel does it, which lets the host wait for a GPU in every step."""
+        pairs = [list(model.parameters()) for model in (self.averaged, self.decoder)]
+        if self.done == 0:
+            torch._foreach_copy_(*pairs)
+        else:
+            self._average(*pairs, None)  # how many there were before does not matter
+        for own, buffer in zip(self.averaged.buffers(), self.decoder.buffers(), strict=True):
+            own.copy_(buffer)
 
     def _check(self) -> None:
         finite = self._losses[: self.done].isfinite()
