@@ -12,6 +12,8 @@ from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_an
 
 # The second column in the lists of one class: absent, difficult, there.
 _PRESENCE = re.compile(r"\s+(-1|0|1)$")
+# VOC writes 1; some tools write words.
+_YES = ("1", "true", "yes")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -181,6 +183,6 @@ def _read_objects(
         except ValueError:
             boxes.append([np.nan] * 4)
         found.append(labels[name])
-        difficult.append(_text(item, "difficult") == "1")
+        difficult.append(_text(item, "difficult").lower() in _YES)
     array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     return array, np.array(found, np.int64), np.array(difficult, bool)

@@ -23,6 +23,13 @@ def test_pixels_from_one_and_difficult_objects(make_config, write_voc):
     assert target["boxes"].tolist() == [[10, 5, 29, 14]] and target["labels"].tolist() == [2]
 
 
+def test_difficult_in_words(write_voc, tmp_path):
+    marks = ("1", "True", "yes", "0", "False", "no", "")
+    write_voc({"a": [("cat", (1, 1, 9, 9), mark) for mark in marks]})
+    found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("cat",))
+    assert found.records[0].ignored.tolist() == [True] * 3 + [False] * 4
+
+
 def test_without_split_all_files_are_taken(make_config, write_voc):
     entry = write_voc({"b": [("cat", (1, 1, 9, 9), 0)], "a": []})
     del entry["SPLIT"]
