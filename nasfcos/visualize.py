@@ -164,6 +164,12 @@ def to_picture(image: AnyImage) -> Image.Image:
         if 0 in image.size:
             raise ValueError(f"an image of {image.width} x {image.height} pixels has none")
         return to_rgb(image).copy()
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise ValueError(
+            "an image must be a path, a PIL image, an array or a tensor, not "
+            f"{type(image).__name__}"
+        )
+    given = f"{image.dtype} {list(image.shape)}"
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         if image.is_floating_point():
@@ -174,15 +180,10 @@ def to_picture(image: AnyImage) -> Image.Image:
                 )
             image = (image * 255).round().clamp(0, 255).to(torch.uint8)
         image = image.movedim(0, -1).numpy()
-    if not isinstance(image, np.ndarray):
-        raise ValueError(
-            "an image must be a path, a PIL image, an array or a tensor, not "
-            f"{type(image).__name__}"
-        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(
             "an image must be an RGB array [H, W, 3] of uint8 or a tensor [3, H, W] of uint8 or of "
-            f"floats in 0..1, not {image.dtype} with height, width and channels {image.shape}"
+            f"floats in 0..1, not {given}"
         )
     return Image.fromarray(np.ascontiguousarray(image))
 

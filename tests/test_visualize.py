@@ -133,10 +133,16 @@ def test_colors_are_stable_and_neighbours_differ():
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3), float), torch.zeros(9, 9, 3)]
+    ("bad", "given"),
+    [
+        (np.zeros((9, 9), np.uint8), r"uint8 \[9, 9\]"),
+        (np.zeros((9, 8, 3), float), r"float64 \[9, 8, 3\]"),
+        (torch.zeros(9, 8, 3), r"torch.float32 \[9, 8, 3\]"),
+        (torch.zeros(3, 8, 9, dtype=torch.int64), r"torch.int64 \[3, 8, 9\]"),
+    ],
 )
-def test_what_is_no_image_is_refused(bad):
-    with pytest.raises(ValueError, match="RGB array"):
+def test_what_is_no_image_is_refused_as_it_was_given(bad, given):
+    with pytest.raises(ValueError, match=f"RGB array .* not {given}"):
         draw_detections(bad, detections())
 
 
