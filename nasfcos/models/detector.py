@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..transfer import to_device
 from .heads.dense import DenseHead, Detections, Targets
 
 CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
 0..255; those models divide by nothing."""
+
+
+C5_STRIDE = 32
 
 
 class Preprocess(nn.Module):
@@ -86,13 +90,16 @@ class Detector(nn.Module):
 
         Raises:
             ValueError: no images, an image or a target of the wrong shape or type, in training a
-                missing target, a box without area or a label out of range.
+                missing target, a box without area or a label out of range, or (ConfigError) a batch
+            too small for batch norms.
         """
         if len(images) == 0:
             raise ValueError("the list of images is empty")
         if self.training:
             targets = self._checked_targets(images, targets)
         batch, sizes = self.preprocess(images)
+        if self.training:
+            self._check_batch(batch)
         outputs = self.head(self.neck(self.backbone(batch)))
         if self.training:
             return self.head.losses(outputs, targets)
@@ -124,6 +131,18 @@ class Detector(nn.Module):
                 self._check_values(boxes, labels, index)
             checked.append({"boxes": boxes.float(), "labels": labels.long()})
         return checked
+
+    def _check_batch(self, batch: Tensor) -> None:
+        """Refuse a batch whose C5 is one value: a batch norm takes its deviation."""
+        if len(batch) > 1 or max(batch.shape[-2:]) > C5_STRIDE:
+            return
+        if any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.modules()):
+            raise ConfigError(
+                f"training on a batch of one image of at most {C5_STRIDE} x {C5_STRIDE} pixels: "
+                "batch norms need more than one position. Train on larger images "
+                "(INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN) or on more of them at a time "
+                "(SOLVER.IMS_PER_BATCH, SOLVER.ACCUMULATE)"
+            )
 
     def _check_values(self, boxes: Tensor, labels: Tensor, index: int) -> None:
         good = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nasfcos
 from nasfcos.boxes import legacy_sizes
+from nasfcos.config import ConfigError
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.detector import Detector
@@ -310,6 +311,20 @@ def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
 def test_bad_input_is_named(images, targets, message):
     with pytest.raises(ValueError, match=message):
         tiny()(images, targets)
+
+
+def test_one_tiny_image_is_too_little_for_batch_norms_only():
+    tiny_image, background = torch.rand(3, 20, 32), [target()]
+    searched_neck = tiny("MODEL.NECK.NAME", "nas_fpn", "MODEL.GENOTYPE", CELLS)
+    with pytest.raises(ConfigError, match="at most 32 x 32 pixels.*INPUT.MIN_SIZE_TRAIN"):
+        searched_neck([tiny_image], background)
+    for model, images in (
+        (searched_neck, [tiny_image] * 2),
+        (searched_neck, [torch.rand(3, 20, 33)]),
+        (tiny("MODEL.RESNET.NORM", "frozen_bn"), [tiny_image]),
+    ):
+        losses = model(images, background * len(images))
+        assert all(map(torch.isfinite, losses.values()))
 
 
 def test_unknown_part_names_the_choice():
