@@ -23,7 +23,7 @@ from .data import DataError, class_names, num_classes, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
-from .engine.checkpoint import newest_weights
+from .engine.checkpoint import NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import inference_form, to_original_size
@@ -76,11 +76,11 @@ class Predictor:
             ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
             WeightsError: the weights cannot be read or are those of another model.
         """
-        recorded = _find_weights(cfg) if weights is None else weights
+        recorded = find_weights(cfg, prefer_config=True) if weights is None else weights
         if not isinstance(recorded, Weights):
             recorded = read_weights(recorded)
         if recorded.kind != "detector":
-            raise WeightsError(f"{recorded.name} is a {recorded.description}: {_NEEDS_DETECTOR}")
+            raise WeightsError(f"{recorded.name} is a {recorded.description}: {NEEDS_DETECTOR}")
         classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
         self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
@@ -128,28 +128,6 @@ class Predictor:
         }
 
 
-_NEEDS_DETECTOR = (
-    "prediction needs the weights of a trained detector. Name a checkpoint or a released model by "
-    "MODEL.WEIGHT (such as MODEL.WEIGHT output/model_final.pth) or as the weights of Predictor."
-)
-
-
-def _find_weights(cfg: CfgNode) -> Weights:
-    source = cfg.MODEL.WEIGHT
-    if source and not source.startswith(("catalog://", "torchvision://")):
-        weights = read_weights(source)
-        if weights.kind == "detector":
-            return weights
-    newest = newest_weights(cfg.OUTPUT_DIR)
-    if newest is None:
-        state = f"{source} is an ImageNet backbone" if source else "is empty"
-        raise ConfigError(
-            f"MODEL.WEIGHT {state} and {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint: "
-            f"{_NEEDS_DETECTOR}"
-        )
-    return newest
-
-
 def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[str]:
     if recorded and len(recorded) == count:
         return recorded
@@ -165,7 +143,8 @@ def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     if not Path(path).is_file():
-        raise UnreadableImage(f"the image {os.fspath(path)} does not exist")
+        state = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UnreadableImage(f"the image {os.fspath(path)} {state}")
     try:
         return load_image(path)
     except Exception as error:

@@ -9,7 +9,7 @@ import sys
 
 from nasfcos.config import load_config
 from nasfcos.data import DataError
-from nasfcos.engine.checkpoint import newest_weights
+from nasfcos.engine.checkpoint import find_weights
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.engine.signals import StopRequest
 from nasfcos.predictor import Predictor, predict_files
@@ -35,8 +35,7 @@ def main() -> int:
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         given = "MODEL.WEIGHT" in args.overrides[::2]
-        newest = None if given else newest_weights(cfg.OUTPUT_DIR)
-        predictor = Predictor(cfg, newest)
+        predictor = Predictor(cfg, find_weights(cfg, prefer_config=given))
         with StopRequest() as stop, stop.heeded_at_once():
             summary = predict_files(predictor, args.input, args.output, args.score)
         logger.info(

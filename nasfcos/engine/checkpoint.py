@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from yacs.config import CfgNode
 
+from ..config import ConfigError
 from ..config.tree import leaves
 from ..evaluation.files import replacing
 from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
@@ -49,6 +50,11 @@ DAMAGED = ".damaged"  # follows the name of a file that could not be read
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 # What a run leaves in its output folder beside checkpoints.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.png", "tensorboard", "inference")
+
+NEEDS_DETECTOR = (
+    "testing and prediction need the weights of a trained detector. Name a checkpoint or a "
+    "released model by MODEL.WEIGHT (such as MODEL.WEIGHT output/model_final.pth)."
+)
 
 
 class CheckpointError(Exception):
@@ -138,6 +144,40 @@ def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
     """The weights of the newest checkpoint, named by its path; the file is read once."""
     found = newest_checkpoint(output_dir)
     return None if found is None else replace(read_weights(found[1]), name=str(found[0]))
+
+
+def find_weights(cfg: CfgNode, prefer_config: bool = False) -> Weights:
+    """The trained detector of a config: OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
+
+    An ImageNet backbone as MODEL.WEIGHT, from which most trainings start, does not count.
+
+    Args:
+        cfg: the config tree.
+        prefer_config: MODEL.WEIGHT comes first (it was given on purpose).
+
+    Raises:
+        ConfigError: there is neither.
+        WeightsError: MODEL.WEIGHT cannot be read.
+    """
+    finders = [lambda: newest_weights(cfg.OUTPUT_DIR), lambda: _detector_of(cfg.MODEL.WEIGHT)]
+    for find in reversed(finders) if prefer_config else finders:
+        if (weights := find()) is not None:
+            return weights
+    source = cfg.MODEL.WEIGHT
+    raise ConfigError(
+        f"MODEL.WEIGHT {f'{source} is an ImageNet backbone' if source else 'is empty'} and "
+        f"{cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint: {NEEDS_DETECTOR}"
+    )
+
+
+def _detector_of(source: str) -> Weights | None:
+    if not source or source.startswith(("catalog://", "torchvision://")):
+        return None
+    weights = read_weights(source)
+    if weights.kind == "detector":
+        return weights
+    logger.warning("MODEL.WEIGHT %s is passed over: it is a %s", source, weights.description)
+    return None
 
 
 def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int, iteration: int) -> None:

@@ -15,12 +15,13 @@ from yacs.config import CfgNode
 from ..boxes import clip_boxes
 from ..config import ConfigError
 from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
+from ..download import local_path
 from ..evaluation import evaluate, format_metrics
 from ..models import Detector, build_detector, load_weights, optimize_for_inference
 from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from . import distributed
-from .checkpoint import check_classes, newest_weights
+from .checkpoint import check_classes, find_weights
 from .logging import PERIODIC, on_terminal
 from .metrics import format_duration
 
@@ -51,6 +52,8 @@ def test(
         On process 0 the metrics (see `nasfcos.evaluation.evaluate`) of each data set by name; on
         the others an empty dict.
     """
+    if not cfg.DATASETS.TEST:
+        logger.warning("DATASETS.TEST is empty: there is nothing to test on")
     fast = inference_form(cfg, model)
     results = {}
     for name in cfg.DATASETS.TEST:
@@ -120,30 +123,18 @@ def load_test_model(
 
 def _read_test_weights(cfg: CfgNode, prefer_config: bool) -> Weights:
     """The same weights on every process: which ones, process 0 says."""
-    newest = None
-    if distributed.rank() == 0 and not (prefer_config and cfg.MODEL.WEIGHT):
-        newest = newest_weights(cfg.OUTPUT_DIR)
-    checkpoint = distributed.broadcast(newest and newest.name)
-    source = checkpoint or cfg.MODEL.WEIGHT
-    if not source:
+    found = find_weights(cfg, prefer_config) if distributed.rank() == 0 else None
+    source = distributed.broadcast(found and found.name)
+    if found is not None:
+        return found
+    path = local_path(source)
+    if path is not None and not path.is_file():
         raise ConfigError(
-            f"there is nothing to test: {cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint and "
-            "MODEL.WEIGHT is empty; set it to a weight file"
+            f"process {distributed.rank()} has no file {source}, which process 0 is to test: "
+            "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT of the command "
+            "line a file that each of them has"
         )
-    if checkpoint and not Path(checkpoint).is_file():
-        raise ConfigError(
-            f"process {distributed.rank()} has no file {checkpoint}, which process 0 is to test: "
-            "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT given on the "
-            "command line"
-        )
-    with distributed.first_on_machine():
-        weights = newest or read_weights(source)
-    if weights.kind == "backbone":
-        raise ConfigError(
-            f"MODEL.WEIGHT {source} is a backbone, not a whole detector: train it first, or name "
-            "a trained model"
-        )
-    return weights
+    return read_weights(source)
 
 
 def _check_classes(cfg: CfgNode, weights: Weights) -> None:

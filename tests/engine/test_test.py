@@ -45,7 +45,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
         tested, _ = load_test_model(cfg, CPU, prefer_config)
         return tested.head.box_pred.bias[0].item()
 
-    with pytest.raises(ConfigError, match="nothing to test.*MODEL.WEIGHT"):
+    with pytest.raises(ConfigError, match="no checkpoint.*MODEL.WEIGHT"):
         load_test_model(config(), CPU)
 
     files = {}
