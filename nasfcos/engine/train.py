@@ -26,7 +26,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError
-from ..data import build_train_loader, class_names, num_classes
+from ..data import build_dataset, build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..download import local_path
 from ..evaluation.files import replacing
@@ -50,6 +50,7 @@ from .checkpoint import (
     set_aside,
     set_random_state,
 )
+from .lock import only_one
 from .logging import PERIODIC, on_terminal
 from .metrics import Meter, MetricsWriter, format_duration
 from .monitor import NonFiniteLossError, StepMonitor
@@ -58,6 +59,10 @@ from .solver import build_lr_scheduler, build_optimizer
 from .test import test
 
 logger = logging.getLogger(__name__)
+
+# In OUTPUT_DIR. The loader's workers of a killed run hold on to it for some seconds.
+LOCK_FILE = "train.lock"
+LOCK_TIMEOUT = 15.0
 
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,6 +143,18 @@ def train(
         Interrupted: by SIGTERM or SIGINT, after a checkpoint was written.
     """
     _check(cfg, device)
+    if distributed.rank() != 0:
+        return _train(cfg, device, resume, skip_test)
+    # Another run that starts here would move this one's files away under its hands.
+    busy = (
+        f"another training is running in OUTPUT_DIR {cfg.OUTPUT_DIR}: wait for its end, or name "
+        "another folder"
+    )
+    with only_one(Path(cfg.OUTPUT_DIR) / LOCK_FILE, busy, LOCK_TIMEOUT):
+        return _train(cfg, device, resume, skip_test)
+
+
+def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) -> dict[str, dict]:
     main = distributed.rank() == 0
     output = Path(cfg.OUTPUT_DIR)
     path, state = (_find_checkpoint(output) if resume else None) or (None, None)
@@ -161,6 +178,9 @@ def train(
         _report_resume(cfg, path, state)
         run.restore(state)
         del state
+    if not skip_test or cfg.TEST.EVAL_PERIOD:
+        for name in cfg.DATASETS.TEST:  # what is wrong with it is said now, not after the training
+            build_dataset(cfg, name, run.classes)
     loader = None
     if run.iteration < cfg.SOLVER.MAX_ITER:
         loader = build_train_loader(
@@ -455,6 +475,13 @@ def _seed_everything(seed: int) -> None:
 
 def _report_resume(cfg: CfgNode, path: Path, state: dict[str, Any]) -> None:
     logger.info("resuming from %s, after iteration %d", path, state["iteration"])
+    optimizer = yaml.safe_load(state["config"])["SOLVER"]["OPTIMIZER"]
+    if optimizer != cfg.SOLVER.OPTIMIZER:
+        raise ConfigError(
+            f"cannot resume with SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER}: the moments in {path} "
+            f"are those of {optimizer}. Resume with that, or start a new run from its weights, by "
+            f"MODEL.WEIGHT {path} and without --resume"
+        )
     if changes := differing_keys(cfg, state["config"]):
         logger.warning(
             "the config differs from that of the checkpoint (then -> now); this run uses:\n%s",

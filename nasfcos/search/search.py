@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -23,6 +21,7 @@ from ..data import build_dataset
 from ..data.catalog import class_names
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
+from ..engine.lock import only_one
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration, tensorboard_writer
 from ..engine.signals import StopRequest
@@ -96,25 +95,18 @@ def search(
         )
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder), StopRequest() as stop, stop.heeded_at_once():
+    busy = f"another search is running in OUTPUT_DIR {folder}; see it with --status"
+    with (
+        only_one(folder / LOCK_FILE, busy),  # --status takes it for a moment
+        StopRequest() as stop,
+        stop.heeded_at_once(),
+    ):
         if (folder / JOURNAL).exists() and not resume:
             raise ConfigError(
                 f"OUTPUT_DIR {folder} holds a search: go on with it by --resume, or name another "
                 "folder"
             )
         return _Search(cfg, device, Path(config_file), overrides).run()
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        with lock.acquire(timeout=1):  # --status takes it for a moment
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"another search is running in OUTPUT_DIR {folder}; see it with --status"
-        ) from None
 
 
 class _Search:

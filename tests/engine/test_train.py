@@ -17,6 +17,7 @@ from nasfcos import engine
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
+from nasfcos.engine.lock import only_one
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
 from nasfcos.engine.signals import Interrupted
 from nasfcos.engine.train import Run, build_model, forward_backward, update
@@ -75,7 +76,7 @@ def test_a_run_leaves_everything_that_was_promised(config):
     names = {path.name for path in output.iterdir()}
     assert names == {
         "config.yaml", "inference", "metrics.jsonl", "model_0000003.pth", "model_0000004.pth",
-        "model_0000006.pth", "model_final.pth", "tensorboard", "training.png",
+        "model_0000006.pth", "model_final.pth", "tensorboard", "train.lock", "training.png",
     }  # fmt: skip
     assert load_config(output / "config.yaml") == cfg
 
@@ -202,6 +203,34 @@ def test_resuming_another_model_is_refused(config):
     engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
     with pytest.raises(CheckpointError, match="another model"):
         engine.train(config("MODEL.NECK.CHANNELS", 96), CPU, resume=True)
+
+
+def test_resuming_with_another_optimizer_is_refused(config):
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER adamw.*those of sgd.*MODEL.WEIGHT"):
+        engine.train(config("SOLVER.OPTIMIZER", "adamw"), CPU, resume=True)
+
+
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "LOCK_TIMEOUT", 0.1)
+    first = config("SOLVER.MAX_ITER", 2)
+    engine.train(first, CPU, skip_test=True)
+    with only_one(tmp_path / "out" / train_module.LOCK_FILE, "busy"):
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="another training is running in OUTPUT_DIR"):
+                engine.train(first, CPU, resume=resume)
+        assert (tmp_path / "out" / "model_final.pth").exists()
+    engine.train(first, CPU, skip_test=True)
+
+
+def test_a_fault_of_the_test_data_is_said_before_the_training(config, tmp_path):
+    typo = config("DATASETS.TEST", ["vall"])
+    with pytest.raises(ConfigError, match="no data set 'vall'.*'val'"):
+        engine.train(typo, CPU)
+    with pytest.raises(ConfigError, match="no data set 'vall'"):
+        engine.train(config("DATASETS.TEST", ["vall"], "TEST.EVAL_PERIOD", 1), CPU, skip_test=True)
+    assert not list((tmp_path / "out").glob("model_*"))
+    engine.train(config("DATASETS.TEST", ["vall"], "SOLVER.MAX_ITER", 1), CPU, skip_test=True)
 
 
 def test_a_new_run_in_a_used_folder_does_not_mix_with_the_old(config):
