@@ -61,7 +61,13 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
     def start() -> None:
         cfg = load_config(args.config_file, args.overrides)
         with distributed.session(cfg.MODEL.DEVICE) as device:
-            log_to_file(cfg.OUTPUT_DIR)
+            try:
+                log_to_file(cfg.OUTPUT_DIR)
+            except OSError as error:
+                raise ConfigError(
+                    f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to ({error}); name another "
+                    "folder"
+                ) from error
             logger.info("command: %s", " ".join(sys.argv))
             log_environment(device)
             logger.debug("config:\n%s", cfg.dump())

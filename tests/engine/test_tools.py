@@ -265,3 +265,8 @@ def test_what_the_user_has_to_mend_is_said_shortly(job, tool, arguments, words):
     code, output = job(tool, *arguments).end()
     assert code == 2
     assert words in output and "Traceback" not in output
+
+
+def test_an_output_folder_that_cannot_be_one_is_named_by_its_key(job):
+    code, output = job("test_net.py", output="tiny.yaml").end()  # which is a file
+    assert code == 2 and re.search(r"OUTPUT_DIR .*tiny.yaml cannot be written to", output), output
