@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nasfcos.ops.library import has_compiled
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FORMATS = [torch.channels_last, torch.contiguous_format]
 
 Operator = Callable[..., Tensor]
+
+
+def needs_compiled(name: str) -> pytest.MarkDecorator:
+    """For what only our kernel of an operator promises."""
+    return pytest.mark.skipif(
+        not has_compiled(name, "cpu"), reason=f"csrc/ is not compiled: PyTorch serves for {name}"
+    )
 
 
 def outcome(function: Operator, tensors: Sequence[Tensor]) -> list[Tensor]:
