@@ -1,4 +1,4 @@
-"""What a module costs: multiply-adds and milliseconds."""
+"""What a module costs, in multiply-adds and milliseconds, and what that takes off its reward."""
 
 from __future__ import annotations
 
@@ -6,13 +6,50 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
 
 from .. import ops as _ops  # noqa: F401  (defines torch.ops.nasfcos)
+from .records import FAILED, TrialResult
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a strategy maximises: the reward, less ``weight * max(0, cost / target - 1)``.
+
+    Attributes:
+        cost: "none", "flops" or "latency" (see `TrialResult`).
+        target: cost above which there is a penalty.
+        weight: of the penalty.
+    """
+
+    cost: str = "none"
+    target: float = 1.0
+    weight: float = 0.0
+
+    def __call__(self, result: TrialResult) -> float:
+        """The objective of a result; nan for a failed trial."""
+        if result.status == FAILED:
+            return result.reward
+        return result.reward - self.penalty(result.flops, result.latency)
+
+    def penalty(self, flops: float, latency: float) -> float:
+        """What these costs take off the reward."""
+        if self.cost == "none":
+            return 0.0
+        cost = {"flops": flops, "latency": latency}[self.cost]
+        return self.weight * max(0.0, cost / self.target - 1)
+
+
+def build_objective(cfg: CfgNode) -> Objective:
+    """The objective of SEARCH.OBJECTIVE."""
+    settings = cfg.SEARCH.OBJECTIVE
+    return Objective(settings.COST, settings.TARGET, settings.WEIGHT)
 
 
 def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **kwargs) -> int:

@@ -44,7 +44,7 @@ from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
 from ..models.weights import WeightsError, read_torch_file
 from ..transfer import to_device
 from .cache import FeatureCache
-from .cost import latency_ms, multiply_adds
+from .cost import build_objective, latency_ms, multiply_adds
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
 
 logger = logging.getLogger(__name__)
@@ -426,16 +426,21 @@ class ProxyTask:
             )
             iterations = self.cfg.SEARCH.PROXY.ITERATIONS
             training = build_training(self.cfg, decoder, train, iterations, self.seed)
-            status, reward, losses, curve = _judge(training, val, iterations, job.thresholds)
             maps, _ = val.batch(torch.zeros(1, dtype=torch.int64))
+            flops, latency = multiply_adds(decoder, maps), self._latency(decoder, maps)
+            # Costs are known before the training, so that it may be judged by the objective.
+            penalty = build_objective(self.cfg).penalty(flops, latency)
+            status, reward, losses, curve = _judge(
+                training, val, iterations, job.thresholds, penalty
+            )
             return TrialResult(
                 status,
                 reward,
                 losses,
                 curve,
                 params=sum(p.numel() for p in decoder.parameters() if p.requires_grad),
-                flops=multiply_adds(decoder, maps),
-                latency=self._latency(decoder, maps),
+                flops=flops,
+                latency=latency,
             )
         except Exception as error:
             if train.device.type == "cuda":
@@ -451,7 +456,9 @@ class ProxyTask:
     def _latency(self, decoder: Decoder, maps: list[Tensor]) -> float:
         if self.cfg.SEARCH.OBJECTIVE.COST != "latency":
             return math.nan
-        return latency_ms(decoder.eval(), maps)
+        milliseconds = latency_ms(decoder.eval(), maps)
+        decoder.train()
+        return milliseconds
 
 
 def _check_gpu(device: torch.device) -> None:
@@ -463,9 +470,14 @@ def _check_gpu(device: torch.device) -> None:
 
 
 def _judge(
-    training: Training, val: Examples, iterations: int, thresholds: Sequence[tuple[int, float]]
+    training: Training,
+    val: Examples,
+    iterations: int,
+    thresholds: Sequence[tuple[int, float]],
+    penalty: float,
 ) -> tuple[str, float, dict[str, float], tuple[tuple[int, float], ...]]:
-    """Train to the end, or to the first threshold that is missed; each is judged on all of val.
+    """Train to the end, or to the first threshold that the reward less the penalty misses; each is
+    judged on all of val.
 
     Returns:
         Status, reward, losses and the curve.
@@ -478,7 +490,7 @@ def _judge(
         reward = -sum(losses.values())
         if iteration < iterations:
             curve.append((iteration, reward))
-        if reward < threshold:
+        if reward - penalty < threshold:
             return PRUNED, reward, losses, tuple(curve)
     return COMPLETE, reward, losses, tuple(curve)
 

@@ -20,8 +20,8 @@ class TrialJob:
     Attributes:
         index: of the proposal within its stage, from 0.
         genotype: the whole decoder, as a nested list (`nasfcos.genotype`).
-        thresholds: (iteration, reward) pairs, in the order of the iterations: the trial stops
-            where its reward at that iteration lies below. (iteration, -inf) only reports.
+        thresholds: (iteration, objective) pairs, in the order of the iterations: the trial stops
+            where its objective at that iteration lies below. (iteration, -inf) only reports.
     """
 
     index: int

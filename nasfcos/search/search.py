@@ -28,6 +28,7 @@ from ..engine.signals import StopRequest
 from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from .cache import FeatureCache, build_caches, cache_pyramid
+from .cost import build_objective
 from .executors import build_executor
 from .journal import Journal, check_settings, read_records
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
@@ -45,7 +46,7 @@ from .select import (
 )
 from .space import Space, build_space
 from .split import Split, plan_split
-from .stage import Objective, Pruning, run_stage
+from .stage import Pruning, run_stage
 from .status import FINISHED, LOCK_FILE, StageStatus, format_status, write_progress
 from .strategies import build_strategy
 
@@ -266,9 +267,7 @@ class _Search:
                 executor,
                 trials,
                 settings.BATCH,
-                Objective(
-                    settings.OBJECTIVE.COST, settings.OBJECTIVE.TARGET, settings.OBJECTIVE.WEIGHT
-                ),
+                build_objective(cfg),
                 Pruning(
                     tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
                 ),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cost import Objective
 from .executors import Executor, WorkerLost
 from .journal import Journal
 from .records import COMPLETE, FAILED, PRUNED, TrialJob, TrialRecord, TrialResult
@@ -21,27 +22,6 @@ from .space import Space
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
-
-@dataclass(frozen=True)
-class Objective:
-    """What a strategy maximises: the reward, less ``weight * max(0, cost / target - 1)``.
-
-    Attributes:
-        cost: "none", "flops" or "latency" (see `TrialResult`).
-        target: cost above which there is a penalty.
-        weight: of the penalty.
-    """
-
-    cost: str = "none"
-    target: float = 1.0
-    weight: float = 0.0
-
-    def __call__(self, result: TrialResult) -> float:
-        """The objective of a result; nan for a failed trial."""
-        if result.status == FAILED or self.cost == "none":
-            return result.reward
-        cost = {"flops": result.flops, "latency": result.latency}[self.cost]
-        return result.reward - self.weight * max(0.0, cost / self.target - 1)
 
 
 @dataclass(frozen=True)
@@ -67,14 +47,14 @@ class Pruning:
         """For a batch's jobs, from the trials of the batches before.
 
         Args:
-            curves: of each of these, its reward at the rungs it reached.
+            curves: of each of these, its objective at the rungs it reached.
         """
         found = []
         for rung in self.rungs:
-            rewards = [curve[rung] for curve in curves if rung in curve]
-            enough = len(rewards) >= self.startup
-            found.append((rung, np.quantile(rewards, 1 - self.keep) if enough else -math.inf))
-        return tuple((rung, float(reward)) for rung, reward in found)
+            reached = [curve[rung] for curve in curves if rung in curve]
+            enough = len(reached) >= self.startup
+            found.append((rung, np.quantile(reached, 1 - self.keep) if enough else -math.inf))
+        return tuple((rung, float(threshold)) for rung, threshold in found)
 
 
 def run_stage(
@@ -109,7 +89,9 @@ def run_stage(
             proposals += strategy.propose(size)[len(proposals) :]
             journal.propose(batch, proposals)
         before = [
-            dict(r.result.curve) for r in journal.records() if r.batch < batch and r.reused is None
+            _objectives(r.result, objective)
+            for r in journal.records()
+            if r.batch < batch and r.reused is None
         ]
         _run_batch(
             journal,
@@ -165,6 +147,12 @@ def _run_batch(
         journal.finish(index, original.result, original.objective, reused=original.index)
     if repeats:
         on_progress(journal)
+
+
+def _objectives(result: TrialResult, objective: Objective) -> dict[int, float]:
+    """The curve of a trial, less what its architecture costs."""
+    penalty = objective.penalty(result.flops, result.latency)
+    return {iteration: reward - penalty for iteration, reward in result.curve}
 
 
 def _by_key(records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:

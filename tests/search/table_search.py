@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 from nasfcos.genotype import PUBLISHED
+from nasfcos.search.cost import Objective
 from nasfcos.search.executors import InlineExecutor, LocalExecutor
 from nasfcos.search.journal import Journal
 from nasfcos.search.records import COMPLETE, FAILED, TrialJob, TrialResult
 from nasfcos.search.space import HeadSpace
-from nasfcos.search.stage import Objective, Pruning, run_stage
+from nasfcos.search.stage import Pruning, run_stage
 from tests.strategies import ppo
 
 TRIALS, BATCH, SEED = 60, 5, 3

@@ -262,6 +262,19 @@ def test_thresholds(folders):
     assert one.run(TrialJob(0, CELLS, ((4, reward),))).status == COMPLETE
 
 
+def test_thresholds_are_of_the_objective(folders):
+    one = task(folders)
+    full = one.run(TrialJob(0, CELLS, ((2, -math.inf),)))
+    threshold = full.curve[0][1] - 0.5  # the reward at the rung is better
+    assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
+    objective = one.cfg.SEARCH.OBJECTIVE
+    objective.COST, objective.TARGET, objective.WEIGHT = "flops", full.flops / 2, 0.49
+    assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
+    objective.WEIGHT = 0.51
+    stopped = one.run(TrialJob(0, CELLS, ((2, threshold),)))
+    assert stopped.status == PRUNED and stopped.reward == full.curve[0][1]
+
+
 def test_bf16_is_near(folders):
     exact = task(folders).run(TrialJob(0, CELLS)).reward
     rough = task(folders, AMP="bf16").run(TrialJob(0, CELLS))
@@ -271,8 +284,11 @@ def test_bf16_is_near(folders):
 
 def test_latency_on_request(folders):
     one = task(folders)
+    expected = one.run(TrialJob(0, CELLS))
     one.cfg.SEARCH.OBJECTIVE.COST = "latency"
-    assert one.run(TrialJob(0, CELLS)).latency > 0
+    timed = one.run(TrialJob(0, CELLS))
+    assert timed.latency > 0 and math.isnan(expected.latency)
+    assert timed.losses == expected.losses
 
 
 # ---------------------------------------------------------------------------------------- failures

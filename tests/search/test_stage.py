@@ -15,11 +15,12 @@ import pytest
 
 pytest.importorskip("optuna")
 
+from nasfcos.search.cost import Objective  # noqa: E402
 from nasfcos.search.executors import InlineExecutor, WorkerLost  # noqa: E402
 from nasfcos.search.journal import Journal  # noqa: E402
 from nasfcos.search.records import COMPLETE, FAILED, TrialResult  # noqa: E402
 from nasfcos.search.simulate import EarlyStopping, replay_pruning  # noqa: E402
-from nasfcos.search.stage import Objective, Pruning, run_stage  # noqa: E402
+from nasfcos.search.stage import Pruning, run_stage  # noqa: E402
 from nasfcos.search.strategies import RandomSearch  # noqa: E402
 from tests.search import table_search  # noqa: E402
 from tests.strategies import ppo  # noqa: E402
@@ -144,10 +145,14 @@ class Scripted:
 
     def __init__(self, results):
         self.results = results
-        self.ran = []
+        self.jobs = []
+
+    @property
+    def ran(self):
+        return [job.index for job in self.jobs]
 
     def run(self, job):
-        self.ran.append(job.index)
+        self.jobs.append(job)
         return self.results[job.index]
 
 
@@ -231,16 +236,22 @@ def test_pruning_learns_from_trials_of_their_own_in_finished_batches(tmp_path):
     # The third batch is judged by the two before it, in which one trial is another's result.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 0, 0), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2)]
     results = {i: done(-float(i), curve=((10, -10.0 * i),)) for i in range(6)}
-    jobs = []
-
-    class Watched(Scripted):
-        def run(self, job):
-            jobs.append(job)
-            return super().run(job)
-
-    run(tmp_path, proposals, Watched(results), pruning=Pruning((10,), keep=0.5, startup=2))
-    thresholds = [job.thresholds[0][1] for job in jobs]
+    task = Scripted(results)
+    run(tmp_path, proposals, task, pruning=Pruning((10,), keep=0.5, startup=2))
+    thresholds = [job.thresholds[0][1] for job in task.jobs]
     assert thresholds == [-math.inf, -math.inf, -5.0, -10.0, -10.0]
+
+
+def test_pruning_judges_by_the_objective(tmp_path):
+    # The second has the better rewards, and costs too much.
+    proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0)]
+    results = {0: done(-1.0, flops=2.0, curve=((10, -3.0),)),
+               1: done(-0.5, flops=6.0, curve=((10, -2.0),)), 2: done(-1.0)}  # fmt: skip
+    task = Scripted(results)
+    objective = Objective("flops", target=2.0, weight=3.0)
+    pruning = Pruning((10,), keep=0.5, startup=2)
+    run(tmp_path, proposals, task, objective=objective, pruning=pruning)
+    assert task.jobs[2].thresholds == ((10, -5.5),)  # half way between -3 and -2 - 6
 
 
 def test_what_early_stopping_would_have_done():
