@@ -37,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
 from ..engine.distributed import resolve_device
+from ..engine.monitor import NonFiniteLossError
 from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
@@ -519,7 +520,7 @@ def train_neck(
         The neck with averaged weights, in evaluation mode.
 
     Raises:
-        NonFinite: the training failed.
+        NonFiniteLossError: the training diverged.
     """
     genotype = Genotype(tuple(cells)).to_list()
     cfg = cfg.clone()
@@ -549,12 +550,18 @@ def train_neck(
     iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
     logger.info("training the FPN of the head stage for %d iterations", iterations)
     training = build_training(cfg, decoder, train, iterations, cfg.SEED)
-    for part in range(1, NECK_REPORTS + 1):
-        training.advance(iterations * part // NECK_REPORTS)
-        logger.info(
-            "FPN of the head stage: iteration %d, reward %.4f",
-            training.done, -sum(training.evaluate(val).values()),
-        )  # fmt: skip
+    try:
+        for part in range(1, NECK_REPORTS + 1):
+            training.advance(iterations * part // NECK_REPORTS)
+            logger.info(
+                "FPN of the head stage: iteration %d, reward %.4f",
+                training.done, -sum(training.evaluate(val).values()),
+            )  # fmt: skip
+    except NonFinite as error:
+        raise NonFiniteLossError(
+            f"the FPN of the head stage cannot be trained: {error}; fewer "
+            "SEARCH.PROXY.NECK_ITERATIONS or a lower SEARCH.PROXY.LR may help"
+        ) from error
     neck = training.averaged.neck.eval()
     with replacing(path) as temporary:
         torch.save({"neck": neck.state_dict(), "made_from": made_from}, temporary)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nasfcos.config.defaults import get_defaults
+from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
 from nasfcos.models.heads.dense import STRIDES
 from nasfcos.search import proxy
@@ -360,6 +361,14 @@ def test_neck_of_the_head_stage(folders, tmp_path, monkeypatch):
     cfg.SEARCH.PROXY.NECK_ITERATIONS += 1
     with pytest.raises(AssertionError, match="trained again"):
         train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
+
+
+def test_a_neck_that_diverges_says_what_may_help(folders, tmp_path):
+    caches = tuple(map(FeatureCache.open, folders["fpn"]))
+    cells = Genotype.parse(CELLS).cells
+    with pytest.raises(NonFiniteLossError, match=r"FPN of the head stage.*NECK_ITERATIONS"):
+        train_neck(config(LR=1e30), caches, cells, CLASSES, CPU, tmp_path)
+    assert not (tmp_path / "neck.pth").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "other"])
