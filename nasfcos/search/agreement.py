@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..engine.monitor import NonFiniteLossError
 from ..evaluation.files import replacing, write_json
 from .journal import read_records
 from .records import TrialRecord
@@ -46,7 +47,7 @@ def check_agreement(
     """Train `count` architectures of a search in full, spread over the range of its rewards.
 
     Leaves ``agreement/<stage>.json`` and ``.png`` in `folder`; a training that is finished is not
-    done again, so a check that was stopped goes on.
+    done again, so a check that was stopped goes on. One that diverges is left out.
 
     Args:
         cfg: of the search; the full trainings have SEARCH.SELECT.OVERRIDES on top.
@@ -60,19 +61,29 @@ def check_agreement(
 
     Raises:
         ConfigError: fewer than two, or more than were tried to the end.
+        NonFiniteLossError: fewer than two of the full trainings came to their end.
     """
     if count < 2:
         raise ConfigError(f"{count} architectures have no order: compare at least two")
     rows = []
     for record in spread(read_records(folder / "search.db", stage), count):
         place = folder / "agreement" / stage / str(record.index)
-        metrics = train_in_full(full_config(cfg, stage, record.genotype, place), device)
+        try:
+            metrics = train_in_full(full_config(cfg, stage, record.genotype, place), device)
+        except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+            logger.warning("trial %d is left out: %s", record.index, error)
+            continue
         rows.append(
             {"trial": record.index, "genotype": record.genotype, "reward": record.result.reward}
             | metrics
         )
         logger.info("trial %d: reward %.4f, AP %.4f", record.index, rows[-1]["reward"],
                     rows[-1]["AP"])  # fmt: skip
+    if len(rows) < 2:
+        raise NonFiniteLossError(
+            f"{len(rows)} of {count} full trainings came to their end, too few to compare; see the "
+            "log, and change the solver by SEARCH.SELECT.OVERRIDES"
+        )
     tau = kendall_tau([row["reward"] for row in rows], [row["AP"] for row in rows])
     write_json(folder / "agreement" / f"{stage}.json", {"tau": tau, "rows": rows}, indent=2)
     with replacing(folder / "agreement" / f"{stage}.png") as temporary:

@@ -1,12 +1,20 @@
-"""Which trials are trained in full to check the proxy."""
+"""Which trials are trained in full to check the proxy, and what becomes of those that diverge."""
+
+import json
 
 import pytest
+import torch
 
 pytest.importorskip("optuna")
 
 from nasfcos.config import ConfigError  # noqa: E402
-from nasfcos.search.agreement import spread  # noqa: E402
+from nasfcos.config.defaults import get_defaults  # noqa: E402
+from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
+from nasfcos.search import agreement  # noqa: E402
+from nasfcos.search.agreement import check_agreement, spread  # noqa: E402
+from nasfcos.search.journal import Journal  # noqa: E402
 from nasfcos.search.records import COMPLETE, FAILED, TrialRecord, TrialResult  # noqa: E402
+from tests.search import table_search  # noqa: E402
 
 
 def record(index, reward, status=COMPLETE, reused=None):
@@ -28,3 +36,30 @@ def test_each_is_chosen_once_and_only_trials_of_their_own_that_ended():
     assert sorted(r.index for r in spread(records, 4)) == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="only 4 architectures"):
         spread(records, 5)
+
+
+def test_a_full_training_that_diverges_is_left_out(tmp_path, monkeypatch):
+    space = table_search.space()
+    journal = Journal(tmp_path / "search.db", space, retries=0, settings={})
+    journal.propose(0, [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0)])
+    for index in range(4):
+        journal.start(index)
+        journal.finish(index, TrialResult(COMPLETE, -float(index)), -float(index))
+    precisions = {"0": 0.3, "1": 0.2, "3": 0.1}
+
+    def train_in_full(cfg, device):
+        trial = cfg.OUTPUT_DIR.rpartition("/")[2]
+        if trial not in precisions:
+            raise NonFiniteLossError("the loss is nan")
+        return {"AP": precisions[trial], "AP50": 0.5}
+
+    monkeypatch.setattr(agreement, "train_in_full", train_in_full)
+    cfg = get_defaults()
+    cfg.DATASETS.TEST = ("val",)
+    arguments = (cfg, torch.device("cpu"), tmp_path, "head", 4)
+    assert check_agreement(*arguments) == 1.0
+    found = json.loads((tmp_path / "agreement/head.json").read_text())
+    assert [row["trial"] for row in found["rows"]] == [3, 1, 0]
+    precisions = {"0": 0.3}
+    with pytest.raises(NonFiniteLossError, match=r"1 of 4 .* SEARCH\.SELECT\.OVERRIDES"):
+        check_agreement(*arguments)
