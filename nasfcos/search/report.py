@@ -508,6 +508,7 @@ img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; margin: 8px 0; font-size: 14px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; border-bottom: 1px solid #e4e7eb;
   vertical-align: top; }
+td:last-child { overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 details { margin: 10px 0; } summary { cursor: pointer; padding: 6px 0; }
 pre { background: #f5f7fa; border-radius: 8px; padding: 12px 16px; overflow-x: auto;
