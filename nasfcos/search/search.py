@@ -57,6 +57,18 @@ JOURNAL = "search.db"
 TRIALS = {"fpn": "FPN", "head": "HEAD"}
 """Keys of SEARCH.TRIALS and SEARCH.SELECT by stage."""
 
+# Of the sections on which a stage's trials depend, what matters to the other stage alone.
+OF_OTHERS = {
+    "fpn": (
+        *("SEARCH.SPACE.HEAD_LAYERS", "SEARCH.SPACE.HEAD_OPS"),
+        *("SEARCH.PROXY.HEAD_CHANNELS", "SEARCH.PROXY.NECK_ITERATIONS"),
+    ),
+    "head": (
+        *("SEARCH.SPACE.CELLS", "SEARCH.SPACE.FPN_OPS", "SEARCH.SPACE.AGGREGATIONS"),
+        "SEARCH.PROXY.FPN_CHANNELS",
+    ),
+}
+
 # What a stage's trials depend on beyond the config, by the names in its journal.
 SPLIT = "the split of the data (DATASETS.TRAIN, their images and boxes)"
 FEATURES = ("features of meta-train (data, PREPARE, CACHE)", "features of meta-val (data, PREPARE)")
@@ -463,7 +475,7 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
         fixed["SEARCH.STAGES"] = list(cfg.SEARCH.STAGES)
     for section in sections:
         fixed.update(leaves(get_setting(cfg, section), f"{section}."))
-    return fixed
+    return {name: value for name, value in fixed.items() if name not in OF_OTHERS[stage]}
 
 
 def _names(settings: Sequence[str], caches: Sequence[FeatureCache]) -> dict[str, str]:
