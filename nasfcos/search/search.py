@@ -290,6 +290,13 @@ class _Search:
     def _select(self, stage: str, last: bool) -> Selected:
         count = self.cfg.SEARCH.SELECT[TRIALS[stage]]
         train_them = last or count > 1
+        before = self.ranking
+
+        def note(rows: list[Selected]) -> None:
+            self.ranking = sorted(before + rows, key=by_merit)
+            write_ranking(self.folder / "ranking.json", self.ranking)
+            self._report(force=True)
+
         rows = select(
             self.cfg,
             self.device,
@@ -298,10 +305,9 @@ class _Search:
             self.reports[stage].records,
             count,
             train_them,
+            note,
         )
-        self.ranking = sorted(self.ranking + rows, key=by_merit)
-        write_ranking(self.folder / "ranking.json", self.ranking)
-        self._report(force=True)
+        note(rows)
         return rows[0] if not last else self.ranking[0]
 
     def _report(self, force: bool = False) -> None:

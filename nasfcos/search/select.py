@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,6 +108,7 @@ def select(
     records: Sequence[TrialRecord],
     count: int,
     train_them: bool,
+    on_progress: Callable[[list[Selected]], None] = lambda rows: None,
 ) -> list[Selected]:
     """Rank a stage's best architectures, after full training unless `train_them` is False.
 
@@ -118,6 +119,7 @@ def select(
         stage: whose best are wanted.
         records: its finished trials.
         count: how many are looked at.
+        on_progress: called after each full training, with those so far, best first.
 
     Returns:
         The best first: by AP where they were trained, else by the search's objective.
@@ -163,6 +165,8 @@ def select(
                 **found,
             )
         )
+        if train_them:
+            on_progress(sorted(rows, key=by_merit))
     if train_them and all(row.AP is None for row in rows):
         raise NonFiniteLossError(
             f"none of the {len(rows)} full trainings of the {stage} stage came to its end; see the "
