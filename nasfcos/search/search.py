@@ -146,6 +146,9 @@ class _Search:
         with replacing(folder / "config.yaml") as temporary:
             temporary.write_text(cfg.dump(), encoding="utf-8")
         split.write()
+        # Now, for these files may be changed as long as the search runs.
+        base, keys = _ordinary_base(self.config_file)
+        base = _copy_with_bases(base, folder / "base")
         proxy_cfg = split.cfg
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
@@ -167,7 +170,7 @@ class _Search:
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
             best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
             cells = Genotype.parse(best.genotype).cells
-        path = self._write_best(best)
+        path = self._write_best(best, base, keys)
         write_progress(folder, FINISHED)
         self._report(force=True)
         logger.info("the best architecture is in %s, the report in %s", path, folder / "report")
@@ -320,13 +323,17 @@ class _Search:
             logger.exception("the report could not be written")
         self._reported = time.monotonic()
 
-    def _write_best(self, best: Selected) -> Path:
-        """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work."""
+    def _write_best(self, best: Selected, base: Path, keys: Sequence[str]) -> Path:
+        """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work.
+
+        Args:
+            best: the architecture.
+            base: the config that the file is to inherit from, in the search's folder.
+            keys: in which the search's config differs from that.
+        """
         best, weights = self._weights(best)
         cfg = full_config(self.cfg, best.stage, best.genotype, self.folder / "best")
-        base, keys = _ordinary_base(self.config_file)
-        base = _copy_with_bases(base, self.folder / "base")
-        keys += [*map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
+        keys = [*keys, *map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
         keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
         settings = yaml.safe_load(cfg.dump())
         tree = {"_BASE_": base.relative_to(self.folder).as_posix()} | nested(
@@ -493,13 +500,13 @@ def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
     that those before it set besides; the file itself where there is no such base."""
     keys: list[str] = []
     while True:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         base = tree.pop("_BASE_", None)
         if "SEARCH" not in tree or not isinstance(base, str):
             return path, keys
         del tree["SEARCH"]
         keys += [name for name, _ in leaves(tree)]
-        path = path.parent / base
+        path = path.parent / Path(base).expanduser()
 
 
 def _copy_with_bases(path: Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ pytest.importorskip("optuna")
 from nasfcos.config import ConfigError, load_config  # noqa: E402
 from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
+from nasfcos.search import select  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
+from nasfcos.search.proxy import ProxyTask  # noqa: E402
 from nasfcos.search.records import COMPLETE  # noqa: E402
 from nasfcos.search.search import _copy_with_bases, search, search_status  # noqa: E402
 
@@ -245,7 +248,12 @@ def test_the_configs_below_travel_with_the_best(tmp_path):
     assert load_config(tmp_path / "new/base/demo/both.yaml") == expected
 
 
-def test_only_the_planned_trials_choose(search_file, tmp_path, one_thread):
+def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
+    run_trial = ProxyTask.run
+    # The later the better, whatever the machine's arithmetic makes of the rewards.
+    monkeypatch.setattr(
+        ProxyTask, "run", lambda task, job: replace(run_trial(task, job), reward=job.index - 99.0)
+    )
     given = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN")
     go_on(*given, 3)
     first = json.loads((tmp_path / "out/ranking.json").read_text())
@@ -256,6 +264,35 @@ def test_only_the_planned_trials_choose(search_file, tmp_path, one_thread):
     go_on(*given, 3)
     assert json.loads((tmp_path / "out/ranking.json").read_text()) == first
     assert "fpn: 3 of 3 trials" in search_status(load_config(search_file))
+
+
+def test_what_happens_while_the_best_are_trained(search_file, tmp_path, monkeypatch, one_thread):
+    """The ranking grows with each training, and the config files may be changed or go."""
+    out, tiny = tmp_path / "out", search_file.with_name("tiny.yaml")
+    settings = ("SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3, "SEARCH.SELECT.FPN", 2)
+    asked, base, text = load_config(search_file), tiny.read_text(), search_file.read_text()
+    train_in_full, ranked = select.train_in_full, []
+
+    def meanwhile(cfg, device):
+        search_file.unlink(missing_ok=True)
+        tiny.write_text("SOLVER: {BASE_LR: 99.0}")
+        found = out / "ranking.json"
+        ranked.append(len(json.loads(found.read_text())) if found.exists() else 0)
+        return train_in_full(cfg, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "train_in_full", meanwhile)
+        go_on(search_file, *settings)
+    assert ranked == [0, 1]
+    best = load_config(out / "best.yaml")
+    assert best.SOLVER.BASE_LR == asked.SOLVER.BASE_LR and best.DATASETS == asked.DATASETS
+
+    # The trials of the FPN do not depend on what the head stage would be.
+    tiny.write_text(base)
+    search_file.write_text(text)
+    go_on(search_file, *settings, "SEARCH.SPACE.HEAD_LAYERS", 3, "SEARCH.PROXY.NECK_ITERATIONS", 9)
+    with pytest.raises(ConfigError, match=r"SEARCH\.PROXY\.FPN_CHANNELS was 8 and is now 16"):
+        go_on(search_file, *settings, "SEARCH.PROXY.FPN_CHANNELS", 16)
 
 
 def test_other_weights_are_refused_before_they_are_cached(search_file, tmp_path, one_thread):
