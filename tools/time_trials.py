@@ -23,7 +23,8 @@ from nasfcos.data import build_dataset
 from nasfcos.data.catalog import class_names
 from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.genotype import Genotype
-from nasfcos.search.cache import Crops, FeatureCache, build_caches, cache_pyramid
+from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
+from nasfcos.search.crops import Crops
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.prepare import prepare_backbone
 from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
