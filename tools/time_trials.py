@@ -86,9 +86,9 @@ def main() -> int:
             features = nn.Sequential(features, neck)
             caches = tuple(cache_pyramid(folder / "cache", neck, cache) for cache in caches)
         parts = [caches[0].folder, caches[1].folder, classes, str(device), cfg.SEED]
-        cached, live = (ProxyTask(cfg, args.stage, *parts) for _ in range(2))
+        cached = ProxyTask(cfg, args.stage, *parts)
         head = assigning_head(stage_config(cfg, args.stage), classes)
-        live._examples = tuple(
+        examples = tuple(
             Examples(
                 LiveFeatures(cache, Crops([build_dataset(cfg, n) for n in names],
                                           cfg.SEARCH.CACHE.SIZE, crops, cfg.SEED),
@@ -101,6 +101,7 @@ def main() -> int:
                 (caches[1], cfg.DATASETS.TEST, 0),
             )
         )  # fmt: skip
+        live = ProxyTask(cfg, args.stage, *parts, examples=examples)
         space = build_space(cfg, args.stage, cells)
         rng = random.Random(0)
         jobs = [

@@ -379,6 +379,8 @@ class ProxyTask:
         num_classes: object classes, background not counted.
         device: that the trials run on, as MODEL.DEVICE names it: "auto" is for the worker to find.
         seed: of the search.
+        examples: of the two; None: opened from the folders by the first trial, as they are by that
+            of a pickled task, with which they do not go.
     """
 
     cfg: CfgNode
@@ -388,12 +390,10 @@ class ProxyTask:
     num_classes: int
     device: str
     seed: int
-    _examples: tuple[Examples, Examples] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    examples: tuple[Examples, Examples] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_examples": None}
+        return {**self.__dict__, "examples": None}
 
     def run(self, job: TrialJob) -> TrialResult:
         """Run one trial. Its result follows from the seed, the genotype, the caches and, on CPUs,
@@ -404,13 +404,13 @@ class ProxyTask:
         """
         started = time.perf_counter()
         device = resolve_device(self.device)
-        if self._examples is None:
+        if self.examples is None:
             cfg = stage_config(self.cfg, self.stage)
-            self._examples = tuple(
+            self.examples = tuple(
                 open_examples(cfg, folder, self.num_classes, device)
                 for folder in (self.train, self.val)
             )
-        result = self._try(job, *self._examples)
+        result = self._try(job, *self.examples)
         if result.status == FAILED and device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
