@@ -269,19 +269,3 @@ def _parse_head(rest: list, num_cells: int) -> tuple[int, tuple[int, ...]]:
             "head operations"
         )
     return head_split, head_ops
-
-
-PUBLISHED = Genotype.parse(
-    [
-        [[3, 3, 4, 4, 1]],
-        [[3, 3, 4, 4, 1]],
-        [[4, 3, 4, 3, 1]],
-        [[1, 3, 4, 3, 1]],
-        [[5, 3, 4, 4, 1]],
-        [[4, 7, 4, 4, 1]],
-        [[7, 2, 4, 4, 1]],
-        [0],
-        [5, 1, 5, 0, 4, 4],
-    ]
-)
-"""The architecture found by the paper (FPN and head)."""

@@ -1,4 +1,5 @@
-"""Known weights and a known image, for which `tests/golden` has the expected values."""
+"""Known weights and a known image, for which `tests/golden` has the expected values; and the known
+architecture."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nasfcos.genotype import Genotype
+
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +26,21 @@ TARGETS = [
     {"boxes": BOXES, "labels": LABELS},
     {"boxes": BOXES[:2], "labels": LABELS[:2]},
 ]
+
+PUBLISHED = Genotype.parse(
+    [
+        [[3, 3, 4, 4, 1]],
+        [[3, 3, 4, 4, 1]],
+        [[4, 3, 4, 3, 1]],
+        [[1, 3, 4, 3, 1]],
+        [[5, 3, 4, 4, 1]],
+        [[4, 7, 4, 4, 1]],
+        [[7, 2, 4, 4, 1]],
+        [0],
+        [5, 1, 5, 0, 4, 4],
+    ]
+)
+"""The architecture found by the paper (FPN and head)."""
 
 
 @functools.cache

@@ -24,10 +24,10 @@ from nasfcos.genotype import (
     AGGREGATIONS,
     FPN_OPS,
     HEAD_OPS,
-    PUBLISHED,
     Genotype,
     GenotypeError,
 )
+from tests.known import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 

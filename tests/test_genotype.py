@@ -8,12 +8,12 @@ from nasfcos.genotype import (
     AGGREGATIONS,
     FPN_OPS,
     PSUM,
-    PUBLISHED,
     Cell,
     Genotype,
     GenotypeError,
     canonical,
 )
+from tests.known import PUBLISHED
 
 CELL = [[0, 1, 0, 3, 0]]
 

@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from nasfcos.genotype import PUBLISHED
 from nasfcos.search.cost import Objective
 from nasfcos.search.executors import InlineExecutor, LocalExecutor
 from nasfcos.search.journal import Journal
 from nasfcos.search.records import COMPLETE, FAILED, TrialJob, TrialResult
 from nasfcos.search.space import HeadSpace
 from nasfcos.search.stage import Pruning, run_stage
+from tests.known import PUBLISHED
 from tests.strategies import ppo
 
 TRIALS, BATCH, SEED = 60, 5, 3

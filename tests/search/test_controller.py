@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from nasfcos.genotype import PUBLISHED
 from nasfcos.search.controller import Controller, policy_loss
 from nasfcos.search.space import FPNSpace, HeadSpace
+from tests.known import PUBLISHED
 from tests.strategies import ppo
 
 FPN = FPNSpace(3, ["skip_connect"], ["psum"])

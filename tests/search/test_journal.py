@@ -16,7 +16,6 @@ optuna = pytest.importorskip("optuna")
 
 from optuna.storages import RDBStorage  # noqa: E402
 
-from nasfcos.genotype import PUBLISHED  # noqa: E402
 from nasfcos.search.journal import (  # noqa: E402
     Journal,
     JournalError,
@@ -25,6 +24,7 @@ from nasfcos.search.journal import (  # noqa: E402
 )
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
 from nasfcos.search.space import FPNSpace, HeadSpace  # noqa: E402
+from tests.known import PUBLISHED  # noqa: E402
 
 SPACE = HeadSpace(PUBLISHED.cells, 2)
 SETTINGS = {"SEARCH.BATCH": 4, "SEARCH.PROXY.LR": 8e-4, "SEARCH.PRUNING.RUNGS": (10, 20)}

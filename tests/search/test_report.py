@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS, PUBLISHED
+from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
 from nasfcos.search import report
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from nasfcos.search.report import (
@@ -26,6 +26,7 @@ from nasfcos.search.report import (
     write_report,
 )
 from nasfcos.search.space import FPNSpace, HeadSpace
+from tests.known import PUBLISHED
 
 FPN = FPNSpace(4, FPN_OPS, AGGREGATIONS)
 HEAD = HeadSpace(PUBLISHED.cells, 6, HEAD_OPS)

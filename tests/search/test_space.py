@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nasfcos.config import get_defaults
-from nasfcos.genotype import HEAD_OPS, PUBLISHED, Genotype, GenotypeError
+from nasfcos.genotype import HEAD_OPS, Genotype, GenotypeError
 from nasfcos.search.space import FPNSpace, HeadSpace, build_space
+from tests.known import PUBLISHED
 
 FPN3 = FPNSpace(3, ["skip_connect"], ["psum"])
 FPN4 = FPNSpace(4, ["def_conv_3x3"], ["cat"])

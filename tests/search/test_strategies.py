@@ -5,11 +5,11 @@ import statistics
 import pytest
 
 from nasfcos.config import get_defaults
-from nasfcos.genotype import PUBLISHED
 from nasfcos.search.controller import PPO
 from nasfcos.search.simulate import first_hits, uniform_hits
 from nasfcos.search.space import FPNSpace, HeadSpace
 from nasfcos.search.strategies import Evolution, RandomSearch, build_strategy
+from tests.known import PUBLISHED
 from tests.strategies import evolution, ppo
 
 OPS = ["conv1x1", "conv3x3", "sep_conv_3x3", "skip_connect", "def_conv_3x3"]
