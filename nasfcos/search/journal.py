@@ -480,8 +480,25 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise JournalError(f"{path} cannot be read as a journal: {cause}") from error
+        raise JournalError(f"{path} cannot be read as a journal: {_cause(error)}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns what is raised where a journal cannot be written into `JournalError`."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise JournalError(
+            f"{path} cannot be written: {_cause(error)}. No finished trial is lost: make room on "
+            "its disk, or end what keeps the file locked, and go on with --resume"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """What SQLite said, below what SQLAlchemy and Optuna made of it."""
+    inner = error.__cause__ or error
+    return str(getattr(inner, "orig", None) or inner).splitlines()[0]
 
 
 def _is_finished(trial: FrozenTrial) -> bool:

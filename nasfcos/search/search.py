@@ -30,7 +30,7 @@ from ..genotype import Cell, Genotype
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import build_executor
-from .journal import Journal, check_settings, read_records
+from .journal import Journal, check_settings, read_records, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord
@@ -274,7 +274,11 @@ class _Search:
         self.reports[stage] = StageReport(
             stage, [], space.decisions, [], settings.STRATEGY, trials
         )
-        with build_executor(cfg, task) as executor, _Progress(self, journal, stage, trials) as note:
+        with (
+            writing(journal.path),
+            build_executor(cfg, task) as executor,
+            _Progress(self, journal, stage, trials) as note,
+        ):
             run_stage(
                 journal,
                 space,

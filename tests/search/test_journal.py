@@ -16,11 +16,13 @@ optuna = pytest.importorskip("optuna")
 
 from optuna.storages import RDBStorage  # noqa: E402
 
+from nasfcos.search import journal as module  # noqa: E402
 from nasfcos.search.journal import (  # noqa: E402
     Journal,
     JournalError,
     check_settings,
     read_records,
+    writing,
 )
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
 from nasfcos.search.space import FPNSpace, HeadSpace  # noqa: E402
@@ -389,3 +391,26 @@ def test_optuna_understands_the_file(path):
 def test_nothing_lies_about_after_a_search(path):
     run(path)
     assert [p.name for p in Path(path.parent).iterdir()] == ["search.db"]
+
+
+def test_a_full_disk_is_said_in_words_and_costs_no_finished_trial(tmp_path, monkeypatch):
+    path, engine, finished = tmp_path / "search.db", module._engine, []
+
+    def small(path, mode):
+        def connect():
+            connection = engine(path, mode)["creator"]()
+            connection.execute("PRAGMA max_page_count = 45")
+            return connection
+
+        return {"creator": connect}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_engine", small)
+        with pytest.raises(JournalError, match=r"cannot be written.*full.*room.*--resume"):
+            with writing(path):
+                go_on(open_journal(path), 99, finished.append)
+    assert finished
+    journal = open_journal(path)
+    assert [record.index for record in journal.records()] == finished
+    go_on(journal, journal.records()[-1].batch + 2)
+    assert len(journal.records()) > len(finished)
