@@ -17,7 +17,6 @@ from yacs.config import CfgNode
 from nasfcos.config import ConfigError, load_config, override_config
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.evaluation.files import replacing, write_json
-from nasfcos.genotype import Genotype
 from nasfcos.search.simulate import (
     first_hits,
     goal_size,
@@ -25,7 +24,7 @@ from nasfcos.search.simulate import (
     replay_pruning,
     uniform_hits,
 )
-from nasfcos.search.space import build_space
+from nasfcos.search.space import build_space, given_cells
 from nasfcos.search.stage import Pruning
 from nasfcos.search.strategies import build_strategy
 
@@ -54,7 +53,7 @@ def main() -> int:
 
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
-        cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells if args.stage == "head" else None
+        cells = given_cells(cfg) if args.stage == "head" else None
         space = build_space(cfg, args.stage, cells)
         if space.size() > MOST_SEQUENCES:
             raise ConfigError(

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from nasfcos.data import build_dataset
 from nasfcos.data.catalog import class_names
 from nasfcos.engine.launch import argument_parser, launch
-from nasfcos.genotype import Genotype
 from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
 from nasfcos.search.crops import Crops
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.prepare import prepare_backbone
 from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
 from nasfcos.search.records import TrialJob
-from nasfcos.search.space import build_space
+from nasfcos.search.space import build_space, given_cells
 from nasfcos.search.split import split_training_data
 
 logger = logging.getLogger("nasfcos.time_trials")
@@ -81,7 +80,7 @@ def main() -> int:
         classes = len(class_names(cfg))
         features, cells = model.backbone, None
         if args.stage == "head":
-            cells = Genotype.parse(cfg.MODEL.GENOTYPE).cells
+            cells = given_cells(cfg)
             neck = train_neck(cfg, caches, cells, classes, device, folder / "neck")
             features = nn.Sequential(features, neck)
             caches = tuple(cache_pyramid(folder / "cache", neck, cache) for cache in caches)

@@ -44,7 +44,7 @@ from .select import (
     train_in_full,
     write_ranking,
 )
-from .space import Space, build_space
+from .space import Space, build_space, given_cells
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
 from .status import FINISHED, LOCK_FILE, StageStatus, format_status, write_progress
@@ -178,13 +178,7 @@ class _Search:
 
     def _given_cells(self) -> tuple[Cell, ...] | None:
         """The FPN of the head stage where the FPN is not searched."""
-        if "fpn" in self.cfg.SEARCH.STAGES:
-            return None
-        if not self.cfg.MODEL.GENOTYPE:
-            raise ConfigError(
-                "SEARCH.STAGES has the head only, so MODEL.GENOTYPE must name the cells of its FPN"
-            )
-        return Genotype.parse(self.cfg.MODEL.GENOTYPE).cells
+        return None if "fpn" in self.cfg.SEARCH.STAGES else given_cells(self.cfg)
 
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from yacs.config import CfgNode
 
+from ..config import ConfigError
 from ..genotype import (
     AGGREGATIONS,
     FPN_OPS,
@@ -326,6 +327,19 @@ def build_space(cfg: CfgNode, stage: str, cells: Sequence[Cell] | None) -> Space
     if stage == "fpn":
         return FPNSpace(settings.CELLS, settings.FPN_OPS, settings.AGGREGATIONS)
     return HeadSpace(cells, settings.HEAD_LAYERS, settings.HEAD_OPS)
+
+
+def given_cells(cfg: CfgNode) -> tuple[Cell, ...]:
+    """The FPN of MODEL.GENOTYPE, on which a head is searched alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not cfg.MODEL.GENOTYPE:
+        raise ConfigError(
+            "the head is searched alone, so MODEL.GENOTYPE must name the cells of its FPN"
+        )
+    return Genotype.parse(cfg.MODEL.GENOTYPE).cells
 
 
 @cache

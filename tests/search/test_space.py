@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nasfcos.config import get_defaults
+from nasfcos.config import ConfigError, get_defaults
 from nasfcos.genotype import HEAD_OPS, Genotype, GenotypeError
-from nasfcos.search.space import FPNSpace, HeadSpace, build_space
+from nasfcos.search.space import FPNSpace, HeadSpace, build_space, given_cells
 from tests.known import PUBLISHED
 
 FPN3 = FPNSpace(3, ["skip_connect"], ["psum"])
@@ -173,6 +173,15 @@ def test_build_space():
     cells = fpn.genotype(fpn.sample(random.Random(0))).cells
     head = build_space(cfg, "head", cells)
     assert head.stage == "head" and head.genotype((2, 0, 1)).cells == cells
+
+
+def test_a_head_alone_needs_an_fpn():
+    cfg = get_defaults()
+    cfg.MODEL.GENOTYPE = PUBLISHED.to_list()
+    assert given_cells(cfg) == PUBLISHED.cells
+    cfg.MODEL.GENOTYPE = []
+    with pytest.raises(ConfigError, match=r"MODEL\.GENOTYPE must name"):
+        given_cells(cfg)
 
 
 @pytest.mark.parametrize(
