@@ -16,8 +16,8 @@ CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
 0..255; those models divide by nothing."""
 
-
 C5_STRIDE = 32
+"""Pixels a side that one position of C5 stands for."""
 
 
 class Preprocess(nn.Module):
@@ -91,7 +91,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: no images, an image or a target of the wrong shape or type, in training a
                 missing target, a box without area or a label out of range, or (ConfigError) a batch
-            too small for batch norms.
+                too small for batch norms.
         """
         if len(images) == 0:
             raise ValueError("the list of images is empty")

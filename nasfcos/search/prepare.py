@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
+from ..config.tree import get_setting
 from ..engine.checkpoint import FINAL, CheckpointError, differing_keys, load_checkpoint
 from ..engine.train import build_model, train
 from ..models import Detector, load_weights
@@ -41,8 +44,24 @@ def prepare_config(cfg: CfgNode, folder: Path) -> CfgNode:
         cfg: whose DATASETS.TRAIN is meta-train.
         folder: of the training run.
     """
-    plain = override_config(cfg, [*PLAIN, "OUTPUT_DIR", str(folder)], "the search")
-    return override_config(plain, cfg.SEARCH.PREPARE.OVERRIDES, "SEARCH.PREPARE.OVERRIDES")
+    return with_overrides(cfg, [*PLAIN, "OUTPUT_DIR", str(folder)], "SEARCH.PREPARE.OVERRIDES")
+
+
+def with_overrides(cfg: CfgNode, own: Sequence[Any], key: str) -> CfgNode:
+    """The config of a training that is part of a search.
+
+    Args:
+        cfg: of the search.
+        own: alternating keys and values that are the search's to decide.
+        key: of the config's list of those that the user has decided.
+
+    Raises:
+        ConfigError: that list has a key of the search's own.
+    """
+    overrides = get_setting(cfg, key)
+    if taken := sorted({str(name) for name in overrides[::2]} & set(own[::2])):
+        raise ConfigError(f"{key} sets {', '.join(taken)}, which the search itself decides")
+    return override_config(override_config(cfg, own, "the search"), overrides, key)
 
 
 def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detector:

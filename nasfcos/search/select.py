@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from ..config import ConfigError, override_config
+from ..config import ConfigError
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
 from ..evaluation.files import write_json
 from ..genotype import Genotype
-from .prepare import is_run_of
+from .prepare import is_run_of, with_overrides
 from .records import TrialRecord
 from .status import StageStatus, write_progress
 
@@ -68,8 +68,7 @@ def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> C
         *("MODEL.NECK.NAME", "nas_fpn", "MODEL.HEAD.TOWER", tower),
         *("MODEL.GENOTYPE", list(genotype), "OUTPUT_DIR", str(folder)),
     ]
-    full = override_config(cfg, searched, "the search")
-    return override_config(full, cfg.SEARCH.SELECT.OVERRIDES, "SEARCH.SELECT.OVERRIDES")
+    return with_overrides(cfg, searched, "SEARCH.SELECT.OVERRIDES")
 
 
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:

@@ -390,6 +390,7 @@ def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp
     [
         (("SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITR', 3]"), r"SELECT\.OVERRIDES.*SOLVER\.MAX_"),
         (("SEARCH.PREPARE.OVERRIDES", "['SOLVER.MAX_ITER']"), r"PREPARE\.OVERRIDES.*pairs"),
+        (("SEARCH.SELECT.OVERRIDES", "['OUTPUT_DIR', 'here']"), r"SELECT\.OVERRIDES.*OUTPUT_DIR"),
         (("SEARCH.STAGES", "('head',)", "MODEL.GENOTYPE", "[]", "MODEL.NECK.NAME", "fpn"),
          r"MODEL\.GENOTYPE must name the cells"),
         (("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty"),
