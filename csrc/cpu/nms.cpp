@@ -7,10 +7,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <vector>
 
+#include "../iou.h"
 #include "../macros.h"
 
 // A fused multiply-add rounds once instead of twice, which would decide boxes exactly at the
@@ -25,6 +24,10 @@
 namespace {
 
 using at::Tensor;
+using nasfcos::Box;
+using nasfcos::exclusive_limit;
+using nasfcos::iou;
+using nasfcos::load_box;
 
 // Structure of arrays, in the order in which boxes are considered.
 template <typename T>
@@ -34,45 +37,28 @@ struct Boxes {
   explicit Boxes(int64_t n) : x0(n), y0(n), x1(n), y1(n), area(n) {}
 };
 
-// Marks those of the n boxes from `first` on whose IoU with box i is above `limit`.
+// Marks those of the n boxes from `first` on whose IoU with box a is above `limit`.
 template <typename T>
 NASFCOS_INLINE void suppress_loop(
-    int64_t first, int64_t n, T x0, T y0, T x1, T y1, T area, T extra, T limit, const T* bx0,
-    const T* by0, const T* bx1, const T* by1, const T* barea, int32_t* suppressed) {
+    int64_t first, int64_t n, Box<T> a, T extra, T limit, const T* x0, const T* y0, const T* x1,
+    const T* y1, const T* area, int32_t* suppressed) {
   for (int64_t j = first; j < n; ++j) {
-    T w = std::min(x1, bx1[j]) - std::max(x0, bx0[j]) + extra;
-    T h = std::min(y1, by1[j]) - std::max(y0, by0[j]) + extra;
-    w = w > T(0) ? w : T(0);
-    h = h > T(0) ? h : T(0);
-    const T intersection = w * h;
-    const T iou = intersection / (area + barea[j] - intersection);
-    suppressed[j] |= int32_t(iou > limit);
+    const Box<T> b{x0[j], y0[j], x1[j], y1[j], area[j]};
+    suppressed[j] |= int32_t(iou(a, b, extra) > limit);
   }
 }
 
 NASFCOS_CLONES NASFCOS_NO_FMA void suppress(
-    int64_t first, int64_t n, float x0, float y0, float x1, float y1, float area, float extra,
-    float limit, const float* bx0, const float* by0, const float* bx1, const float* by1,
-    const float* barea, int32_t* suppressed) {
-  suppress_loop(
-      first, n, x0, y0, x1, y1, area, extra, limit, bx0, by0, bx1, by1, barea, suppressed);
+    int64_t first, int64_t n, Box<float> a, float extra, float limit, const float* x0,
+    const float* y0, const float* x1, const float* y1, const float* area, int32_t* suppressed) {
+  suppress_loop(first, n, a, extra, limit, x0, y0, x1, y1, area, suppressed);
 }
 
 NASFCOS_NO_FMA void suppress(
-    int64_t first, int64_t n, double x0, double y0, double x1, double y1, double area, double extra,
-    double limit, const double* bx0, const double* by0, const double* bx1, const double* by1,
-    const double* barea, int32_t* suppressed) {
-  suppress_loop(
-      first, n, x0, y0, x1, y1, area, extra, limit, bx0, by0, bx1, by1, barea, suppressed);
-}
-
-// The largest value of T that "IoU > value" may be asked of, so that the answer is that of
-// IoU >= threshold taken to T (legacy) or of IoU > threshold in double (ordinary).
-template <typename T>
-T exclusive_limit(double threshold, bool legacy) {
-  const T limit = static_cast<T>(threshold);
-  const bool lower = legacy || static_cast<double>(limit) > threshold;
-  return lower ? std::nextafter(limit, -std::numeric_limits<T>::infinity()) : limit;
+    int64_t first, int64_t n, Box<double> a, double extra, double limit, const double* x0,
+    const double* y0, const double* x1, const double* y1, const double* area,
+    int32_t* suppressed) {
+  suppress_loop(first, n, a, extra, limit, x0, y0, x1, y1, area, suppressed);
 }
 
 template <typename T>
@@ -101,12 +87,12 @@ Tensor nms_impl(
 
   Boxes<T> b(n);
   for (int64_t i = 0; i < n; ++i) {
-    const T* p = box + 4 * by_score[ranks[i]];
-    b.x0[i] = p[0];
-    b.y0[i] = p[1];
-    b.x1[i] = p[2];
-    b.y1[i] = p[3];
-    b.area[i] = (p[2] - p[0] + extra) * (p[3] - p[1] + extra);
+    const Box<T> one = load_box(box + 4 * by_score[ranks[i]], extra);
+    b.x0[i] = one.x0;
+    b.y0[i] = one.y0;
+    b.x1[i] = one.x1;
+    b.y1[i] = one.y1;
+    b.area[i] = one.area;
   }
 
   std::vector<int32_t> suppressed(n, 0);
@@ -116,7 +102,7 @@ Tensor nms_impl(
       for (int64_t i = starts[k]; i < starts[k + 1]; ++i) {
         if (suppressed[i]) continue;
         suppress(
-            i + 1, starts[k + 1], b.x0[i], b.y0[i], b.x1[i], b.y1[i], b.area[i], extra, limit,
+            i + 1, starts[k + 1], {b.x0[i], b.y0[i], b.x1[i], b.y1[i], b.area[i]}, extra, limit,
             b.x0.data(), b.y0.data(), b.x1.data(), b.y1.data(), b.area.data(), suppressed.data());
       }
     }
@@ -139,8 +125,8 @@ Tensor nms_impl(
 Tensor nms(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
     double iou_threshold, bool legacy) {
-  const int64_t n = boxes.size(0);
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4]");
+  const int64_t n = boxes.size(0);
   TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == n, "nms: scores must be [N]");
   TORCH_CHECK_VALUE(
       !labels || (labels->dim() == 1 && labels->size(0) == n), "nms: labels must be [N]");

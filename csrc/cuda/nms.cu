@@ -10,44 +10,22 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <tuple>
+
+#include "../iou.h"
 
 namespace {
 
 using at::Tensor;
+using nasfcos::Box;
+using nasfcos::exclusive_limit;
+using nasfcos::iou;
+using nasfcos::load_box;
 
 // Boxes are handled by tiles of as many as a word has bits.
 constexpr int kTile = 64;
 constexpr int kWalkThreads = 512;
-
-// Products that the compiler must not fuse into an addition: that rounds differently, and would
-// decide boxes exactly at the threshold otherwise than the CPU does.
-__device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a, b); }
-
-template <typename T>
-struct Box {
-  T x0, y0, x1, y1, area;
-};
-
-template <typename T>
-__device__ __forceinline__ Box<T> load_box(const T* boxes, int64_t i, T extra) {
-  const T* p = boxes + 4 * i;
-  return {p[0], p[1], p[2], p[3], times(p[2] - p[0] + extra, p[3] - p[1] + extra)};
-}
-
-template <typename T>
-__device__ __forceinline__ bool suppresses(const Box<T>& a, const Box<T>& b, T extra, T limit) {
-  T w = (b.x1 < a.x1 ? b.x1 : a.x1) - (a.x0 < b.x0 ? b.x0 : a.x0) + extra;
-  T h = (b.y1 < a.y1 ? b.y1 : a.y1) - (a.y0 < b.y0 ? b.y0 : a.y0) + extra;
-  w = w > 0 ? w : 0;
-  h = h > 0 ? h : 0;
-  const T intersection = times(w, h);
-  return intersection / (a.area + b.area - intersection) > limit;
-}
 
 // Boxes (and labels, or null) by descending score. Bit j of hits[i * tiles + column] says that box
 // i suppresses box 64 * column + j. Words left of box i's own tile are not written.
@@ -62,17 +40,17 @@ __global__ void __launch_bounds__(kTile) compare_kernel(
   const int64_t first = column * kTile;
   const int count = static_cast<int>(n - first < kTile ? n - first : kTile);
   if (threadIdx.x < count) {
-    others[threadIdx.x] = load_box(boxes, first + threadIdx.x, extra);
+    others[threadIdx.x] = load_box(boxes + 4 * (first + threadIdx.x), extra);
     other_labels[threadIdx.x] = labels ? labels[first + threadIdx.x] : 0;
   }
   __syncthreads();
   const int64_t i = row * kTile + threadIdx.x;
   if (i >= n) return;
-  const Box<T> box = load_box(boxes, i, extra);
+  const Box<T> box = load_box(boxes + 4 * i, extra);
   const int64_t label = labels ? labels[i] : 0;
   uint64_t word = 0;
   for (int j = row == column ? threadIdx.x + 1 : 0; j < count; ++j) {
-    if (other_labels[j] == label && suppresses(box, others[j], extra, limit)) {
+    if (other_labels[j] == label && iou(box, others[j], extra) > limit) {
       word |= uint64_t{1} << j;
     }
   }
@@ -116,14 +94,6 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
   }
 }
 
-// As in cpu/nms.cpp: IoU > limit answers IoU >= threshold in T (legacy), IoU > threshold in double.
-template <typename T>
-T exclusive_limit(double threshold, bool legacy) {
-  const T limit = static_cast<T>(threshold);
-  const bool lower = legacy || static_cast<double>(limit) > threshold;
-  return lower ? std::nextafter(limit, -std::numeric_limits<T>::infinity()) : limit;
-}
-
 template <typename T>
 Tensor keep_mask(
     const Tensor& boxes, const Tensor& labels, double iou_threshold, bool legacy) {
@@ -150,7 +120,6 @@ Tensor keep_mask(
 Tensor nms(
     const Tensor& boxes_, const Tensor& scores, const std::optional<Tensor>& labels_,
     double iou_threshold, bool legacy) {
-  const c10::cuda::CUDAGuard guard(boxes_.device());
   TORCH_CHECK_VALUE(boxes_.dim() == 2 && boxes_.size(1) == 4, "nms: boxes must be [N, 4]");
   const int64_t n = boxes_.size(0);
   TORCH_CHECK_VALUE(
@@ -160,6 +129,7 @@ Tensor nms(
       !labels_ || (labels_->dim() == 1 && labels_->size(0) == n &&
                    labels_->device() == boxes_.device()),
       "nms: labels must be [N], on the device of boxes");
+  const c10::cuda::CUDAGuard guard(boxes_.device());
   if (n == 0) return at::empty({0}, boxes_.options().dtype(at::kLong));
   const Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
   const bool wide = boxes_.scalar_type() == at::kDouble;
