@@ -1,7 +1,7 @@
 // Sigmoid focal loss on CUDA, forward and backward; the arithmetic is in ../focal.h.
 //
-// Targets are not checked here, which would synchronise: one above the number of classes counts as
-// background, a negative one as ignored.
+// Targets are checked where they are read, by an assertion on the device as in PyTorch's own losses:
+// checking them before the kernels start would make the host wait for the device.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/macros/Macros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -61,6 +62,7 @@ __device__ __forceinline__ void for_each_element(
        i += stride) {
     const Index row = i / classes;
     const int64_t target = targets[row];
+    CUDA_KERNEL_ASSERT(target >= -1 && target <= static_cast<int64_t>(classes));
     const bool positive = target == static_cast<int64_t>(i - row * classes) + 1;
     body(i, target < 0 ? -1 : static_cast<int>(positive));
   }
@@ -138,8 +140,8 @@ Tensor checked_targets(const Tensor& logits, const Tensor& targets) {
 
 Tensor sigmoid_focal_loss(
     const Tensor& logits_, const Tensor& targets_, double gamma, double alpha, bool reduce) {
-  const c10::cuda::CUDAGuard guard(logits_.device());
   const Tensor targets = checked_targets(logits_, targets_);
+  const c10::cuda::CUDAGuard guard(logits_.device());
   const Tensor logits = logits_.contiguous();
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t count = logits.numel();
@@ -176,8 +178,8 @@ Tensor sigmoid_focal_loss(
 Tensor sigmoid_focal_loss_backward(
     const Tensor& grad_, const Tensor& logits_, const Tensor& targets_, double gamma,
     double alpha) {
-  const c10::cuda::CUDAGuard guard(logits_.device());
   const Tensor targets = checked_targets(logits_, targets_);
+  const c10::cuda::CUDAGuard guard(logits_.device());
   const Tensor logits = logits_.contiguous();
   TORCH_CHECK_VALUE(
       grad_.device() == logits.device() &&

@@ -94,7 +94,8 @@ def sigmoid_focal_loss(
         The sum in float32 for float16 and bfloat16 logits, otherwise in the logits' dtype.
 
     Raises:
-        ValueError: shapes or reduction that do not fit; on the CPU, a target outside -1..C.
+        ValueError: shapes or reduction that do not fit; on the CPU, a target outside -1..C. The
+            kernel for CUDA asserts that on the device, as PyTorch's losses do.
     """
     if logits.dim() != 2 or targets.dim() != 1 or logits.shape[0] != targets.shape[0]:
         raise ValueError(
