@@ -233,8 +233,10 @@ def restore_solver(
     Learning rate, momentum and weight decay follow the config that both were built from, so that
     a changed config takes effect (and the same config gives the same numbers).
     """
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    moments = state["optimizer"]["state"]
+    if moments:  # a run that has made no step has none, and keeps those of a fresh optimizer
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": settings})
     base = scheduler.base_lrs
     rates = [rate * at(iteration) for rate, at in zip(base, scheduler.lr_lambdas, strict=True)]
     scheduler.load_state_dict({**state["scheduler"], "base_lrs": base, "_last_lr": rates})

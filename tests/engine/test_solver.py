@@ -117,6 +117,14 @@ def test_restored_solver_has_the_moments_of_then_and_the_rates_of_now():
     }
 
 
+def test_restored_before_the_first_step_momentum_stays_zero():
+    _, model, optimizer, scheduler = solver()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    zero_momentum(optimizer)
+    restore_solver(optimizer, scheduler, state, 0)
+    assert not optimizer.state[model.conv.weight]["momentum_buffer"].any()
+
+
 def test_fused_sgd_skips_a_first_step_that_overflows():
     weights = {}
     for fused in (False, True):
