@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 # a large data set, so that only a process that is gone lets the others give up.
 TIMEOUT = timedelta(minutes=30)
 
+# The group of the last session. After an error, DistributedDataParallel would be the last to let go
+# of it, and does so holding the lock of Python's interpreter that the group's threads may still
+# need to end: both then wait for ever (seen with gloo, in a process that had to end at once).
+_group: dist.ProcessGroup | None = None
+
 
 def rank() -> int:
     """This process's number in the whole job, from 0. Process 0 writes files and the log."""
@@ -97,6 +102,8 @@ def session(device_name: str) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+        global _group
+        _group = dist.group.WORLD
     try:
         yield device
     except BaseException:
