@@ -216,9 +216,12 @@ def predict_files(
         score_threshold: detections below it are neither drawn nor written.
 
     Raises:
-        DataError: there is no input, or an output would replace an input or another output.
+        DataError: there is no input, an output would replace an input or another output, or
+            `output_dir` is a file.
     """
     root, files = find_inputs(pattern)
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise DataError(f"the output folder {output_dir} is a file; name a folder")
     outputs = [Path(output_dir) / _output_name(file.relative_to(root)) for file in files]
     sheet_file, json_file = (Path(output_dir) / name for name in ("sheet.jpg", "detections.json"))
     pictures = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]

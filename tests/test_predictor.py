@@ -252,6 +252,8 @@ def test_inputs_are_never_overwritten(predictor, folder):
     before = {name: (folder / name).read_bytes() for name in files_in(folder)}
     with pytest.raises(DataError, match="would replace an input"):
         predict_files(predictor, str(folder), folder)
+    with pytest.raises(DataError, match="a.jpg is a file; name a folder"):
+        predict_files(predictor, str(folder / "broken.png"), folder / "a.jpg")
     assert {name: (folder / name).read_bytes() for name in files_in(folder)} == before
 
 

@@ -116,7 +116,9 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
     assert (out / "best" / "model_final.pth").exists()
 
     page = (out / "report" / "report.html").read_text()
-    assert "<img" in page and "http" not in re.sub(r"http://www\.w3\.org\S*", "", page)
+    assert "<img" in page
+    # By chance, an image's letters may spell it.
+    assert "http" not in re.sub(r"base64,[\w+/=]+|http://www\.w3\.org\S*", "", page)
     status = run("search_net.py", search_file, "--status")
     assert "finished" in status and "fpn: 6 of 6 trials" in status
 
