@@ -23,7 +23,7 @@ from .data import DataError, class_names, num_classes, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
-from .engine.checkpoint import NEEDS_DETECTOR, find_weights
+from .engine.checkpoint import CHECKPOINT, CONFIG, NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import inference_form, to_original_size
@@ -76,7 +76,7 @@ class Predictor:
             ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
             WeightsError: the weights cannot be read or are those of another model.
         """
-        recorded = find_weights(cfg, prefer_config=True) if weights is None else weights
+        recorded = find_weights(cfg, (CONFIG, CHECKPOINT)) if weights is None else weights
         if not isinstance(recorded, Weights):
             recorded = read_weights(recorded)
         if recorded.kind != "detector":

@@ -9,7 +9,7 @@ import sys
 
 from nasfcos.config import load_config
 from nasfcos.data import DataError
-from nasfcos.engine.checkpoint import find_weights
+from nasfcos.engine.checkpoint import CHECKPOINT, CONFIG, find_weights
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.engine.signals import StopRequest
 from nasfcos.predictor import Predictor, predict_files
@@ -34,8 +34,9 @@ def main() -> int:
 
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
-        given = "MODEL.WEIGHT" in args.overrides[::2]
-        predictor = Predictor(cfg, find_weights(cfg, prefer_config=given))
+        given = CONFIG in args.overrides[::2]
+        places = (CONFIG,) if given else (CHECKPOINT, CONFIG)
+        predictor = Predictor(cfg, find_weights(cfg, places))
         with StopRequest() as stop, stop.heeded_at_once():
             summary = predict_files(predictor, args.input, args.output, args.score)
         logger.info(

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=4 tools/test_net.py --config-file FILE TEST.IMS_PER_BA
 import sys
 
 from nasfcos.engine import load_test_model, test
+from nasfcos.engine.checkpoint import CHECKPOINT, CONFIG
 from nasfcos.engine.launch import argument_parser, launch
 
 
@@ -18,8 +19,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
 
     def job(cfg, device):
-        given = "MODEL.WEIGHT" in args.overrides[::2]
-        model, classes = load_test_model(cfg, device, prefer_config=given)
+        given = CONFIG in args.overrides[::2]
+        places = (CONFIG,) if given else (CHECKPOINT, CONFIG)
+        model, classes = load_test_model(cfg, device, places)
         test(cfg, model, classes)
 
     return launch(args, job)

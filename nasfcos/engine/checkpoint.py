@@ -146,38 +146,41 @@ def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
     return None if found is None else replace(read_weights(found[1]), name=str(found[0]))
 
 
-def find_weights(cfg: CfgNode, prefer_config: bool = False) -> Weights:
-    """The trained detector of a config: OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
+CHECKPOINT, CONFIG = "OUTPUT_DIR", "MODEL.WEIGHT"
+"""Where the weights of a trained detector may be: the keys that name the places."""
+
+
+def find_weights(cfg: CfgNode, places: Sequence[str] = (CHECKPOINT, CONFIG)) -> Weights:
+    """The trained detector of a config: OUTPUT_DIR's newest checkpoint, or MODEL.WEIGHT.
 
     An ImageNet backbone as MODEL.WEIGHT, from which most trainings start, does not count.
 
     Args:
         cfg: the config tree.
-        prefer_config: MODEL.WEIGHT comes first (it was given on purpose).
+        places: to look in, the first one first; (CONFIG,) where it was given on purpose.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is none.
         WeightsError: MODEL.WEIGHT cannot be read.
     """
-    finders = [lambda: newest_weights(cfg.OUTPUT_DIR), lambda: _detector_of(cfg.MODEL.WEIGHT)]
-    for find in reversed(finders) if prefer_config else finders:
-        if (weights := find()) is not None:
+    finders = {CHECKPOINT: lambda: newest_weights(cfg.OUTPUT_DIR), CONFIG: lambda: _detector(cfg)}
+    for place in places:
+        if (weights := finders[place]()) is not None:
             return weights
     source = cfg.MODEL.WEIGHT
-    raise ConfigError(
-        f"MODEL.WEIGHT {f'{source} is an ImageNet backbone' if source else 'is empty'} and "
-        f"{cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint: {NEEDS_DETECTOR}"
-    )
+    lacks = {
+        CONFIG: f"MODEL.WEIGHT {f'{source} is a backbone' if source else 'is empty'}",
+        CHECKPOINT: f"{cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint",
+    }
+    raise ConfigError(f"{' and '.join(lacks[place] for place in places)}: {NEEDS_DETECTOR}")
 
 
-def _detector_of(source: str) -> Weights | None:
+def _detector(cfg: CfgNode) -> Weights | None:
+    source = cfg.MODEL.WEIGHT
     if not source or source.startswith(("catalog://", "torchvision://")):
         return None
     weights = read_weights(source)
-    if weights.kind == "detector":
-        return weights
-    logger.warning("MODEL.WEIGHT %s is passed over: it is a %s", source, weights.description)
-    return None
+    return weights if weights.kind == "detector" else None
 
 
 def remove_old_checkpoints(output_dir: str | os.PathLike[str], keep: int, iteration: int) -> None:

@@ -21,7 +21,7 @@ from ..models import Detector, build_detector, load_weights, optimize_for_infere
 from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from . import distributed
-from .checkpoint import check_classes, find_weights
+from .checkpoint import CHECKPOINT, CONFIG, check_classes, find_weights
 from .logging import PERIODIC, on_terminal
 from .metrics import format_duration
 
@@ -93,7 +93,7 @@ def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
 
 
 def load_test_model(
-    cfg: CfgNode, device: torch.device, prefer_config: bool = False
+    cfg: CfgNode, device: torch.device, places: Sequence[str] = (CHECKPOINT, CONFIG)
 ) -> tuple[nn.Module, list[str] | None]:
     """The detector to be tested: weights of OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
 
@@ -103,7 +103,7 @@ def load_test_model(
     Args:
         cfg: the config tree.
         device: this process's.
-        prefer_config: MODEL.WEIGHT comes first (it was given on purpose).
+        places: to look in, see `find_weights`.
 
     Returns:
         The model, on `device`, and the names of its classes as far as the weights record them.
@@ -113,7 +113,7 @@ def load_test_model(
         CheckpointError: they were trained for other classes than those of the training data.
         WeightsError: they are not those of a whole detector of this config.
     """
-    weights = _read_test_weights(cfg, prefer_config)
+    weights = _read_test_weights(cfg, places)
     _check_classes(cfg, weights)
     classes = cfg.MODEL.NUM_CLASSES or len(weights.classes or ()) or num_classes(cfg)
     model = build_detector(cfg, classes)
@@ -121,20 +121,19 @@ def load_test_model(
     return model.to(device), weights.classes
 
 
-def _read_test_weights(cfg: CfgNode, prefer_config: bool) -> Weights:
+def _read_test_weights(cfg: CfgNode, places: Sequence[str]) -> Weights:
     """The same weights on every process: which ones, process 0 says."""
-    found = find_weights(cfg, prefer_config) if distributed.rank() == 0 else None
+    found = find_weights(cfg, places) if distributed.rank() == 0 else None
     source = distributed.broadcast(found and found.name)
-    if found is not None:
-        return found
     path = local_path(source)
-    if path is not None and not path.is_file():
+    if found is None and path is not None and not path.is_file():
         raise ConfigError(
             f"process {distributed.rank()} has no file {source}, which process 0 is to test: "
             "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT of the command "
             "line a file that each of them has"
         )
-    return read_weights(source)
+    with distributed.first_on_machine():  # one download for all of a machine's processes
+        return found or read_weights(source)
 
 
 def _check_classes(cfg: CfgNode, weights: Weights) -> None:

@@ -7,6 +7,7 @@ from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_dataset
 from nasfcos.engine import load_test_model
 from nasfcos.engine.checkpoint import (
+    CONFIG,
     CONTENT,
     FINAL,
     CheckpointError,
@@ -41,8 +42,8 @@ def test_which_weights_are_tested(config_file, tmp_path):
     model = build_model(config(), CPU)
     probe = model.head.box_pred.bias
 
-    def loaded(cfg, prefer_config=False):
-        tested, _ = load_test_model(cfg, CPU, prefer_config)
+    def loaded(cfg, *places):
+        tested, _ = load_test_model(cfg, CPU, *places)
         return tested.head.box_pred.bias[0].item()
 
     with pytest.raises(ConfigError, match="no checkpoint.*MODEL.WEIGHT"):
@@ -56,8 +57,12 @@ def test_which_weights_are_tested(config_file, tmp_path):
         save_checkpoint(state, path)
         files[value] = str(path)
     given = config("MODEL.WEIGHT", files[1.0])
-    assert loaded(given, prefer_config=True) == 1.0  # named on the command line
+    assert loaded(given, (CONFIG,)) == 1.0  # named on the command line
     assert loaded(given) == 2.0  # named in the file, where training started from
+    backbone = config("MODEL.WEIGHT", "catalog://ImageNetPretrained/MSRA/R-50")
+    assert loaded(backbone) == 2.0
+    with pytest.raises(ConfigError, match="R-50 is a backbone"):  # nothing else is tested for it
+        loaded(backbone, (CONFIG,))
     (tmp_path / "out" / FINAL).unlink()
     assert loaded(given) == 1.0
 
