@@ -273,6 +273,9 @@ class Training:
         self._optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
         self.averaged = copy.deepcopy(self.decoder)
         self._average = get_ema_multi_avg_fn(polyak)
+        both = self.averaged, self.decoder
+        self._parameters = [list(model.parameters()) for model in both]
+        self._buffers = list(zip(*(model.buffers() for model in both), strict=True))
         self._losses = torch.zeros(len(order), device=examples.device)
 
     def advance(self, until: int) -> None:
@@ -303,12 +306,11 @@ class Training:
     @torch.no_grad()
     def _update_average(self) -> None:
         """As PyTorch's AveragedModel does it, which lets the host wait for a GPU in every step."""
-        pairs = [list(model.parameters()) for model in (self.averaged, self.decoder)]
         if self.done == 0:
-            torch._foreach_copy_(*pairs)
+            torch._foreach_copy_(*self._parameters)
         else:
-            self._average(*pairs, None)  # how many there were before does not matter
-        for own, buffer in zip(self.averaged.buffers(), self.decoder.buffers(), strict=True):
+            self._average(*self._parameters, None)  # how many there were before does not matter
+        for own, buffer in self._buffers:
             own.copy_(buffer)
 
     def _check(self) -> None:

@@ -308,7 +308,8 @@ class _Search:
             train_them,
             note,
         )
-        note(rows)
+        if not train_them:
+            note(rows)
         return rows[0] if not last else self.ranking[0]
 
     def _report(self, force: bool = False) -> None:
