@@ -64,6 +64,9 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "train.lock"
 LOCK_TIMEOUT = 15.0
 
+# Lines of a message about tensors that do not fit.
+SHOWN = 10
+
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,8 +112,11 @@ class Run:
             self.model.load_state_dict(state["model"])
             restore_solver(self.optimizer, self.scheduler, state, state["iteration"])
         except (RuntimeError, ValueError) as error:
+            lines = str(error).splitlines()  # one for each tensor, hundreds perhaps
+            more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            problems = "\n".join(lines[:SHOWN] + more)
             raise CheckpointError(
-                f"the checkpoint to resume from belongs to another model: {error}"
+                f"the checkpoint to resume from belongs to another model: {problems}"
             ) from error
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

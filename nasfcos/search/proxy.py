@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
+from ..config import ConfigError
 from ..engine.distributed import resolve_device
 from ..engine.monitor import NonFiniteLossError
 from ..evaluation.files import replacing
@@ -523,6 +524,7 @@ def train_neck(
 
     Raises:
         NonFiniteLossError: the training diverged.
+        ConfigError: it needs more memory than the GPU has.
     """
     genotype = Genotype(tuple(cells)).to_list()
     cfg = cfg.clone()
@@ -563,6 +565,11 @@ def train_neck(
         raise NonFiniteLossError(
             f"the FPN of the head stage cannot be trained: {error}; fewer "
             "SEARCH.PROXY.NECK_ITERATIONS or a lower SEARCH.PROXY.LR may help"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the FPN of the head stage cannot be trained in the GPU's memory: a smaller "
+            f"SEARCH.PROXY.BATCH or SEARCH.PROXY.AMP bf16 need less. {error}"
         ) from error
     neck = training.averaged.neck.eval()
     with replacing(path) as temporary:

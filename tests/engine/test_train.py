@@ -201,8 +201,10 @@ def test_resuming_with_another_config_says_what_differs_and_uses_it(config, capl
 
 def test_resuming_another_model_is_refused(config):
     engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="another model") as refused:
         engine.train(config("MODEL.NECK.CHANNELS", 96), CPU, resume=True)
+    lines = str(refused.value).splitlines()
+    assert "size mismatch" in lines[1] and lines[-1].endswith("more") and len(lines) < 20
 
 
 def test_resuming_with_another_optimizer_is_refused(config):
