@@ -13,21 +13,25 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from nasfcos.data import build_dataset
 from nasfcos.data.catalog import class_names
+from nasfcos.engine.distributed import resolve_device
 from nasfcos.engine.launch import argument_parser, launch
+from nasfcos.genotype import Cell
 from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
 from nasfcos.search.crops import Crops
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.prepare import prepare_backbone
 from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
-from nasfcos.search.records import TrialJob
+from nasfcos.search.records import TrialJob, TrialResult
 from nasfcos.search.space import build_space, given_cells
 from nasfcos.search.split import split_training_data
 
@@ -63,6 +67,48 @@ class LiveFeatures:
         return self.features(batch)
 
 
+@dataclass
+class LiveTask(ProxyTask):
+    """The same trials without the cache.
+
+    Attributes:
+        folder: of the prepared backbone, and of the neck in the head stage.
+        cells: of that neck.
+        c2_to_c5: the caches from which it was trained.
+    """
+
+    folder: Path | None = None
+    cells: tuple[Cell, ...] | None = None
+    c2_to_c5: tuple[Path, Path] | None = None
+
+    def run(self, job: TrialJob) -> TrialResult:
+        if self.examples is None:
+            self.examples = self._examples(resolve_device(self.device))
+        return super().run(job)
+
+    def _examples(self, device: torch.device) -> tuple[Examples, Examples]:
+        cfg = self.cfg
+        model = prepare_backbone(cfg, device, self.folder / "backbone")
+        features = model.backbone
+        if self.stage == "head":
+            caches = tuple(FeatureCache.open(folder) for folder in self.c2_to_c5)
+            neck = train_neck(
+                cfg, caches, self.cells, self.num_classes, device, self.folder / "neck"
+            )
+            features = nn.Sequential(features, neck)
+        head = assigning_head(stage_config(cfg, self.stage), self.num_classes)
+        examples = []
+        for folder, names, per_image in (
+            (self.train, cfg.DATASETS.TRAIN, cfg.SEARCH.CACHE.CROPS),
+            (self.val, cfg.DATASETS.TEST, 0),
+        ):
+            datasets = [build_dataset(cfg, name) for name in names]
+            crops = Crops(datasets, cfg.SEARCH.CACHE.SIZE, per_image, cfg.SEED)
+            live = LiveFeatures(FeatureCache.open(folder), crops, model.preprocess, features)
+            examples.append(Examples(live, head, device))
+        return tuple(examples)
+
+
 def main() -> int:
     parser = argument_parser("Time trials with and without the feature cache, and with workers.")
     parser.add_argument("--count", type=int, default=6, help="architectures (default: 6)")
@@ -78,58 +124,57 @@ def main() -> int:
         model = prepare_backbone(cfg, device, folder / "backbone")
         caches = build_caches(cfg, model, folder / "cache")
         classes = len(class_names(cfg))
-        features, cells = model.backbone, None
+        cells, c2_to_c5 = None, tuple(cache.folder for cache in caches)
         if args.stage == "head":
             cells = given_cells(cfg)
             neck = train_neck(cfg, caches, cells, classes, device, folder / "neck")
-            features = nn.Sequential(features, neck)
             caches = tuple(cache_pyramid(folder / "cache", neck, cache) for cache in caches)
-        parts = [caches[0].folder, caches[1].folder, classes, str(device), cfg.SEED]
-        cached = ProxyTask(cfg, args.stage, *parts)
-        head = assigning_head(stage_config(cfg, args.stage), classes)
-        examples = tuple(
-            Examples(
-                LiveFeatures(cache, Crops([build_dataset(cfg, n) for n in names],
-                                          cfg.SEARCH.CACHE.SIZE, crops, cfg.SEED),
-                             model.preprocess, features),
-                head,
-                device,
-            )
-            for cache, names, crops in (
-                (caches[0], cfg.DATASETS.TRAIN, cfg.SEARCH.CACHE.CROPS),
-                (caches[1], cfg.DATASETS.TEST, 0),
-            )
-        )  # fmt: skip
-        live = ProxyTask(cfg, args.stage, *parts, examples=examples)
+        train, val = (cache.folder for cache in caches)
+        parts = [cfg, args.stage, train, val, classes, str(device), cfg.SEED]
+        tasks = {
+            "cached": ProxyTask(*parts),
+            "live": LiveTask(*parts, folder=folder, cells=cells, c2_to_c5=c2_to_c5),
+        }
         space = build_space(cfg, args.stage, cells)
         rng = random.Random(0)
         jobs = [
             TrialJob(i, space.genotype(space.sample(rng)).to_list()) for i in range(args.count)
         ]
-        cached.run(jobs[0])  # opens the caches, warms up
-        ratios = []
-        for trial in jobs:
-            seconds = []
-            for task in (cached, live):
-                started = time.perf_counter()
-                task.run(trial)
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[1] / seconds[0])
-            logger.info("trial %d: cached %.2f s, live %.2f s, ratio %.2f", trial.index, *seconds,
-                        ratios[-1])  # fmt: skip
-        logger.info("without the cache a trial takes %.2f times as long (median; %.2f to %.2f)",
-                    median(ratios), min(ratios), max(ratios))  # fmt: skip
-        rates = {}
-        for workers in (1, args.workers):
-            with LocalExecutor(cached, workers) as executor:
-                list(executor.run(jobs[:workers]))  # starts the workers, opens their caches
-                started = time.perf_counter()
-                list(executor.run(jobs))
-                rates[workers] = 3600 * len(jobs) / (time.perf_counter() - started)
-            logger.info("%d worker(s): %.0f trials/h", workers, rates[workers])
-        print(json.dumps({"ratios": ratios, "trials_per_hour": rates}))
+        report = {}
+        for workers in sorted({1, args.workers}):
+            seconds = time_by_turns(tasks, jobs, workers, cfg.SEARCH.BATCH)
+            total = {name: sum(times) for name, times in seconds.items()}
+            rates = {name: 3600 * len(jobs) / value for name, value in total.items()}
+            logger.info(
+                "%d worker(s): %.0f trials/h with the cache, %.0f without it: %.2f times as many",
+                workers, rates["cached"], rates["live"], total["live"] / total["cached"],
+            )  # fmt: skip
+            report[workers] = {"trials_per_hour": rates, "seconds": seconds}
+        print(json.dumps(report))
 
     return launch(args, job)
+
+
+def time_by_turns(
+    tasks: dict[str, ProxyTask], jobs: Sequence[TrialJob], workers: int, batch: int
+) -> dict[str, list[float]]:
+    """Seconds of each task for each batch of the jobs; the tasks take turns."""
+    with ExitStack() as stack:
+        executors = {
+            name: stack.enter_context(LocalExecutor(task, workers)) for name, task in tasks.items()
+        }
+        for executor in executors.values():
+            list(executor.run(jobs[:1] * workers))  # starts the workers, opens their caches
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        for first in range(0, len(jobs), batch):
+            turn = jobs[first : first + batch]
+            for name, executor in executors.items():
+                started = time.perf_counter()
+                list(executor.run(turn))
+                seconds[name].append(time.perf_counter() - started)
+            logger.info("%d worker(s), trials %d to %d: cached %.2f s, live %.2f s", workers, first,
+                        first + len(turn) - 1, *(seconds[name][-1] for name in tasks))  # fmt: skip
+    return seconds
 
 
 if __name__ == "__main__":
