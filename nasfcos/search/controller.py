@@ -25,6 +25,13 @@ ROUNDS, WARMING = 40, 1.2
 """Batches that are sampled at most to fill one with new graphs, each at a higher temperature."""
 
 
+FARTHEST = 5.0
+"""Deviations from the baseline beyond which a reward is no better and no worse."""
+
+NORMAL_MEDIAN = 0.6745
+"""Median distance of normally distributed numbers from their mean, in standard deviations."""
+
+
 class Encoded(NamedTuple):
     """Sequences as tensors: B of them, T decisions, at most M choices each."""
 
@@ -38,7 +45,8 @@ class Controller(nn.Module):
     """The policy: an LSTM with one step a decision, fed with the choice before.
 
     Decisions of a kind (inputs, operations, aggregations, the split) share an embedding of their
-    choices and an output layer, which for input nodes has the size of the last cell's choice. All
+    choices and an output layer, which for input nodes has the size of the last cell's choice; each
+    decision adds a bias of its own, so that the LSTM need not count steps to know its place. All
     is in double precision, on the CPU: it is tiny, and a resumed search must make the same choices.
 
     Args:
@@ -60,9 +68,11 @@ class Controller(nn.Module):
             self.embed = nn.ModuleDict({k: nn.Embedding(n, hidden) for k, n in sizes.items()})
             self.lstm = nn.LSTM(hidden, hidden, batch_first=True)
             self.output = nn.ModuleDict({k: nn.Linear(hidden, n) for k, n in sizes.items()})
+            self.bias = nn.Parameter(torch.empty(len(space.decisions), self.width))
         self.to_empty(device="cpu").double()
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
+        nn.init.zeros_(self.bias)
 
     def sample(
         self, count: int, generator: torch.Generator, temperature: float = 1.0
@@ -121,7 +131,7 @@ class Controller(nn.Module):
     def _log_probs(self, features: Tensor, step: int, mask: Tensor) -> Tensor:
         """[B, M], minus infinity where masked."""
         logits = self.output[self.space.decisions[step].kind](features)
-        logits = F.pad(logits, (0, self.width - logits.shape[1]))
+        logits = F.pad(logits, (0, self.width - logits.shape[1])) + self.bias[step]
         return logits.masked_fill(~mask, -torch.inf).log_softmax(1)
 
     def _padded(self, masks: Sequence[np.ndarray]) -> Tensor:
@@ -254,16 +264,19 @@ class PPO:
     def _advantages(self, rewards: Tensor) -> Tensor:
         """Rewards measured from their moving average, in units of their moving deviation from it.
 
-        Not in those of the batch: five rewards that happen to be alike are not a lesson.
+        Not in those of the batch: five rewards that happen to be alike are not a lesson. A loss has
+        no upper bound, so rewards count as at most `FARTHEST` deviations away: one beyond all
+        others would make them look the same for a hundred batches.
         """
-        mean = rewards.mean().item()
         if self.baseline is None:
-            self.baseline = mean
-            self.spread = rewards.var(correction=0).item()
-        advantages = rewards - self.baseline
-        self.baseline += (1 - self.decay) * (mean - self.baseline)
-        self.spread += (1 - self.decay) * (advantages.square().mean().item() - self.spread)
-        return advantages / (self.spread**0.5 + 1e-8)
+            self.baseline = rewards.quantile(0.5).item()
+            deviation = (rewards - self.baseline).abs().quantile(0.5).item() / NORMAL_MEDIAN
+            self.spread = deviation**2
+        limit = FARTHEST * self.spread**0.5 or math.inf
+        distances = (rewards - self.baseline).clamp(-limit, limit)
+        self.baseline += (1 - self.decay) * distances.mean().item()
+        self.spread += (1 - self.decay) * (distances.square().mean().item() - self.spread)
+        return distances / (self.spread**0.5 + 1e-8)
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Of its own for each purpose, so that nothing depends on how often another was used."""

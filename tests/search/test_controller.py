@@ -137,12 +137,20 @@ def test_clipped_objective_by_hand():
 def test_advantages_are_measured_from_the_moving_baseline():
     policy = ppo(HEAD, 0, baseline_decay=0.5)
     first = policy._advantages(torch.tensor([1.0, 3.0], dtype=torch.double))
-    assert first.tolist() == pytest.approx([-1, 1])
+    # Of a normal distribution half lies within 0.6745 deviations; then by halves.
+    spread = (0.6745**-2 + 1) / 2
+    assert first.tolist() == pytest.approx([-(spread**-0.5), spread**-0.5])
     assert policy.baseline == 2
     second = policy._advantages(torch.tensor([4.0, 4.0], dtype=torch.double))
     assert policy.baseline == 3
-    # Better than before, though alike: squared deviations 1 (first) and 4 (now), by halves.
-    assert second.tolist() == pytest.approx([2 / 2.5**0.5] * 2)
+    # Better than before, though alike.
+    spread = (spread + 4) / 2
+    assert second.tolist() == pytest.approx([2 * spread**-0.5] * 2)
+    third = policy._advantages(torch.tensor([3.0, -1e9], dtype=torch.double))
+    farthest = 5 * spread**0.5
+    assert policy.baseline == pytest.approx(3 - farthest / 4)
+    spread = (spread + farthest**2 / 2) / 2
+    assert third.tolist() == pytest.approx([0, -farthest * spread**-0.5])
 
 
 def lessons(policy, batches=4, count=6):
@@ -199,12 +207,27 @@ def test_it_learns_the_best_choice():
     assert figures["kl"] >= 0 and 0 <= figures["clipped"] <= 1
 
 
+@pytest.mark.parametrize("when", [0, 2])
+def test_one_reward_beyond_all_others_does_not_end_the_learning(when):
+    space = HeadSpace(PUBLISHED.cells, 6)
+    policy = ppo(space, 0)
+    for number in range(25):
+        batch = policy.propose(10)
+        rewards = [float(choices[1:].count(5)) for choices in batch]
+        if number == when:
+            rewards[3] = -1e6
+        policy.learn(batch, rewards)
+    share = sum(c[1:].count(5) for c in policy.controller.sample(100, torch.Generator())) / 600
+    assert share > 0.6  # of 1/6 at first
+
+
 def test_a_failed_trial_counts_as_the_worst_so_far():
     batches = [[(0, 0, 0), (0, 1, 0), (1, 2, 2)], [(0, 2, 0), (1, 1, 2)]]
     policy, other = ppo(HEAD, 0), ppo(HEAD, 0)
     for one in (policy, other):
         assert one.learn(one.propose(2), [math.nan, -math.inf]) == {}  # before any is known
-    assert policy.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == 2.0
+    # From the median, 1, a tenth of the way to the mean (the median deviation is 0: no limit).
+    assert policy.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == pytest.approx(1.1)
     policy.learn(batches[1], [-math.inf, 3.0])
     other.learn(batches[0], [1.0, 1.0, 4.0])
     other.learn(batches[1], [1.0, 3.0])
