@@ -151,7 +151,8 @@ POSITIVE = (  # each entry, where it is a list
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MIN_SIZE_RANGE_TRAIN",
     "SEARCH.PRUNING.RUNGS",
-    "SEARCH.OBJECTIVE.TARGET",
+    "SEARCH.OBJECTIVE.TARGET.FPN",
+    "SEARCH.OBJECTIVE.TARGET.HEAD",
 )
 
 # Empty by default, which does not show what their entries are.

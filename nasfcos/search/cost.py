@@ -46,10 +46,10 @@ class Objective:
         return self.weight * max(0.0, cost / self.target - 1)
 
 
-def build_objective(cfg: CfgNode) -> Objective:
-    """The objective of SEARCH.OBJECTIVE."""
+def build_objective(cfg: CfgNode, stage: str) -> Objective:
+    """The objective of SEARCH.OBJECTIVE for a stage, "fpn" or "head"."""
     settings = cfg.SEARCH.OBJECTIVE
-    return Objective(settings.COST, settings.TARGET, settings.WEIGHT)
+    return Objective(settings.COST, settings.TARGET[stage.upper()], settings.WEIGHT)
 
 
 def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **kwargs) -> int:

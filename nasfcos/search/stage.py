@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -104,10 +105,32 @@ def run_stage(
             on_progress,
         )
         done += size
-        rewards = [record.objective for record in journal.records()[done - size : done]]
-        journal.note_batch(batch, strategy.learn(proposals, rewards))
+        # Not of later batches, which a resumed stage may know as well: it must learn the same.
+        records = [record for record in journal.records() if record.batch <= batch]
+        journal.note_batch(batch, strategy.learn(proposals, lessons(records, size)))
         on_progress(journal)
         batch += 1
+
+
+def lessons(records: Sequence[TrialRecord], count: int) -> list[float]:
+    """What a strategy learns from the last `count` trials: their objectives.
+
+    The reward of a stopped trial is that of a shorter training. It counts as what it would be at
+    the end, had it gained as much as the others did from the same rung on (in the median).
+    """
+    gains: dict[int, list[float]] = {}
+    for record in records:
+        if record.result.status == COMPLETE and record.reused is None:
+            for rung, reward in record.result.curve:
+                gains.setdefault(rung, []).append(record.result.reward - reward)
+
+    def lesson(record: TrialRecord) -> float:
+        if record.result.status != PRUNED:
+            return record.objective
+        rung, _ = record.result.curve[-1]
+        return record.objective + (median(gains[rung]) if rung in gains else 0.0)
+
+    return [lesson(record) for record in records[len(records) - count :]]
 
 
 def _run_batch(

@@ -18,7 +18,7 @@ pytest.importorskip("optuna")
 from nasfcos.search.cost import Objective  # noqa: E402
 from nasfcos.search.executors import InlineExecutor, WorkerLost  # noqa: E402
 from nasfcos.search.journal import Journal  # noqa: E402
-from nasfcos.search.records import COMPLETE, FAILED, TrialResult  # noqa: E402
+from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
 from nasfcos.search.simulate import EarlyStopping, replay_pruning  # noqa: E402
 from nasfcos.search.stage import Pruning, run_stage  # noqa: E402
 from nasfcos.search.strategies import RandomSearch  # noqa: E402
@@ -252,6 +252,29 @@ def test_pruning_judges_by_the_objective(tmp_path):
     pruning = Pruning((10,), keep=0.5, startup=2)
     run(tmp_path, proposals, task, objective=objective, pruning=pruning)
     assert task.jobs[2].thresholds == ((10, -5.5),)  # half way between -3 and -2 - 6
+
+
+def test_a_stopped_trial_teaches_what_it_would_have_reached(tmp_path):
+    # The others gained 2, 4 and, in a later batch, 100 from the rung on.
+    proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2), (0, 0, 2, 0)]
+    stopped = TrialResult(PRUNED, -9.0, {"loss": 9.0}, ((10, -9.0),), flops=4.0)
+    results = {0: done(-1.0, curve=((10, -3.0),)), 1: done(-2.0, curve=((10, -6.0),)),
+               2: stopped, 3: TrialResult(FAILED),
+               4: done(-1.0, curve=((10, -101.0),)), 5: stopped}  # fmt: skip
+    objective = Objective("flops", target=2.0, weight=0.5)
+    journal, strategy = run(tmp_path, proposals, Scripted(results), objective=objective)
+    lessons = [reward for _, rewards in strategy.lessons for reward in rewards]
+    assert lessons[:3] == [-1.0, -2.0, -9.0 - 0.5 + 3.0]
+    assert math.isnan(lessons[3])
+    assert lessons[4:] == [-1.0, -9.0 - 0.5 + 4.0]
+    assert journal.records()[2].objective == -9.5
+
+    resumed = Recorded(proposals)
+    with InlineExecutor(Scripted({})) as runner:  # the journal has all of them by now
+        run_stage(
+            journal, table_search.space(), resumed, runner, 6, 2, objective, Pruning()
+        )
+    assert str(resumed.lessons) == str(strategy.lessons)  # one of them is nan
 
 
 def test_what_early_stopping_would_have_done():
