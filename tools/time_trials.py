@@ -57,6 +57,9 @@ class LiveFeatures:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def release(self) -> bool:
+        return False  # nothing is held on a GPU
+
     @torch.no_grad()
     def read(self, indices, device) -> list[Tensor]:
         images = []

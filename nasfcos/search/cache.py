@@ -11,6 +11,7 @@ remembers the hashes of the image files.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -148,6 +149,8 @@ class FeatureCache:
         device = torch.device(device)
         if device.type != "cuda":
             return False
+        gc.collect()
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself would not count as free
         free, _ = torch.cuda.mem_get_info(device)
         if self.nbytes > GPU_SHARE * free:
             logger.info(
@@ -171,6 +174,11 @@ class FeatureCache:
             held.append(tensor)
         self._held = held
         return True
+
+    def release(self) -> bool:
+        """Undo `to_device`; gives whether there was anything to undo."""
+        held, self._held = self._held, None
+        return held is not None
 
 
 def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tensor:

@@ -413,13 +413,16 @@ class ProxyTask:
                 open_examples(cfg, folder, self.num_classes, device)
                 for folder in (self.train, self.val)
             )
-        result = self._try(job, *self.examples)
-        if result.status == FAILED and device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        result = None
+        while result is None:
+            result = self._try(job, *self.examples)
+            if device.type == "cuda" and (result is None or result.status == FAILED):
+                gc.collect()
+                torch.cuda.empty_cache()
         return replace(result, seconds=time.perf_counter() - started)
 
-    def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult:
+    def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult | None:
+        """None: the GPU's memory did not suffice, and a cache has left it: to be tried again."""
         training = None
         try:
             decoder = build_decoder(
@@ -433,7 +436,7 @@ class ProxyTask:
             maps, _ = val.batch(torch.zeros(1, dtype=torch.int64))
             flops, latency = multiply_adds(decoder, maps), self._latency(decoder, maps)
             # Costs are known before the training, so that it may be judged by the objective.
-            penalty = build_objective(self.cfg).penalty(flops, latency)
+            penalty = build_objective(self.cfg, self.stage).penalty(flops, latency)
             status, reward, losses, curve = _judge(
                 training, val, iterations, job.thresholds, penalty
             )
@@ -449,6 +452,8 @@ class ProxyTask:
         except Exception as error:
             if train.device.type == "cuda":
                 _check_gpu(train.device)
+            if isinstance(error, torch.OutOfMemoryError) and self._make_room():
+                return None
             message = " ".join(str(error).split())
             reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
             if training is not None:
@@ -456,6 +461,19 @@ class ProxyTask:
             expected = isinstance(error, (NonFinite, torch.OutOfMemoryError))
             logger.warning("trial %d: %s", job.index, reason, exc_info=not expected)
             return TrialResult(FAILED, reason=reason)
+
+    def _make_room(self) -> bool:
+        """Send a cache from the GPU's memory back to the disk, if there is one.
+
+        What is read once a trial goes first. The caches stay where they are from then on: other
+        trials would need the room as well, and some would fail for it that are as good as any.
+        """
+        train, val = self.examples
+        for name, examples in (("meta-val", val), ("meta-train", train)):
+            if examples.cache.release():
+                logger.info("a trial needs the GPU's memory: %s is read from the disk now", name)
+                return True
+        return False
 
     def _latency(self, decoder: Decoder, maps: list[Tensor]) -> float:
         if self.cfg.SEARCH.OBJECTIVE.COST != "latency":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -62,10 +63,11 @@ OF_OTHERS = {
     "fpn": (
         *("SEARCH.SPACE.HEAD_LAYERS", "SEARCH.SPACE.HEAD_OPS"),
         *("SEARCH.PROXY.HEAD_CHANNELS", "SEARCH.PROXY.NECK_ITERATIONS"),
+        "SEARCH.OBJECTIVE.TARGET.HEAD",
     ),
     "head": (
         *("SEARCH.SPACE.CELLS", "SEARCH.SPACE.FPN_OPS", "SEARCH.SPACE.AGGREGATIONS"),
-        "SEARCH.PROXY.FPN_CHANNELS",
+        *("SEARCH.PROXY.FPN_CHANNELS", "SEARCH.OBJECTIVE.TARGET.FPN"),
     ),
 }
 
@@ -236,10 +238,7 @@ class _Search:
         """The outputs of the FPN of the head stage, trained once with the plain head."""
         classes = len(class_names(cfg))
         neck = train_neck(cfg, caches, cells, classes, self.device, self.folder / "neck")
-        pyramids = tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the trials may run in other processes
-        return pyramids
+        return tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
 
     def _search_stage(
         self,
@@ -249,6 +248,9 @@ class _Search:
         caches: tuple[FeatureCache, FeatureCache],
         fixed: dict[str, Any],
     ) -> None:
+        if self.device.type == "cuda":  # the trials may run in other processes
+            gc.collect()
+            torch.cuda.empty_cache()
         settings = cfg.SEARCH
         trials = settings.TRIALS[TRIALS[stage]]
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
@@ -280,7 +282,7 @@ class _Search:
                 executor,
                 trials,
                 settings.BATCH,
-                build_objective(cfg),
+                build_objective(cfg, stage),
                 Pruning(
                     tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
                 ),

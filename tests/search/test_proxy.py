@@ -269,7 +269,8 @@ def test_thresholds_are_of_the_objective(folders):
     threshold = full.curve[0][1] - 0.5  # the reward at the rung is better
     assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
     objective = one.cfg.SEARCH.OBJECTIVE
-    objective.COST, objective.TARGET, objective.WEIGHT = "flops", full.flops / 2, 0.49
+    objective.COST, objective.WEIGHT = "flops", 0.49
+    objective.TARGET.FPN = full.flops / 2
     assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
     objective.WEIGHT = 0.51
     stopped = one.run(TrialJob(0, CELLS, ((2, threshold),)))
@@ -316,6 +317,29 @@ def test_any_error_fails_the_trial_alone(folders, monkeypatch, error):
     assert result.reason.startswith(type(error).__name__) and "\n" not in result.reason
     assert str(error).split()[-1] in result.reason
     assert one.run(TrialJob(0, CELLS)).losses == expected.losses
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3])
+def test_a_trial_that_needs_the_memory_of_the_caches_gets_it(folders, monkeypatch, needed):
+    one = task(folders)
+    expected = one.run(TrialJob(0, CELLS))
+    caches = [examples.cache for examples in one.examples]
+    for cache in caches:  # as if on a GPU
+        monkeypatch.setattr(cache, "_held", [torch.from_numpy(a.copy()) for a in cache._arrays])
+    step = proxy.Training._step
+
+    def short_of_memory(*args):
+        if sum(cache._held is None for cache in caches) < needed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(proxy.Training, "_step", short_of_memory)
+    result = one.run(TrialJob(0, CELLS))
+    if needed > len(caches):
+        assert result.status == FAILED
+    else:
+        assert result.status == COMPLETE and result.losses == expected.losses
+    assert (caches[0]._held is None, caches[1]._held is None) == (needed > 1, True)
 
 
 def test_an_impossible_genotype_fails(folders):
