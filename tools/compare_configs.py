@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from nasfcos.config import load_config, override_config
 from nasfcos.engine.distributed import session
 from nasfcos.engine.launch import run
@@ -47,7 +49,7 @@ def main() -> int:
                     cfg = override_config(cfg, own, "the comparison")
                     try:
                         found = train_in_full(cfg, device)
-                    except NonFiniteLossError as error:
+                    except (NonFiniteLossError, torch.OutOfMemoryError) as error:
                         logger.error("%s, seed %d: %s", file, seed, error)
                         continue
                     results[file].append(found)
@@ -69,7 +71,7 @@ def as_table(results: dict[str, list[dict[str, float]]]) -> str:
         for name in ("AP", "AP50"):
             values = [figures[name] for figures in runs]
             if not values:
-                cells.append("diverged")
+                cells.append("failed")
                 continue
             cells.append(f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| `{file}` | {' | '.join(cells)} |")
