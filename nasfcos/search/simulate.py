@@ -1,20 +1,25 @@
-"""Searches on a table of known rewards: how many trials does a strategy need?"""
+"""Searches on known rewards: how many trials does a strategy need?"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from matplotlib.figure import Figure
 
-from .space import Space
-from .stage import Pruning
+from .records import COMPLETE, PRUNED, TrialRecord, TrialResult
+from .space import Choices, Space
+from .stage import Pruning, lessons
 from .strategies import Strategy
 
 STALLED = 50
 """Batches in a row without a new graph after which a simulated search is given up."""
+
+SAMPLES = 10_000
+"""Draws from which it is estimated what the best of a large space are worth."""
 
 
 def first_hits(
@@ -42,9 +47,12 @@ def first_hits(
     Raises:
         KeyError: a proposed graph is not in the table.
     """
-    best = sorted(table, key=table.get, reverse=True)
-    goal = set(best[: goal_size(len(best), top)])
-    return [_first_hit(space, table, build(seed), goal, batch, max_trials) for seed in seeds]
+    best = sorted(table.values(), reverse=True)[: goal_size(len(table), top)]
+
+    def reward(choices: Choices) -> float:
+        return table[space.key(choices)]
+
+    return [first_hit(space, reward, build(seed), best[-1], batch, max_trials) for seed in seeds]
 
 
 def goal_size(size: int, top: float) -> int:
@@ -68,27 +76,125 @@ def uniform_hits(size: int, goal: int, count: int) -> list[int]:
     return hits
 
 
-def _first_hit(
+def first_hit(
     space: Space,
-    table: Mapping[str, float],
+    reward: Callable[[Choices], float],
     strategy: Strategy,
-    goal: set[str],
+    goal: float,
     batch: int,
     max_trials: int,
 ) -> int:
+    """Distinct graphs that one search tries until it finds one of at least the reward `goal`.
+
+    The rest is as in `first_hits`.
+    """
     tried: set[str] = set()
     stalled = 0
     while len(tried) < max_trials and stalled < STALLED:
         before = len(tried)
         proposals = strategy.propose(batch)
-        keys = [space.key(choices) for choices in proposals]
-        for key in keys:
-            tried.add(key)
-            if key in goal and len(tried) <= max_trials:
+        rewards = [reward(choices) for choices in proposals]
+        for choices, found in zip(proposals, rewards, strict=True):
+            tried.add(space.key(choices))
+            if found >= goal and len(tried) <= max_trials:
                 return len(tried)
-        strategy.learn(proposals, [table[key] for key in keys])
+        strategy.learn(proposals, rewards)
         stalled = stalled + 1 if len(tried) == before else 0
     return max_trials + 1
+
+
+class SyntheticRewards:
+    """Made-up rewards for spaces that no table could hold.
+
+    Every choice is worth something where it stands, something for its kind wherever that stands,
+    and something beside the choice before it; all are drawn from normal distributions, of deviation
+    1, 1/2 and 1/2.
+
+    Args:
+        space: of the architectures.
+        seed: of the draws; another one makes other architectures the best.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self.space = space
+        self.seed = seed
+        self._worths: dict[tuple, float] = {}
+
+    def __call__(self, choices: Choices) -> float:
+        total = 0.0
+        for place, choice in enumerate(choices):
+            decision = self.space.decisions[place]
+            total += self._worth("place", place, choice)
+            total += self._worth("kind", decision.kind, decision.choices[choice]) / 2
+            total += self._worth("pair", place, choices[place - 1], choice) / 2 if place else 0.0
+        return total
+
+    def best(self, top: float) -> float:
+        """The reward above which a share `top` of the space lies, from `SAMPLES` draws of it."""
+        rng = random.Random(f"{self.seed}: samples")
+        rewards = sorted(self(self.space.sample(rng)) for _ in range(SAMPLES))
+        return rewards[-goal_size(SAMPLES, top)]
+
+    def _worth(self, *what: object) -> float:
+        if what not in self._worths:
+            self._worths[what] = random.Random(f"{self.seed}: {what}").gauss(0, 1)
+        return self._worths[what]
+
+
+def stopped_hit(
+    space: Space,
+    trials: Mapping[str, TrialResult],
+    strategy: Strategy,
+    goal: float,
+    pruning: Pruning,
+    iterations: int,
+    batch: int,
+) -> float:
+    """What a search with early stopping spends until it has trained an architecture of at least the
+    reward `goal` to the end: training iterations, in whole trials.
+
+    Args:
+        trials: of every graph of the space by its key, all trained to the end, with their rewards
+            at the rungs.
+        pruning: the rule.
+        iterations: of a whole trial.
+        batch: proposals between two lessons.
+
+    Returns:
+        What all trials would take and one more, where the search does not get there.
+    """
+    records: list[TrialRecord] = []
+    known: dict[str, TrialResult] = {}
+    spent = stalled = 0
+    while stalled < STALLED:
+        thresholds = dict(pruning.thresholds([dict(result.curve) for result in known.values()]))
+        proposals = strategy.propose(batch)
+        before = len(known)
+        for choices in proposals:
+            key = space.key(choices)
+            reused = key in known
+            if not reused:
+                known[key] = _stopped(trials[key], thresholds)
+                complete = known[key].status == COMPLETE
+                spent += iterations if complete else known[key].curve[-1][0]
+                if complete and known[key].reward >= goal:
+                    return spent / iterations
+            result, number = known[key], len(records)
+            records.append(
+                TrialRecord(number, number // batch, choices, key, [], result, result.reward,
+                            reused=0 if reused else None)
+            )  # fmt: skip
+        strategy.learn(proposals, lessons(records, len(proposals)))
+        stalled = stalled + 1 if len(known) == before else 0
+    return len(trials) + 1
+
+
+def _stopped(trial: TrialResult, thresholds: Mapping[int, float]) -> TrialResult:
+    """A trial that ran to its end, as it would have been with these thresholds."""
+    for place, (iteration, reward) in enumerate(trial.curve, 1):
+        if reward < thresholds.get(iteration, -math.inf):
+            return replace(trial, status=PRUNED, reward=reward, curve=trial.curve[:place])
+    return trial
 
 
 @dataclass(frozen=True)
@@ -151,13 +257,13 @@ def replay_pruning(
     )
 
 
-def plot_first_hits(hits: Mapping[str, Sequence[int]], size: int, goal: int) -> Figure:
+def plot_first_hits(hits: Mapping[str, Sequence[int]], max_trials: int, goal: str) -> Figure:
     """How many of the searches of each strategy have found one of the best, against their trials.
 
     Args:
         hits: trials of each search until then, by strategy.
-        size: graphs in the space.
-        goal: how many of them are the best.
+        max_trials: of a search.
+        goal: what the best are, in words.
     """
     figure = Figure(figsize=(6.2, 4.2), dpi=130, layout="constrained")
     axis = figure.subplots()
@@ -167,11 +273,11 @@ def plot_first_hits(hits: Mapping[str, Sequence[int]], size: int, goal: int) -> 
         axis.step([0, *trials], [0, *shares], where="post", linewidth=2,
                   label=f"{name}: median {median(trials):g}")  # fmt: skip
     axis.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, size)
+    axis.set_xlim(0, max_trials)
     axis.set_ylim(0, 1.02)
-    axis.set_xlabel(f"different architectures tried, of {size}")
-    axis.set_ylabel(f"searches that found one of the best {goal}")
-    axis.legend(frameon=False, loc="lower right")
+    axis.set_xlabel("different architectures tried")
+    axis.set_ylabel(f"searches that found one of {goal}")
+    axis.legend(frameon=False)
     axis.grid(alpha=0.3, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

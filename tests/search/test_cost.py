@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import nasfcos
+from nasfcos.config import get_defaults
 from nasfcos.models.layers import ModulatedDeformConv, SeparableConv
-from nasfcos.search.cost import latency_ms, multiply_adds
+from nasfcos.search.cost import build_objective, latency_ms, multiply_adds
 
 
 def test_hand_count():
@@ -77,3 +78,11 @@ def test_latency_is_the_median():
     net = Sleeps()
     assert 10 <= latency_ms(net, torch.zeros(1), repetitions=5) < 100
     assert net.calls == 8
+
+
+def test_each_stage_has_a_target_of_its_own():
+    cfg = get_defaults()
+    cfg.SEARCH.OBJECTIVE.COST, cfg.SEARCH.OBJECTIVE.WEIGHT = "flops", 1.0
+    cfg.SEARCH.OBJECTIVE.TARGET.FPN, cfg.SEARCH.OBJECTIVE.TARGET.HEAD = 2.0, 4.0
+    assert build_objective(cfg, "fpn").penalty(8.0, 0.0) == 3.0
+    assert build_objective(cfg, "head").penalty(8.0, 0.0) == 1.0

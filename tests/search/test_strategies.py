@@ -6,8 +6,16 @@ import pytest
 
 from nasfcos.config import get_defaults
 from nasfcos.search.controller import PPO
-from nasfcos.search.simulate import first_hits, uniform_hits
+from nasfcos.search.records import COMPLETE, TrialResult
+from nasfcos.search.simulate import (
+    SyntheticRewards,
+    first_hit,
+    first_hits,
+    stopped_hit,
+    uniform_hits,
+)
 from nasfcos.search.space import FPNSpace, HeadSpace
+from nasfcos.search.stage import Pruning
 from nasfcos.search.strategies import Evolution, RandomSearch, build_strategy
 from tests.known import PUBLISHED
 from tests.strategies import evolution, ppo
@@ -175,6 +183,43 @@ def test_first_hits_counts_graphs():
     assert hits([0], max_trials=10, top=0.0) == [3]  # the best at least
     assert hits([0], max_trials=10, top=0.7) == [2]
     assert hits([6], max_trials=10) == [11]  # never gets there, and stalls
+
+
+@pytest.mark.parametrize("goal, spent", [(-1.0, 2.25), (-3.0, 1.0), (0.0, 4.0)])
+def test_what_a_search_with_early_stopping_spends(goal, spent):
+    learnt = []
+
+    class InOrder:
+        def propose(self, count):
+            return [tuple(TINY)[min(len(learnt), 2)]]
+
+        def learn(self, batch, rewards):
+            learnt.extend(rewards)
+
+    ends, rungs = (-3.0, -2.0, -1.0), (-4.0, -6.0, -5.0)
+    trials = {
+        TINY.key(choices): TrialResult(COMPLETE, end, curve=((10, rung),))
+        for choices, end, rung in zip(TINY, ends, rungs, strict=False)
+    }
+    # The first sets the threshold, the second is stopped at it, the third lies at the median of
+    # both: 40 + 10 + 40 iterations.
+    pruning = Pruning((10,), keep=0.5, startup=1)
+    assert stopped_hit(TINY, trials, InOrder(), goal, pruning, 40, batch=1) == spent
+    assert learnt[:2] == [-3.0, -6.0 + 1.0][: len(learnt)]
+
+
+def test_synthetic_rewards():
+    space = FPNSpace(7)
+    rewards, other = SyntheticRewards(space, 0), SyntheticRewards(space, 1)
+    rng = random.Random(0)
+    drawn = [space.sample(rng) for _ in range(1000)]
+    values = [rewards(choices) for choices in drawn]
+    assert [SyntheticRewards(space, 0)(choices) for choices in drawn[::-1]] == values[::-1]
+    assert abs(statistics.correlation(values, [other(choices) for choices in drawn])) < 0.2
+    share = sum(value >= rewards.best(0.1) for value in values) / len(values)
+    assert 0.07 < share < 0.13
+    found = first_hit(space, rewards, RandomSearch(space, 0), rewards.best(0.1), 10, 100)
+    assert found <= 100
 
 
 def test_uniform_hits_are_quantiles_of_the_exact_distribution():
