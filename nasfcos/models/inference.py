@@ -78,7 +78,6 @@ class InferenceDetector(nn.Module):
             self._outputs = torch.compile(self._compute, mode=mode, dynamic=False)
         super().train(False)
 
-    @torch.inference_mode()
     def forward(self, images: Sequence[Tensor]) -> list[Detections]:
         """Each image's detections, in its own pixels; images as `Detector` takes them.
 
@@ -87,9 +86,12 @@ class InferenceDetector(nn.Module):
         """
         if len(images) == 0:
             raise ValueError("the list of images is empty")
-        batch, sizes = self.preprocess(images)
-        batch = batch.to(dtype=self.dtype, memory_format=torch.channels_last)
-        return self.head.detect(self._outputs(batch), sizes)
+        with torch.inference_mode():
+            batch, sizes = self.preprocess(images)
+            batch = batch.to(dtype=self.dtype, memory_format=torch.channels_last)
+            detections = self.head.detect(self._outputs(batch), sizes)
+        # Tensors of inference mode cannot be changed in place; copies made after it can.
+        return [{name: x.clone() for name, x in found.items()} for found in detections]
 
     def _compute(self, batch: Tensor) -> tuple[list[Tensor], ...]:
         return self.head(self.neck(self.backbone(batch)))

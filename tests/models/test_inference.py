@@ -162,6 +162,18 @@ def test_only_inference():
         nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float16)
 
 
+def test_detections_are_ordinary_tensors():
+    model = lively("R_50_NAS_densebox")
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
+    (found,) = nasfcos.optimize_for_inference(model)([image])
+    assert len(found["boxes"]) > 10
+    before = found["boxes"].clone()
+    torch.testing.assert_close(found["boxes"].mul_(2), 2 * before)
+    factor = torch.ones(1, requires_grad=True)
+    (factor * found["scores"]).sum().backward()
+    torch.testing.assert_close(factor.grad[0], found["scores"].sum())
+
+
 @pytest.mark.parametrize("limit", [None, 6.0])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
