@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shutil
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
+from tqdm import tqdm
+
+from .evaluation.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +27,7 @@ CATALOG = {
     ),
 }
 CATALOG_ROOT = "https://dl.fbaipublicfiles.com/detectron/"
+TIMEOUT = 60  # seconds without a byte
 
 
 class DownloadError(ValueError):
@@ -92,15 +99,30 @@ def _download(url: str) -> Path:
             logger.warning("%s is damaged (wrong checksum); downloading it again", path)
         logger.info("downloading %s to %s", url, path)
         try:
-            # Writes to a temporary file, checks the hash, then moves it into place.
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
-        except (OSError, RuntimeError) as error:
+            with replacing(path) as temporary:
+                _fetch(url, temporary)
+                found = sha256(temporary)
+                if expected and not found.startswith(expected):
+                    raise OSError(f"its checksum is {found}, not {expected}")
+        except (OSError, HTTPException) as error:
             raise DownloadError(
-                f"{url} could not be downloaded: {error}. Fetch it by other means and give its "
-                f"path, or put it at {path}"
+                f"{url} could not be downloaded: {error}. Try again, or fetch it by other means "
+                f"and give its path, or put it at {path}"
             ) from None
-        record.write_text(sha256(path) + "\n")
+        record.write_text(found + "\n")
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    request = Request(url, headers={"User-Agent": "nasfcos"})  # some servers refuse urllib's own
+    with (
+        urlopen(request, timeout=TIMEOUT) as response,
+        tqdm.wrapattr(response, "read", response.length, disable=None) as body,
+        path.open("wb") as file,
+    ):
+        shutil.copyfileobj(body, file, 1 << 20)
+        if response.length:  # what is left of the announced length
+            raise OSError(f"the connection ended {response.length} bytes early")
 
 
 def _checksum(url: str, fragment: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import http.server
 import pickle
@@ -324,6 +325,19 @@ def test_released_file_on_disk(tmp_path):
     assert nasfcos.load_weights(model, path).complete
 
 
+@contextlib.contextmanager
+def serving(handler):
+    """A server on the loopback address; gives its URL."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_port}"
+        finally:
+            httpd.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves a folder on the loopback address; gives the folder, the URL and the paths asked."""
@@ -338,13 +352,9 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *args):
             asked.append(self.path)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-        yield folder, f"http://127.0.0.1:{httpd.server_port}", asked
-        httpd.shutdown()
-        thread.join()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with serving(Handler) as url:
+        yield folder, url, asked
 
 
 def test_url_is_downloaded_once_and_verified(server):
@@ -372,11 +382,44 @@ def test_url_is_downloaded_once_and_verified(server):
 def test_wrong_checksum_leaves_nothing_behind(server):
     folder, url, _ = server
     (folder / "model-0123abcd.pth").write_bytes(b"something else")
-    with pytest.raises(download.DownloadError, match="could not be downloaded"):
+    with pytest.raises(download.DownloadError, match="checksum is .*, not 0123abcd"):
         download.resolve_source(f"{url}/model-0123abcd.pth")
     assert not list(download.cache_dir().rglob("*.pth"))
-    with pytest.raises(download.DownloadError, match="Fetch it by other means"):
+    with pytest.raises(download.DownloadError, match="fetch it by other means"):
         download.resolve_source(f"{url}/gone.pth")
+
+
+@pytest.mark.parametrize(
+    "header, start, end",
+    [
+        (("Content-Length", "7000"), b"", b""),
+        (("Transfer-Encoding", "chunked"), b"1b58\r\n", b"\r\n0\r\n\r\n"),
+    ],
+)
+def test_a_download_that_breaks_off_leaves_nothing_behind(
+    header, start, end, monkeypatch, tmp_path
+):
+    content = b"weights" * 1000
+    answers = [start + content[:99], start + content + end]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(answers.pop(0))
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serving(Handler) as url:
+        reason = "(ended 6901 bytes early|Incomplete).*Try again"
+        with pytest.raises(download.DownloadError, match=reason):
+            download.resolve_source(f"{url}/model.pth")
+        left = [path.name for path in download.cache_dir().rglob("*") if path.is_file()]
+        assert left in ([], ["model.pth.lock"])
+        assert download.resolve_source(f"{url}/model.pth").read_bytes() == content
 
 
 @pytest.mark.parametrize(
