@@ -27,6 +27,8 @@ CATALOG = {
     ),
 }
 CATALOG_ROOT = "https://dl.fbaipublicfiles.com/detectron/"
+# Where the digits at the end of a name are a checksum: elsewhere they may be a date.
+NAMED_BY_CHECKSUM = "https://download.pytorch.org/"
 TIMEOUT = 60  # seconds without a byte
 
 
@@ -39,8 +41,8 @@ def resolve_source(source: str) -> Path:
     ``torchvision://`` downloaded into the cache unless they are there.
 
     A URL may end in ``#sha256=<hex>`` (at least the first eight digits, in either case). Without it
-    the checksum in a torch-style file name (``resnet50-0676ba61.pth``) counts, and without that the
-    checksum of the first download, so that a file damaged later is noticed.
+    the checksum in a file name of PyTorch's (``resnet50-0676ba61.pth``) counts, and without that
+    the checksum of the first download, so that a file damaged later is noticed.
 
     Raises:
         DownloadError: unknown name, failed download, wrong checksum, or one that is none.
@@ -86,7 +88,7 @@ def _download(url: str) -> Path:
     # Many files are called model_final.pth: each URL has a folder of its own.
     folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:12]
     path = folder / (Path(urlparse(url).path).name or "weights")
-    if expected is None:
+    if expected is None and url.startswith(NAMED_BY_CHECKSUM):
         match = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
         expected = match[1] if match else None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,10 @@ def _download(url: str) -> Path:
                 _fetch(url, temporary)
                 found = sha256(temporary)
                 if expected and not found.startswith(expected):
-                    raise OSError(f"its checksum is {found}, not {expected}")
+                    raise OSError(
+                        f"its checksum is {found}, not {expected}. If it is the right file, write "
+                        f"{url}#sha256={found[:8]}"
+                    )
         except (OSError, HTTPException) as error:
             raise DownloadError(
                 f"{url} could not be downloaded: {error}. Try again, or fetch it by other means "

@@ -379,14 +379,30 @@ def test_url_is_downloaded_once_and_verified(server):
     assert asked == ["/model.pth"]
 
 
-def test_wrong_checksum_leaves_nothing_behind(server):
+def test_wrong_checksum_leaves_nothing_behind(server, monkeypatch):
     folder, url, _ = server
-    (folder / "model-0123abcd.pth").write_bytes(b"something else")
-    with pytest.raises(download.DownloadError, match="checksum is .*, not 0123abcd"):
-        download.resolve_source(f"{url}/model-0123abcd.pth")
+    monkeypatch.setattr(download, "NAMED_BY_CHECKSUM", url)
+    content = b"something else"
+    checksum = hashlib.sha256(content).hexdigest()
+    (folder / "model-0123abcd.pth").write_bytes(content)
+    for source in (f"{url}/model-0123abcd.pth", f"{url}/model-0123abcd.pth#sha256=01234567"):
+        message = f"checksum is {checksum}, not 0123.*write {url}.*#sha256={checksum[:8]}"
+        with pytest.raises(download.DownloadError, match=message):
+            download.resolve_source(source)
     assert not list(download.cache_dir().rglob("*.pth"))
+    source = f"{url}/model-0123abcd.pth#sha256={checksum[:8]}"
+    assert download.resolve_source(source).read_bytes() == content
     with pytest.raises(download.DownloadError, match="fetch it by other means"):
         download.resolve_source(f"{url}/gone.pth")
+
+
+def test_a_date_in_a_name_is_no_checksum(server):
+    folder, url, _ = server
+    (folder / "model-20200512.pth").write_bytes(b"weights")
+    assert download.resolve_source(f"{url}/model-20200512.pth").read_bytes() == b"weights"
+    assert torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.startswith(
+        download.NAMED_BY_CHECKSUM
+    )
 
 
 @pytest.mark.parametrize(
