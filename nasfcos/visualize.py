@@ -255,8 +255,8 @@ def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
             except (ValueError, TypeError, KeyError):
                 broken += 1
                 continue
-            for later in [i for i in reversed(history) if i > iteration]:
-                del history[later]
+            while history and (last := next(reversed(history))) > iteration:  # the keys rise
+                del history[last]
             history.setdefault(iteration, {}).update(
                 (name, float(value))
                 for name, value in entry.items()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -198,6 +199,14 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     )
     history = read_metrics(path)
     assert {i: line["loss"] for i, line in history.items()} == {10: 1.0, 20: 2.0, 30: 2.0}
+
+
+def test_a_long_run_is_read_in_no_time(tmp_path):
+    lines = [{"iteration": i, "loss": 1.0} for i in range(1, 40_001)]
+    path = write_lines(tmp_path / "metrics.jsonl", *lines)
+    start = time.process_time()
+    assert len(read_metrics(path)) == 40_000
+    assert time.process_time() - start < 3  # comparing all pairs takes more than ten
 
 
 def test_the_curves_show_what_there_is(tmp_path):
