@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from .config import ConfigError
 from .data import DataError, class_names, num_classes, resized_shape
-from .data.images import load_image
+from .data.images import image_suffixes, load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
 from .engine.checkpoint import CHECKPOINT, CONFIG, NEEDS_DETECTOR, find_weights
@@ -180,10 +180,7 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        readable = {
-            suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-        }
-        suffixes = VIDEO_SUFFIXES | readable
+        suffixes = VIDEO_SUFFIXES | image_suffixes()
         files = [file for file in path.iterdir() if file.suffix.lower() in suffixes]
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
