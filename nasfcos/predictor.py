@@ -23,7 +23,7 @@ from .data import DataError, class_names, num_classes, resized_shape
 from .data.images import image_suffixes, load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
-from .engine.checkpoint import CHECKPOINT, CONFIG, NEEDS_DETECTOR, find_weights
+from .engine.checkpoint import NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import inference_form, to_original_size
@@ -69,14 +69,15 @@ class Predictor:
         Args:
             cfg: the config tree. It need not find its data: where MODEL.NUM_CLASSES is 0, the
                 weights may say how many classes there are.
-            weights: what `load_weights` takes; None: MODEL.WEIGHT, or where that is empty or
-                names an ImageNet backbone the newest checkpoint in OUTPUT_DIR.
+            weights: what `load_weights` takes. None, as in the tools: MODEL.WEIGHT where the
+                overrides of `load_config` (or the caller) set it, else the newest checkpoint in
+                OUTPUT_DIR, else MODEL.WEIGHT of the config file.
 
         Raises:
             ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
             WeightsError: the weights cannot be read or are those of another model.
         """
-        recorded = find_weights(cfg, (CONFIG, CHECKPOINT)) if weights is None else weights
+        recorded = find_weights(cfg) if weights is None else weights
         if not isinstance(recorded, Weights):
             recorded = read_weights(recorded)
         if recorded.kind != "detector":

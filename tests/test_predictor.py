@@ -1,6 +1,7 @@
 """Prediction with a small real model of random weights."""
 
 import json
+import pickle
 
 import cv2
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nasfcos.config import ConfigError, load_config
+from nasfcos.config import ConfigError, load_config, override_config
 from nasfcos.data import DataError
 from nasfcos.data.records import UnreadableImage
 from nasfcos.engine.checkpoint import CONTENT
@@ -154,19 +155,52 @@ def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoi
     assert Predictor(unknown, nameless).class_names == ["1", "2", "3"]
 
 
+def write_checkpoint(path, classes):
+    model = build_detector(small_config(), len(classes))
+    content = {"model": model.state_dict(), "classes": classes, "iteration": 10}
+    torch.save(dict.fromkeys(CONTENT, {}) | content, path)
+
+
+def config_file(path, weight, output_dir):
+    path.write_text(f"MODEL: {{WEIGHT: '{weight}'}}\nOUTPUT_DIR: {output_dir}\n")
+    return path
+
+
 @pytest.mark.parametrize(
     "source", ["", "catalog://ImageNetPretrained/MSRA/R-50", "torchvision://resnet50", "resnet.pth"]
 )
-def test_without_a_detector_the_newest_checkpoint_counts(source, checkpoint, tmp_path):
+def test_without_a_detector_the_newest_checkpoint_counts(source, tmp_path):
     if source == "resnet.pth":
         source = str(backbone_file(tmp_path))
-    config = small_config("MODEL.WEIGHT", source, "OUTPUT_DIR", str(tmp_path))
+    config = load_config(config_file(tmp_path / "own.yaml", source, tmp_path), SMALL)
     with pytest.raises(ConfigError, match="no checkpoint.*trained detector.*MODEL.WEIGHT"):
         Predictor(config)
-    state = torch.load(checkpoint, weights_only=True)
-    state |= dict.fromkeys(CONTENT - state.keys(), {}) | {"iteration": 10}
-    torch.save(state, tmp_path / "model_0000010.pth")
+    write_checkpoint(tmp_path / "model_0000010.pth", CLASSES)
     assert Predictor(config).class_names == CLASSES
+
+
+def test_what_a_run_started_from_does_not_replace_what_it_trained(tmp_path):
+    start, final = tmp_path / "start.pth", tmp_path / "out" / "model_final.pth"
+    final.parent.mkdir()
+    write_checkpoint(start, ["bird"])
+    file = config_file(tmp_path / "own.yaml", start, final.parent)
+    config = load_config(file, SMALL)
+    assert Predictor(config).class_names == ["bird"]
+    write_checkpoint(final, CLASSES)
+    assert Predictor(config).class_names == CLASSES
+    assert Predictor(pickle.loads(pickle.dumps(config.clone()))).class_names == CLASSES
+
+    given = load_config(file, [*SMALL, "MODEL.WEIGHT", str(start)])
+    assert Predictor(given).class_names == ["bird"]
+    assert Predictor(override_config(config, ["MODEL.WEIGHT", str(start)], "")).class_names == [
+        "bird"
+    ]
+    config = load_config(config_file(file, "", final.parent), SMALL)
+    config.defrost()
+    config.MODEL.WEIGHT = str(start)
+    assert Predictor(config).class_names == ["bird"]
+    with pytest.raises(ConfigError, match="MODEL.WEIGHT torchvision://resnet50 is a backbone"):
+        Predictor(override_config(config, ["MODEL.WEIGHT", "torchvision://resnet50"], ""))
 
 
 def backbone_file(folder):

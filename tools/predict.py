@@ -9,7 +9,6 @@ import sys
 
 from nasfcos.config import load_config
 from nasfcos.data import DataError
-from nasfcos.engine.checkpoint import CHECKPOINT, CONFIG, find_weights
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.engine.signals import StopRequest
 from nasfcos.predictor import Predictor, predict_files
@@ -34,9 +33,7 @@ def main() -> int:
 
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
-        given = CONFIG in args.overrides[::2]
-        places = (CONFIG,) if given else (CHECKPOINT, CONFIG)
-        predictor = Predictor(cfg, find_weights(cfg, places))
+        predictor = Predictor(cfg)
         with StopRequest() as stop, stop.heeded_at_once():
             summary = predict_files(predictor, args.input, args.output, args.score)
         logger.info(

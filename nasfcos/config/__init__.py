@@ -2,6 +2,6 @@
 
 from .defaults import get_defaults
 from .errors import ConfigError
-from .load import load_config, override_config
+from .load import is_weight_given, load_config, override_config
 
-__all__ = ["ConfigError", "get_defaults", "load_config", "override_config"]
+__all__ = ["ConfigError", "get_defaults", "is_weight_given", "load_config", "override_config"]

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 BASE_KEY = "_BASE_"
 COMMAND_LINE = "command line"
+WEIGHT = "MODEL.WEIGHT"
+# Where a tree keeps MODEL.WEIGHT as its file has it, which no setting shows.
+_FILES_WEIGHT = "__files_weight__"
 
 # Lists whose entries are of any type: KEY VALUE pairs.
 FREE_LISTS = ("SEARCH.PREPARE.OVERRIDES", "SEARCH.SELECT.OVERRIDES")
@@ -212,6 +215,7 @@ def load_config(
     sources: dict[str, str] = {}
     for source, tree in _inheritance_chain(Path(file)) if file is not None else ():
         _merge(cfg, tree, source, sources)
+    cfg.__dict__[_FILES_WEIGHT] = cfg.MODEL.WEIGHT
     _merge_overrides(cfg, overrides, COMMAND_LINE, sources)
     return _finished(cfg, sources)
 
@@ -320,6 +324,14 @@ def _merge_overrides(
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         _merge(cfg, nested({str(key): value}), source, sources)
+        if key == WEIGHT:
+            cfg.__dict__[_FILES_WEIGHT] = None
+
+
+def is_weight_given(cfg: CfgNode) -> bool:
+    """Whether MODEL.WEIGHT was set for the purpose at hand, by an override or in the tree itself,
+    rather than in the config file, where it may be what the training started from."""
+    return cfg.MODEL.WEIGHT != cfg.__dict__.get(_FILES_WEIGHT, "")
 
 
 def _free_form(value: Any) -> Any:

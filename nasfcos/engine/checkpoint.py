@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from yacs.config import CfgNode
 
-from ..config import ConfigError
+from ..config import ConfigError, is_weight_given
 from ..config.tree import leaves
 from ..evaluation.files import replacing
 from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
@@ -150,19 +150,30 @@ CHECKPOINT, CONFIG = "OUTPUT_DIR", "MODEL.WEIGHT"
 """Where the weights of a trained detector may be: the keys that name the places."""
 
 
-def find_weights(cfg: CfgNode, places: Sequence[str] = (CHECKPOINT, CONFIG)) -> Weights:
+def weight_places(cfg: CfgNode) -> tuple[str, ...]:
+    """Where the weights of a trained detector are looked for, the first place first.
+
+    MODEL.WEIGHT alone, where it was given on purpose: on the command line, in the overrides of
+    `load_config`, or in the tree. MODEL.WEIGHT of the config file may be what the run in OUTPUT_DIR
+    started from, so the newest checkpoint there comes before it.
+    """
+    return (CONFIG,) if is_weight_given(cfg) else (CHECKPOINT, CONFIG)
+
+
+def find_weights(cfg: CfgNode, places: Sequence[str] | None = None) -> Weights:
     """The trained detector of a config: OUTPUT_DIR's newest checkpoint, or MODEL.WEIGHT.
 
     An ImageNet backbone as MODEL.WEIGHT, from which most trainings start, does not count.
 
     Args:
         cfg: the config tree.
-        places: to look in, the first one first; (CONFIG,) where it was given on purpose.
+        places: to look in, the first one first; None: see `weight_places`.
 
     Raises:
         ConfigError: there is none.
         WeightsError: MODEL.WEIGHT cannot be read.
     """
+    places = weight_places(cfg) if places is None else places
     finders = {CHECKPOINT: lambda: newest_weights(cfg.OUTPUT_DIR), CONFIG: lambda: _detector(cfg)}
     for place in places:
         if (weights := finders[place]()) is not None:
