@@ -168,18 +168,23 @@ EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_C
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no, and
-    in which a key that stands twice is an error, not the last one's."""
+    in which a key that stands twice, or is no word, is an error of the file's."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark,
+                    "a key is a list or a section (text that begins with [ or { needs quotes)",
+                    key.start_mark,
+                )  # fmt: skip
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     "in a section", node.start_mark, f"the key {key.value!r} stands twice",
                     key.start_mark,
                 )  # fmt: skip
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -279,6 +284,7 @@ def _merge(
 ) -> None:
     """Set the values of `tree` in `node`, checking names and types."""
     for key, value in tree.items():
+        key = str(key)  # the name of a data set may be a number
         name = f"{prefix}{key}"
         if key not in node:
             if not node.is_new_allowed():
@@ -443,6 +449,8 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
         fail("MODEL.RETINANET.BG_IOU", f"is above FG_IOU, {cfg.MODEL.RETINANET.FG_IOU}")
     if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
         fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
+    if not cfg.MODEL.RETINANET.ASPECT_RATIOS:
+        fail("MODEL.RETINANET.ASPECT_RATIOS", "is empty: name at least one ratio")
     _check_genotype(cfg, fail)
     _check_search(cfg, fail)
 

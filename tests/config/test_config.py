@@ -79,6 +79,9 @@ def test_inheritance_and_overrides(tmp_path):
 def test_custom_data_sets_are_free_form(tmp_path):
     cfg = load_config(None, ["DATASETS.CUSTOM.mine.FORMAT", "coco"])
     assert cfg.DATASETS.CUSTOM.mine.FORMAT == "coco"
+    path = write(tmp_path, "numbers.yaml", "DATASETS: {CUSTOM: {5: {FORMAT: coco}}}\n")
+    cfg = load_config(path, ["DATASETS.CUSTOM.5.IMAGES", "five"])
+    assert cfg.DATASETS.CUSTOM == {"5": {"FORMAT": "coco", "IMAGES": "five"}}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,10 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("MODEL:\n  MOBILENET:\n    WIDTH: 0.0\n", r"MOBILENET\.WIDTH.*positive"),
         ("MODEL:\n  RETINANET:\n    BG_IOU: 0.6\n", r"RETINANET\.BG_IOU is above FG_IOU"),
         ("SOLVER:\n  GAMMA: 0.1\nSOLVER:\n  GAMMA: 0.2\n", r"file\.yaml.*'SOLVER' stands twice"),
+        ("OUTPUT_DIR: {{root}}\n", r"file\.yaml is not valid YAML.*needs quotes"),
+        ("? [a]\n: 1\n", r"file\.yaml is not valid YAML.*needs quotes"),
+        ("5: 1\n", r"file\.yaml: there is no key '5'"),
+        ("MODEL:\n  RETINANET:\n    ASPECT_RATIOS: []\n", r"ASPECT_RATIOS is empty"),
         ("OUTPUT_DIR: 2024-02-30\n", r"file\.yaml is not valid YAML"),
         ("MODEL:\n  NECK:\n    CHANNELS: 33\n", r"NECK\.CHANNELS is 33.*even"),
         ("MODEL:\n  FCOS:\n    SIZE_LIMITS: [9, 8, 7, 6]\n", r"SIZE_LIMITS.*rise from P3"),
