@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def _merge(
         name = f"{prefix}{key}"
         if key not in node:
             if not node.is_new_allowed():
-                raise ConfigError(_unknown_key(name, source))
+                raise ConfigError(_unknown_key(name, value, source))
             node[key] = _free_form(value)
             sources[name] = source
         elif isinstance(node[key], CfgNode):
@@ -357,14 +358,30 @@ def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _all_keys(value, f"{prefix}{key}.")
 
 
-def _unknown_key(name: str, source: str) -> str:
-    known = list(_all_keys(get_defaults()))
-    hint = nearest(name, known)
-    if not hint:  # right name, wrong section
-        last = name.rsplit(".", 1)[-1]
-        same = [key for key in known if key.rsplit(".", 1)[-1] == last]
-        hint = f" Did you mean {same[0]!r}?" if same else ""
+def _unknown_key(name: str, value: Any, source: str) -> str:
+    while isinstance(value, dict) and value:  # of a section, the first key that is set in it
+        key, value = next(iter(value.items()))
+        name = f"{name}.{key}"
+    near = _near_keys(name.upper())
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{source}: there is no key {name!r} in the config tree.{hint}"
+
+
+def _near_keys(name: str) -> list[str]:
+    """Keys that an unknown one may stand for, as difflib ranks them."""
+    keys = list(_all_keys(get_defaults()))
+    keys = [key for key in keys if not name.startswith(f"{key}.")]  # not the sections it names
+    section, _, last = name.rpartition(".")
+    parts = [key.rpartition(".") for key in keys]
+    siblings = [key for above, _, key in parts if above == section]
+    misspelt = get_close_matches(last, siblings, 1, 0.6)
+    shortened = [key for key in siblings if key.endswith(f"_{last}")]
+    misplaced = [key for key, part in zip(keys, parts, strict=True) if part[2] == last]
+    return (
+        [f"{section}.{key}".lstrip(".") for key in misspelt + shortened]
+        or get_close_matches(name, misplaced, 1, 0)
+        or get_close_matches(name, keys, 1, 0.5)
+    )
 
 
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:

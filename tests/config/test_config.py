@@ -88,7 +88,16 @@ def test_custom_data_sets_are_free_form(tmp_path):
     "text, message",
     [
         ("MODEL:\n  WEIGTH: x\n", r"file\.yaml.*'MODEL\.WEIGTH'.*'MODEL\.WEIGHT'"),
-        ("SOLVER:\n  NMS_IOU: 1\n", r"file\.yaml.*'SOLVER\.NMS_IOU'.*Did you mean"),
+        ("SOLVER:\n  NMS_IOU: 1\n", r"file\.yaml.*'SOLVER\.NMS_IOU'.*'TEST\.NMS_IOU'"),
+        ("SOLVER:\n  LR: 1\n", r"'SOLVER\.LR'.*Did you mean 'SOLVER\.BASE_LR'"),
+        ("model:\n  weight: x\n", r"'model\.weight'.*Did you mean 'MODEL\.WEIGHT'"),
+        ("MODEL:\n  FPN:\n    CHANNELS: 8\n", r"'MODEL\.FPN\.CHANNELS'.*'MODEL\.NECK\.CHANNELS'"),
+        ("OUTPUT: x\n", r"'OUTPUT'.*Did you mean 'OUTPUT_DIR'"),
+        ("CELLS: 5\n", r"'CELLS'.*Did you mean 'SEARCH\.SPACE\.CELLS'"),
+        (
+            "DATASETS:\n  CUSTM:\n    mine: {FORMAT: coco}\n",
+            r"'DATASETS\.CUSTM\.mine\.FORMAT'.*Did you mean 'DATASETS\.CUSTOM'",
+        ),
         ("SOLVER:\n  BASE_LR: fast\n", r"file\.yaml: SOLVER\.BASE_LR must be float"),
         ("SOLVER:\n  MAX_ITER: 1.5\n", r"file\.yaml: SOLVER\.MAX_ITER must be int"),
         ("SOLVER:\n  MAX_ITER: true\n", r"file\.yaml: SOLVER\.MAX_ITER must be int"),
