@@ -121,12 +121,7 @@ class Predictor:
         size = resized_shape(*original, self.min_size, self.max_size)
         pixels = to_uint8_tensor(resize(picture, size))
         found = {name: value.cpu() for name, value in self.model([pixels])[0].items()}
-        order = found["scores"].argsort(descending=True, stable=True)
-        return {
-            "boxes": to_original_size(found["boxes"], size, original)[order],
-            "scores": found["scores"][order],
-            "labels": found["labels"][order],
-        }
+        return found | {"boxes": to_original_size(found["boxes"], size, original)}
 
 
 def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[str]:
