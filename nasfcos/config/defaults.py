@@ -30,7 +30,8 @@ _C.MODEL.SYNC_BN = False
 _C.MODEL.BACKBONE = CN()
 # A registered backbone: "resnet" or "mobilenet_v2".
 _C.MODEL.BACKBONE.NAME = "resnet"
-# Stages that are not trained: 0 none, 1 the stem, 2 the stem and the first stage, ...
+# What is not trained. resnet: 0 nothing, 1 the stem, 2 the stem and the first stage, ... 5 all.
+# mobilenet_v2: so many of its 18 layers (the stem and 17 blocks; 14 to C4, 18 all).
 _C.MODEL.BACKBONE.FREEZE_AT = 2
 
 _C.MODEL.RESNET = CN()
