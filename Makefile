@@ -12,14 +12,20 @@ SEARCH_DEMO := configs/nas/demo.yaml
 
 .PHONY: install demo search-demo test lint clean
 
+MADE_WITH := $(PYTHON) $(TORCH)
+GIVEN := $(filter-out file,$(origin PYTHON) $(origin TORCH))
+
 install: $(VENV)/.installed
+	@[ -z '$(GIVEN)' ] || [ "$$(cat $(VENV)/.torch)" = '$(MADE_WITH)' ] || { \
+		echo "$(VENV) was made with $$(cat $(VENV)/.torch). To make it anew with $(MADE_WITH)," \
+			"put clean before install; to keep it, leave out PYTHON and TORCH."; exit 1; }
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH) "setuptools>=64" wheel ninja
-	@touch $@
+	@echo '$(MADE_WITH)' > $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-build-isolation -e ".[test]"

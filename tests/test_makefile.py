@@ -1,0 +1,28 @@
+"""make, and an environment that is there."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.known import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def test_another_interpreter_or_torch_is_not_passed_over(tmp_path):
+    def make(*words):
+        arguments = ["make", *words, f"VENV={tmp_path}"]
+        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+
+    made = make("--dry-run", "install", "PYTHON=python3.10", "TORCH=torch torchvision").stdout
+    (record,) = [line for line in made.splitlines() if line.startswith("echo 'python3.10 torch")]
+    subprocess.run(record, shell=True, check=True)
+    (tmp_path / ".installed").touch()
+    assert make("install").returncode == 0
+    assert make("install", "PYTHON=python3.10", "TORCH=torch torchvision").returncode == 0
+    for other in ("PYTHON=python3.12", "TORCH=torch==2.11.0 torchvision"):
+        result = make("install", other)
+        assert result.returncode != 0
+        assert "was made with python3.10 torch torchvision." in result.stdout
+        assert "put clean before install" in result.stdout
