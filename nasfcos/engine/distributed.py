@@ -172,16 +172,23 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The model, whose gradients are from now on the means over the processes of a job."""
+    """The model, whose gradients are from now on the means over the processes of a job.
+
+    All start with the parameters and buffers of process 0. Buffers are not sent again before each
+    step: in training, batch norms do not read their statistics (see `broadcast_buffers`).
+    """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Not by the argument, which would leave them out at the start as well.
+    model.broadcast_buffers = False
+    return model
 
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the buffers of process 0 (the running statistics of batch norms).
 
-    In a training step each process moves its own away from them; this makes what is evaluated, on
+    In training steps each process moves its own away from them; this makes what is evaluated, on
     any process, what is saved.
     """
     if world_size() > 1:

@@ -1,5 +1,8 @@
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nasfcos.config import ConfigError
 from nasfcos.engine import distributed
@@ -54,3 +57,23 @@ def test_one_process_talks_to_itself():
     with distributed.session("cpu") as device:
         distributed.barrier()
     assert device == torch.device("cpu")
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_buffers_are_not_sent_before_each_step(group, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(
+        DistributedDataParallel, "_sync_buffers", lambda *_: pytest.fail("buffers were sent")
+    )
+    norm = nn.BatchNorm2d(2)
+    model = distributed.parallel(norm.train())
+    assert isinstance(model, DistributedDataParallel)
+    for _ in range(2):
+        model(torch.rand(2, 2, 3, 3)).sum().backward()
+    assert norm.num_batches_tracked == 2
