@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nasfcos
-from nasfcos.boxes import legacy_sizes
+from nasfcos.boxes import legacy_iou, legacy_sizes
 from nasfcos.config import ConfigError
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.detector import Detector
+from nasfcos.models.heads import retinanet
 from nasfcos.models.heads.dense import STRIDES, Candidates, PostProcess, threshold_logit
 from nasfcos.models.heads.fcos import WORD, assign_fcos
 from nasfcos.models.heads.retinanet import (
@@ -426,6 +427,46 @@ def test_anchor_matching_against_a_plain_loop():
     got = match_anchors(anchors, boxes, 0.5, 0.4).tolist()
     assert got == expected
     assert {BACKGROUND, BETWEEN} < set(got)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 64])
+def test_anchor_matching_with_ties_however_many_boxes_at_once(at_once, monkeypatch):
+    """Boxes and anchors that there are twice, boxes that are anchors, and one far from all."""
+    monkeypatch.setattr(retinanet, "BOXES_AT_ONCE_ON_CPU", at_once)
+    generator = torch.Generator().manual_seed(5)
+    anchors, boxes = random_boxes(400, generator), random_boxes(70, generator)
+    anchors[200:220] = anchors[100:120]
+    boxes[[9, 11, 69]] = boxes[[8, 3, 3]]
+    boxes[20:30] = anchors[100:110]
+    boxes[40] = torch.tensor([5000.0, 5000, 5010, 5010])
+    table = legacy_iou(boxes, anchors)
+    expected = []
+    for column in table.t().tolist():
+        best = max(column)
+        own = column.index(best)
+        if any(iou == top > 0 for iou, top in zip(column, table.amax(1).tolist(), strict=True)):
+            expected.append(own)
+        else:
+            expected.append(own if best >= 0.7 else BACKGROUND if best < 0.5 else BETWEEN)
+    got = match_anchors(anchors, boxes, 0.7, 0.5).tolist()
+    assert got == expected
+    assert {BACKGROUND, BETWEEN, 3, 8, 20} < set(got) and not {9, 11, 40, 69} & set(got)
+
+
+def test_anchor_matching_takes_a_gpu_few_steps():
+    """Of which each is a kernel's launch, or costs as little as one."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **kwargs or {})
+
+    with torch.device("meta"), Count() as count:
+        match = match_anchors(torch.empty(10**5, 4), torch.empty(1000, 4), 0.5, 0.4)
+    assert match.shape == (10**5,)
+    assert 100 < count.calls < 1000
 
 
 def test_anchors():

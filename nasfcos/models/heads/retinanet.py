@@ -170,7 +170,8 @@ def cell_anchors(stride: int, sizes: Sequence[float], aspect_ratios: Sequence[fl
 
 
 BACKGROUND, BETWEEN = -1, -2
-BOXES_AT_ONCE = 4
+# A CPU's caches hold few boxes' overlaps; a GPU computes many before it is told what is next.
+BOXES_AT_ONCE_ON_CPU, BOXES_AT_ONCE_ELSEWHERE = 4, 64
 
 
 def match_anchors(anchors: Tensor, boxes: Tensor, fg_iou: float, bg_iou: float) -> Tensor:
@@ -180,21 +181,23 @@ def match_anchors(anchors: Tensor, boxes: Tensor, fg_iou: float, bg_iou: float) 
     Every anchor that attains a box's best IoU is matched all the same, to its own best box (the
     first of several). Memory does not grow with M.
     """
+    on_cpu = anchors.device.type == "cpu"
+    at_once = BOXES_AT_ONCE_ON_CPU if on_cpu else BOXES_AT_ONCE_ELSEWHERE
     anchors = anchors.t().contiguous().t()  # what `legacy_iou` would do again and again
     best_iou = torch.full_like(anchors[:, 0], -1)
-    best_box = torch.full_like(best_iou, BACKGROUND, dtype=torch.int32)
+    best_box = torch.full_like(best_iou, BACKGROUND, dtype=torch.int64)
     closest = torch.zeros_like(best_iou, dtype=torch.bool)
-    for first, some in enumerate(boxes.split(BOXES_AT_ONCE)):
-        iou = legacy_iou(some, anchors)
+    for first in range(0, len(boxes), at_once):
+        iou = legacy_iou(boxes[first : first + at_once], anchors)
         largest = iou.amax(dim=1)
         attained = torch.where(largest > 0, largest, torch.inf)
-        for index, row in enumerate(iou, first * BOXES_AT_ONCE):
-            closest |= row == attained[index % BOXES_AT_ONCE]
-            best_box.masked_fill_(row > best_iou, index)
-            torch.maximum(best_iou, row, out=best_iou)
+        closest |= (iou == attained[:, None]).any(dim=0)
+        top, which = iou.max(dim=0)  # the first of several
+        best_box = torch.where(top > best_iou, which + first, best_box)
+        best_iou = torch.maximum(best_iou, top)
     match = torch.where(best_iou < fg_iou, BETWEEN, best_box)
     match = torch.where(best_iou < bg_iou, BACKGROUND, match)
-    return torch.where(closest, best_box, match).long()
+    return torch.where(closest, best_box, match)
 
 
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
