@@ -15,7 +15,7 @@ from .backbones.resnet import Bottleneck, Stem
 from .detector import Detector
 from .heads.dense import DenseHead, Detections
 from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv
-from .necks.nas_fpn import NASFPN, Concat
+from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 
 FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 """Norms that are a factor and a shift per channel once training is over."""
@@ -234,6 +234,19 @@ class PreciseNorm(nn.Module):
         return self.norm(x.float()).to(x.dtype)
 
 
+class PreciseSum(nn.Module):
+    """A `WeightedSum` whose factors stay float32 whatever its input, as those of `PreciseNorm`; the
+    result is rounded once, not each product."""
+
+    def __init__(self, block: WeightedSum) -> None:
+        super().__init__()
+        self.sum = block
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        # Maps are converted before: together with the product it takes a CPU three times as long.
+        return (x.float() * self.sum.a).addcmul_(y.float(), self.sum.b).to(x.dtype)
+
+
 # -------------------------------------------------------------------- from layers to fused ones
 
 
@@ -268,6 +281,11 @@ def _with_optimized_layers(module: nn.Module) -> nn.Module:
 @optimized.register
 def _(module: nn.GroupNorm) -> nn.Module:
     return PreciseNorm(module)
+
+
+@optimized.register
+def _(module: WeightedSum) -> nn.Module:
+    return PreciseSum(module)
 
 
 @optimized.register
@@ -358,7 +376,7 @@ def _(module: DenseHead) -> nn.Module:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
     as anchors and statistics, stay float32."""
-    if isinstance(module, (InFloat32, PreciseNorm, Scale, *FIXED_NORMS)):
+    if isinstance(module, (InFloat32, PreciseNorm, WeightedSum, Scale, *FIXED_NORMS)):
         return
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)

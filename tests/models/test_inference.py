@@ -9,7 +9,7 @@ from torch import nn
 import nasfcos
 from nasfcos.models.inference import FusedConv, InferenceDetector
 from nasfcos.models.layers import DeformConv, FrozenBatchNorm2d, SeparableConv
-from nasfcos.models.necks.nas_fpn import Concat
+from nasfcos.models.necks.nas_fpn import Concat, WeightedSum
 from nasfcos.ops import fused_concat, plain
 from tests.known import ROOT, golden, known_image, known_weights
 
@@ -134,6 +134,25 @@ def test_small_changes_of_group_norms_reach_bfloat16(name):
         maps = fast.head.box_tower([x.bfloat16() for x in pyramid])
         means.append(torch.stack([x.double().mean() for x in maps]).mean())
     assert means[1] / means[0] == pytest.approx(1.0015, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_small_changes_of_weighted_sums_reach_bfloat16(name):
+    """Each map's factor by itself: bfloat16 knows nothing between 1 and 1.0078."""
+    maps = torch.rand(2, 1, 32, 64, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    means = []
+    for factor in (1.0, 1.003):
+        model = lively("other operations")
+        cell, block = next(
+            (number, cell.aggregate) for number, cell in enumerate(model.neck.cells)
+            if isinstance(cell.aggregate, WeightedSum)
+        )  # fmt: skip
+        nn.init.constant_(getattr(block, name), factor)
+        fast = nasfcos.optimize_for_inference(model, torch.bfloat16)
+        out = fast.neck.cells[cell].aggregate(*maps)
+        assert out.dtype == torch.bfloat16
+        means.append(out.double().mean())
+    assert means[1] / means[0] == pytest.approx(1.0015, abs=3e-4)
 
 
 def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
