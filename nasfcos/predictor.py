@@ -30,6 +30,7 @@ from .engine.test import inference_form, to_original_size
 from .evaluation.files import replacing
 from .models.build import build_detector
 from .models.weights import Weights, WeightsError, load_weights, read_weights
+from .transfer import to_cpu
 from .visualize import AnyImage, draw_detections, image_grid, to_picture
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Predictor:
         original = (picture.height, picture.width)
         size = resized_shape(*original, self.min_size, self.max_size)
         pixels = to_uint8_tensor(resize(picture, size))
-        found = {name: value.cpu() for name, value in self.model([pixels])[0].items()}
+        (found,) = to_cpu(self.model([pixels]))
         return found | {"boxes": to_original_size(found["boxes"], size, original)}
 
 

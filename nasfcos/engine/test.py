@@ -20,6 +20,7 @@ from ..evaluation import evaluate, format_metrics
 from ..models import Detector, build_detector, load_weights, optimize_for_inference
 from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
+from ..transfer import to_cpu
 from . import distributed
 from .checkpoint import CHECKPOINT, CONFIG, check_classes, find_weights
 from .logging import PERIODIC, on_terminal
@@ -159,9 +160,8 @@ def detect(model: nn.Module, loader, title: str = "") -> Detections:
     for batch, (images, targets) in enumerate(
         tqdm(loader, desc=title, unit="batch", leave=False, disable=not on_terminal()), start=1
     ):
-        detections = model(images)
+        detections = to_cpu(model(images))
         for image, target, detection in zip(images, targets, detections, strict=True):
-            detection = {key: value.cpu() for key, value in detection.items()}
             detection["boxes"] = to_original_size(
                 detection["boxes"], tuple(image.shape[-2:]), tuple(target["original_size"])
             )

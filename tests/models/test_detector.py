@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nasfcos
@@ -29,6 +33,7 @@ from nasfcos.models.heads.retinanet import (
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
 from nasfcos.ops import nms
+from tests.copies import Copies, pin
 from tests.plain import plain_losses
 
 TINY = [
@@ -237,33 +242,6 @@ def test_preprocessing_written_out(dtype):
     assert dtype != torch.uint8 or torch.equal(images[0], pixels[0])
 
 
-class _Copies(TorchDispatchMode):
-    """Records what is copied between devices, and whether the host waits for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.waiting, self.all = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = args[func is torch.ops.aten.copy_.default]
-            if source.device != result.device:
-                self.all += 1
-                asked = kwargs.get("non_blocking") or True in args[2:]
-                # Memory that is not pinned is copied in the host's own time all the same.
-                if not asked or (source.device.type == "cpu" and not hasattr(source, "pinned")):
-                    self.waiting.append((source.device, result.device, list(source.shape)))
-        return result
-
-
-def pin(x):
-    x = x.clone()
-    x.pinned = True
-    return x
-
-
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
     """On a GPU that is not there: nothing has a shape or takes a turn that depends on values."""
@@ -271,7 +249,7 @@ def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
     monkeypatch.setattr(Detector, "_check_values", lambda *_: None)  # of tensors of the CPU
     cfg = nasfcos.load_config(None, [*TINY, "MODEL.HEAD.NAME", head])
     images = [torch.zeros(3, 90, 130, dtype=torch.uint8), torch.zeros(3, 128, 100)]
-    with FakeTensorMode(allow_non_fake_inputs=True), _Copies() as copies:
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         with torch.device("cuda"):
             model = build_detector(cfg, 3)
         copies.waiting.clear()
@@ -653,6 +631,17 @@ def test_ties_with_the_last_kept_detection_stay():
     for found in PostProcess(detections_per_image=2).finish(two, [(200, 200)] * 2):
         assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
         assert found["boxes"][:, 0].tolist() == [0, 20, 40, 60]
+
+
+def test_the_choice_of_candidates_waits_for_the_gpu_once(monkeypatch):
+    """On a GPU that is not there, which finds nine candidates of level and image 0, four of 2."""
+    waits = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(x) or [9, 0, 4])
+    with FakeTensorMode(), torch.device("cuda"):
+        scores, group = torch.rand(13), torch.zeros(13, dtype=torch.int64)
+        selected = PostProcess(pre_nms_top_n=5).select(scores, group, 3)
+    assert selected.is_cuda and selected.shape == (5 + 4,)
+    assert len(waits) == 1 and waits[0].shape == (3,)
 
 
 def test_candidates_are_chosen_by_class_probability_and_ranked_by_score():

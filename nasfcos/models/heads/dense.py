@@ -108,6 +108,8 @@ class PostProcess:
     def select(self, scores: Tensor, group: Tensor, groups: int) -> Tensor | None:
         """The candidates that are passed on: the best of each level of each image.
 
+        A GPU is waited for once, where there are more than a level may pass on.
+
         Args:
             scores: [P] of the candidates.
             group: [P] int64, ascending: level and image of each candidate as one number.
@@ -118,7 +120,8 @@ class PostProcess:
         """
         if len(scores) <= self.pre_nms_top_n:
             return None
-        counts = torch.bincount(group, minlength=groups).tolist()
+        every = torch.arange(groups + 1, device=group.device)
+        counts = torch.searchsorted(group, every).diff().tolist()
         if max(counts) <= self.pre_nms_top_n:
             return None
         selected, start = [], 0
