@@ -2,13 +2,14 @@
 
 python tools/compare_benchmarks.py old.json new.json --threshold 1.1
 
-The exit code is 1 if something became slower, 2 if a file cannot be used.
+The exit code is 1 if something became slower or fails now, 2 if a file cannot be used.
 """
 
 import argparse
 import sys
 
 from nasfcos.benchmark.compare import (
+    FAILS,
     SLOWER,
     ReportError,
     compare,
@@ -41,7 +42,7 @@ def main() -> int:
         )
     changes = compare(old, new, args.threshold)
     print(format_changes(changes, args.threshold))
-    return int(any(change.verdict == SLOWER for change in changes))
+    return int(any(change.verdict in (SLOWER, FAILS) for change in changes))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ def test_from_the_command_line_to_a_comparison(tmp_path, monkeypatch, capsys):
     assert "nms/1000: ours  slower  1000.00" in text
     assert "-> 1000" in errors
     assert compare(second, first, "--threshold", 2)[0] == 0
+    report["cases"][1] = {"name": "nms/1000", "status": "failed", "reason": "OSError: x"}
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(report))
+    code, text, _ = compare(first, broken)
+    assert code == 1 and "nms/1000: ours  fails" in text and "slower" not in text
     code, _, errors = compare(first, tmp_path / "none.json")
     assert code == 2 and "none.json cannot be read" in errors
 
