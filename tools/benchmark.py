@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from nasfcos.benchmark.report import format_report
-from nasfcos.benchmark.setting import Setting, add_arguments, set_threads
+from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, set_threads
 from nasfcos.benchmark.suite import BENCHMARKS, choose, failed, run
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
@@ -49,6 +49,7 @@ def main() -> int:
     if args.images and not Path(args.images).is_dir():
         parser.error(f"--images: {args.images} is no folder")
     set_threads(parser, args.threads)
+    require_writable(parser, "--json", args.json)
     with tempfile.TemporaryDirectory(prefix="nasfcos_benchmark_") as folder:
         setting = Setting(
             device=device,
@@ -59,9 +60,9 @@ def main() -> int:
             compile=args.compile,
         )
         report = run(benchmarks, setting)
+    print(format_report(report), flush=True)
     if args.json:
         write_json(args.json, report, indent=2)
-    print(format_report(report))
     return 130 if report["interrupted"] else int(failed(report))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nasfcos.benchmark.growth import failed, format_growth, measure_growth
 from nasfcos.benchmark.plots import plot_growth
-from nasfcos.benchmark.setting import Setting, add_arguments, set_threads
+from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, set_threads
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
 from nasfcos.evaluation.files import write_json
@@ -29,20 +29,22 @@ def main() -> int:
     parser.add_argument("--plots", metavar="FOLDER", help="write a picture of each axis there")
     args = parser.parse_args()
     set_threads(parser, args.threads)
+    require_writable(parser, "--json", args.json)
+    require_writable(parser, "--plots", args.plots, is_folder=True)
     try:
         device = resolve_device(args.device)
         with tempfile.TemporaryDirectory(prefix="nasfcos_growth_") as folder:
             report = measure_growth(args.only, Setting(device, Path(folder), args.quick))
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
+    print(format_growth(report), flush=True)
     if args.json:
         write_json(args.json, report, indent=2)
     if args.plots:
         for axis in report["axes"]:
             if axis["curves"]:
                 plot_growth(axis, Path(args.plots) / f"{axis['name']}.png")
-    print(format_growth(report))
-    return int(failed(report))
+    return 130 if report["interrupted"] else int(failed(report))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -220,6 +221,7 @@ def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
     """Measure the axes of these names (all, if there are none), with progress on stderr.
 
     What cannot be measured, or raises an exception, is reported with the axis; the rest goes on.
+    Ctrl-C ends the run with the axes that are done, and `interrupted` is true.
 
     Raises:
         ValueError: a name that no axis has.
@@ -229,11 +231,19 @@ def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"no axis is called {name!r}; there are {', '.join(known)}")
     chosen = [axis for axis in AXES if not names or axis.name in names]
-    report = {"format": FORMAT, "machine": machine.describe(setting.device), "axes": []}
-    for axis in chosen:
-        report["axes"].append(_measure_axis(axis, setting))
-    if not names or "processes" in names:
-        report["axes"].append(_measure_processes(setting))
+    report = {
+        "format": FORMAT,
+        "machine": machine.describe(setting.device),
+        "interrupted": False,
+        "axes": [],
+    }
+    try:
+        for axis in chosen:
+            report["axes"].append(_measure_axis(axis, setting))
+        if not names or "processes" in names:
+            report["axes"].append(_measure_processes(setting))
+    except KeyboardInterrupt:
+        report["interrupted"] = True
     return report
 
 
@@ -242,21 +252,14 @@ def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
     entry = _new_entry(axis.name, axis.label, axis.what)
     together = Case("", [])
     points: list[tuple[str, str, int]] = []  # unique name, curve, value
-    make = axis.prepare(setting)
-    for value in axis.values[:3] if setting.quick else axis.values:
-        try:
-            case = make(value)
-        except Skip as reason:
-            entry["left_out"][str(value)] = str(reason)
-            continue
-        except Exception as error:
-            logger.warning("%s %d failed", axis.name, value, exc_info=True)
-            entry["errors"][str(value)] = f"{type(error).__name__}: {error}"
-            continue
-        for variant in case.variants:
-            unique = f"{variant.name}, {value}"
-            points.append((unique, variant.name, value))
-            together.variants.append(replace(variant, name=unique))
+    with _noting_failure(entry, "all values"):
+        make = axis.prepare(setting)
+        for value in axis.values[:3] if setting.quick else axis.values:
+            with _noting_failure(entry, str(value)):
+                for variant in make(value).variants:
+                    unique = f"{variant.name}, {value}"
+                    points.append((unique, variant.name, value))
+                    together.variants.append(replace(variant, name=unique))
     bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} to go"
     watched = sys.stderr.isatty()
     if not watched:
@@ -271,6 +274,18 @@ def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
         if unique in timings.seconds:
             _add_point(entry, curve, value, timings.seconds[unique], timings.memory[unique])
     return _finish(entry)
+
+
+@contextmanager
+def _noting_failure(entry: dict[str, Any], key: str) -> Iterator[None]:
+    """Leave the block at an exception, which the axis' report has by this key."""
+    try:
+        yield
+    except Skip as reason:
+        entry["left_out"][key] = str(reason)
+    except Exception as error:
+        logger.warning("%s, %s failed", entry["name"], key, exc_info=True)
+        entry["errors"][key] = f"{type(error).__name__}: {error}"
 
 
 def _measure_processes(setting: Setting) -> dict[str, Any]:
@@ -341,7 +356,8 @@ def failed(report: dict[str, Any]) -> bool:
 
 def format_growth(report: dict[str, Any]) -> str:
     """A table an axis: for each curve the times and the memory along it, and the exponents."""
-    return "\n\n".join(map(_format_axis, report["axes"]))
+    end = ["Interrupted: the rest was not measured."] if report["interrupted"] else []
+    return "\n\n".join([*map(_format_axis, report["axes"]), *end])
 
 
 def _format_axis(axis: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +61,21 @@ def set_threads(parser: argparse.ArgumentParser, threads: int | None) -> None:
     if threads < 1:
         parser.error("--threads must be positive")
     torch.set_num_threads(threads)
+
+
+def require_writable(
+    parser: argparse.ArgumentParser, option: str, path: str | None, is_folder: bool = False
+) -> None:
+    """End with the parser's error, before anything is measured, where the file that an `option`
+    names, or files in that folder, could not be written afterwards. Missing folders are made."""
+    if not path:
+        return
+    if not is_folder and Path(path).is_dir():
+        parser.error(f"{option}: {path} is a folder")
+    folder = Path(path) if is_folder else Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"{option}: nothing can be written in {folder}: {error.strerror}")

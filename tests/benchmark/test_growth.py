@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,32 @@ def test_a_curve_has_what_could_be_measured(made_up_axis, setting):
     text = format_growth(report)
     assert "2: skipped: not this one" in text and "3: FAILED: OSError: disk gone" in text
     assert "linear" in text and "exponent" in text
+
+
+@pytest.mark.parametrize("raised, key", [(Skip, "left_out"), (MemoryError, "errors")])
+def test_an_axis_that_cannot_be_prepared_does_not_end_the_others(
+    raised, key, made_up_axis, setting, monkeypatch
+):
+    def prepare(setting):
+        raise raised("too large")
+
+    monkeypatch.setattr(growth, "AXES", (replace(AXES[0], prepare=prepare), *growth.AXES))
+    report = measure_growth([AXES[0].name, "things"], setting)
+    first, second = report["axes"]
+    assert not first["curves"] and "too large" in first[key]["all values"]
+    assert "all values: " in format_growth(report)
+    assert second["curves"]
+
+
+def test_ctrl_c_leaves_the_axes_that_are_done(made_up_axis, setting, monkeypatch):
+    def stop(setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(growth, "AXES", (*growth.AXES, replace(AXES[0], prepare=stop)))
+    report = measure_growth([], setting)
+    assert report["interrupted"] and [axis["name"] for axis in report["axes"]] == ["things"]
+    text = format_growth(report)
+    assert "linear" in text and text.endswith("Interrupted: the rest was not measured.")
 
 
 def test_quick_takes_the_smaller_values(made_up_axis, setting):

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasfcos.benchmark import growth, suite
 from nasfcos.benchmark.measure import Case, Skip, Variant
 from nasfcos.benchmark.setting import Setting
 from nasfcos.benchmark.suite import BENCHMARKS, Benchmark, choose, failed, run
+from nasfcos.evaluation import files
+from tests.benchmark import reports
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +151,56 @@ def test_from_the_command_line_to_a_comparison(tmp_path, monkeypatch, capsys):
     assert code == 1 and "nms/1000: ours  fails" in text and "slower" not in text
     code, _, errors = compare(first, tmp_path / "none.json")
     assert code == 2 and "none.json cannot be read" in errors
+
+
+GROWTH = {"interrupted": True, "axes": []}
+
+
+@pytest.fixture
+def made_up_measurements(monkeypatch):
+    """In the place of the real ones; gives the list of those that were made."""
+    made = []
+    monkeypatch.setattr(suite, "run", lambda *_: made.append("run") or reports.report())
+    monkeypatch.setattr(growth, "measure_growth", lambda *_: made.append("growth") or GROWTH)
+    return made
+
+
+@pytest.mark.parametrize("tool", ["benchmark", "measure_growth"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    tool, made_up_measurements, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    outputs = [("--json", tmp_path), ("--json", tmp_path / "file" / "x.json")]
+    if tool == "measure_growth":
+        outputs.append(("--plots", tmp_path / "file"))
+    for option, path in outputs:
+        assert main_of(tool, monkeypatch, option, path) == 2
+        error = capsys.readouterr().err
+        assert f"error: {option}: " in error and str(path.parent) in error
+    assert not made_up_measurements
+    main_of(tool, monkeypatch, "--json", tmp_path / "new" / "x.json")
+    assert made_up_measurements and (tmp_path / "new" / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"), [("benchmark", "a processor"), ("measure_growth", "Interrupted")]
+)
+def test_figures_are_printed_before_they_are_written(
+    tool, words, made_up_measurements, tmp_path, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(OSError, match="no space left"):
+        main_of(tool, monkeypatch, "--json", tmp_path / "x.json")
+    assert words in capsys.readouterr().out
+
+
+def test_an_interrupted_measurement_of_growth_ends_as_interrupted(
+    made_up_measurements, monkeypatch
+):
+    assert main_of("measure_growth", monkeypatch) == 130
 
 
 @pytest.mark.parametrize(
