@@ -219,7 +219,8 @@ def their_step(
     frozen: bool = True,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """The same of torchvision, as its reference scripts train: SGD with momentum."""
+    """The same of torchvision, as its reference scripts train: SGD with momentum. Between steps, as
+    in ours, there are no gradients; what they need is part of a step's memory."""
     device = images[0].device
     model = their_detector.__wrapped__(name, size, device, frozen).train()
     model = model.to(memory_format=memory_format)
@@ -233,9 +234,9 @@ def their_step(
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             losses = model(images, targets)
             total = sum(losses.values())
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()
         return losses
 
     return model, optimizer, step
