@@ -1,5 +1,6 @@
 """make, and an environment that is there."""
 
+import os
 import shutil
 import subprocess
 
@@ -11,9 +12,13 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 def test_another_interpreter_or_torch_is_not_passed_over(tmp_path):
+    # `make test PYTHON=...` hands its own variables to every make below it.
+    inherited = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "TORCH")
+    env = {name: value for name, value in os.environ.items() if name not in inherited}
+
     def make(*words):
         arguments = ["make", *words, f"VENV={tmp_path}"]
-        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
 
     made = make("--dry-run", "install", "PYTHON=python3.10", "TORCH=torch torchvision").stdout
     (record,) = [line for line in made.splitlines() if line.startswith("echo 'python3.10 torch")]
