@@ -314,6 +314,9 @@ def _measure_processes(setting: Setting) -> dict[str, Any]:
                 entry["errors"][str(count)] = f"torchrun ended with code {done.returncode}"
                 continue
             found = json.loads(result.read_text())
+            if found["processes"] != count or not found["agree"]:
+                entry["errors"][str(count)] = "the processes did not train together"
+                continue
         _add_point(entry, "training step", count, found["seconds"], found["memory_bytes"])
     return _finish(entry)
 

@@ -125,4 +125,5 @@ def test_two_processes_train_together(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=growth.machine.ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(result.read_text())
+    assert found["processes"] == 2 and found["agree"]
     assert len(found["seconds"]) == 7 and min(found["seconds"]) > 0
