@@ -32,7 +32,7 @@ from .inputs import (
 )
 from .measure import QUICK, Case, Effort, Skip, Variant, measure
 from .memory import RESOLUTION
-from .parts import HEADS, codes_like, our_head
+from .parts import HEADS, head_maps, our_head
 from .report import aligned, bytes_text, seconds_text
 from .setting import Setting
 from .statistics import Summary, growth_exponent
@@ -142,18 +142,15 @@ def _add_losses(
     setting: Setting,
 ) -> tuple[torch.nn.Module, tuple[list[Tensor], ...]]:
     """Assignment, and losses with gradients; gives the head and the maps."""
-    logits, distances, centerness = head_outputs(*size, classes=classes, anchors=HEADS[name][2])
-    boxes = distances if name == "fcos" else codes_like(logits, classes)
-    maps = (logits, boxes) + ((centerness,) if name == "fcos" else ())
-    maps = tuple([x.to(setting.device).requires_grad_() for x in levels] for levels in maps)
+    maps = head_maps(name, size, setting.device, classes=classes)
+    leaves = [x.requires_grad_() for levels in maps for x in levels]
     head = our_head(name, classes, setting.device)
     shapes = map_shapes(*size)
 
     def losses() -> None:
         sum(head.losses(maps, [target]).values()).backward()
-        for levels in maps:
-            for x in levels:
-                x.grad = None
+        for leaf in leaves:
+            leaf.grad = None
 
     label = LABELS[name]
     case.variants.append(Variant(f"{label}: assignment", lambda: head.assign(shapes, [target])))

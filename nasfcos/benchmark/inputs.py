@@ -51,6 +51,7 @@ def random_target(
 
 
 def to_device(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """An image's boxes and labels on a device."""
     return {key: value.to(device) for key, value in target.items()}
 
 

@@ -74,7 +74,9 @@ def their_detector(name: str, classes: int, device: torch.device, **settings) ->
     return HEADS[name][1](_NoBackbone(), classes, **settings).to(device)
 
 
-def their_anchors(model: nn.Module, size: tuple[int, int], images: int, device) -> list[Tensor]:
+def their_anchors(
+    model: nn.Module, size: tuple[int, int], images: int, device: torch.device
+) -> list[Tensor]:
     """The anchors of each image that torchvision's detector works with."""
     features = [torch.empty(images, 1, *shape, device=device) for shape in map_shapes(*size)]
     return model.anchor_generator(
@@ -102,6 +104,23 @@ def codes_like(logits: list[Tensor], classes: int) -> list[Tensor]:
         0.1 * torch.randn((len(x), 4 * (x.shape[1] // classes), *x.shape[-2:]), generator=random)
         for x in logits
     ]
+
+
+def head_maps(
+    name: str,
+    size: tuple[int, int],
+    device: torch.device,
+    images: int = 1,
+    objects: int = 30,
+    classes: int = NUM_CLASSES,
+) -> tuple[list[Tensor], ...]:
+    """What a trained head of `HEADS` gives (see `head_outputs` and `DenseHead.forward`)."""
+    logits, distances, centerness = head_outputs(
+        *size, images=images, objects=objects, classes=classes, anchors=HEADS[name][2]
+    )
+    fcos = (logits, distances, centerness)
+    maps = fcos if name == "fcos" else (logits, codes_like(logits, classes))
+    return tuple([x.to(device) for x in levels] for levels in maps)
 
 
 def _size_parameters(size: tuple[int, int], **further: object) -> dict[str, object]:
@@ -142,14 +161,8 @@ def losses(name: str, setting: Setting) -> Case:
     """All loss terms of a batch, target assignment and gradients of the head's outputs included."""
     size, images = setting.image_size(), 2
     targets = _targets(size, images, setting.device)
-    anchors_per_place = HEADS[name][2]
-    logits, distances, centerness = head_outputs(
-        *size, images=images, anchors=anchors_per_place
-    )
-    boxes = distances if name == "fcos" else codes_like(logits, NUM_CLASSES)
-    maps = [logits, boxes] + ([centerness] if name == "fcos" else [])
-    maps = [[x.to(setting.device).requires_grad_() for x in levels] for levels in maps]
-    leaves = [x for levels in maps for x in levels]
+    maps = head_maps(name, size, setting.device, images=images)
+    leaves = [x.requires_grad_() for levels in maps for x in levels]
     head = our_head(name, NUM_CLASSES, setting.device)
     theirs = their_detector(name, NUM_CLASSES, setting.device)
     anchors = their_anchors(theirs, size, images, setting.device)
@@ -174,7 +187,7 @@ def losses(name: str, setting: Setting) -> Case:
         "included",
         [
             Variant(TORCHVISION, run_theirs, theirs=True),
-            Variant("ours", lambda: finish(head.losses(tuple(maps), targets))),
+            Variant("ours", lambda: finish(head.losses(maps, targets))),
         ],
         rivals=[TORCHVISION],
         parameters=_size_parameters(size, batch=images, objects=f"{OBJECTS} an image"),
@@ -230,12 +243,8 @@ def focal_loss(setting: Setting) -> Case:
 def post_processing(name: str, setting: Setting) -> Case:
     """From the head's maps to the detections of one image."""
     size, device = setting.image_size(), setting.device
-    anchors_per_place = HEADS[name][2]
-    logits, distances, centerness = head_outputs(*size, anchors=anchors_per_place)
-    candidates = count_candidates(logits)
-    boxes = distances if name == "fcos" else codes_like(logits, NUM_CLASSES)
-    maps = (logits, boxes) + ((centerness,) if name == "fcos" else ())
-    maps = tuple([x.to(device) for x in levels] for levels in maps)
+    maps = head_maps(name, size, device)
+    candidates = count_candidates(maps[0])
     channels_last = tuple(
         [x.contiguous(memory_format=torch.channels_last) for x in levels] for levels in maps
     )
@@ -243,11 +252,11 @@ def post_processing(name: str, setting: Setting) -> Case:
     if name == "fcos":
         by_loops = partial(fcos_detections, maps, [size], head.post_process)
         scores = [
-            (x.sigmoid() * c.sigmoid()).sqrt() for x, c in zip(logits, centerness, strict=True)
+            (x.sigmoid() * c.sigmoid()).sqrt() for x, c in zip(maps[0], maps[2], strict=True)
         ]
     else:
         by_loops = partial(retinanet_detections, head, maps, [size])
-        scores = [x.sigmoid() for x in logits]
+        scores = [x.sigmoid() for x in maps[0]]
     # As many candidates for torchvision, whose score is another function of the same maps.
     highest = torch.cat([x.flatten() for x in scores]).topk(candidates + 1).values
     theirs = their_detector(
@@ -259,7 +268,7 @@ def post_processing(name: str, setting: Setting) -> Case:
         detections_per_img=head.post_process.detections_per_image,
     )
     anchors = their_anchors(theirs, size, 1, device)
-    counts = [h * w * anchors_per_place for h, w in map_shapes(*size)]
+    counts = [h * w * HEADS[name][2] for h, w in map_shapes(*size)]
     level_anchors = [list(x.split(counts)) for x in anchors]
 
     def run_theirs() -> object:

@@ -47,6 +47,7 @@ class Annotations:
     remarks: Counter = field(default_factory=Counter)  # oddity -> how often
 
     def describe_remarks(self) -> str:
+        """The oddities in a line: how often each was met, and what it is."""
         return ", ".join(f"{count} {what}" for what, count in sorted(self.remarks.items()))
 
 

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from ..boxes import clip_boxes
 from ..config import ConfigError
 from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
+from ..data.build import BatchLoader
 from ..download import local_path
 from ..evaluation import evaluate, format_metrics
 from ..models import Detector, build_detector, load_weights, optimize_for_inference
@@ -149,7 +150,7 @@ def _check_classes(cfg: CfgNode, weights: Weights) -> None:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, loader, title: str = "") -> Detections:
+def detect(model: nn.Module, loader: BatchLoader, title: str = "") -> Detections:
     """Detections of every image of `loader`, by image id, on the CPU.
 
     Boxes are in the pixels of the images as they were before the loader resized them, clipped to

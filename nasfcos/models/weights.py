@@ -81,6 +81,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
+        """Whether no tensor is missing, unexpected or of another shape."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def problems(self) -> str:

@@ -113,6 +113,8 @@ def deform_output_size(
     padding: list[int],
     dilation: list[int],
 ) -> tuple[int, int]:
+    """(height, width) of a convolution's output, for an input and a kernel of these sizes; stride,
+    padding and dilation are (y, x)."""
     return (
         (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
         (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1,

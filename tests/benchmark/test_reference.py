@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from nasfcos.benchmark.inputs import head_outputs
 from nasfcos.benchmark.parts import (
     HEADS,
-    codes_like,
     flat,
+    head_maps,
     our_head,
     their_anchors,
     their_detector,
@@ -30,7 +29,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("objects", [0, 20])
 def test_fcos_by_loops(objects):
-    maps = head_outputs(192, 256, images=2, objects=objects, classes=CLASSES)
+    maps = head_maps("fcos", SIZES[0], CPU, images=2, objects=objects, classes=CLASSES)
     head = our_head("fcos", CLASSES, CPU)
     by_loops = fcos_detections(maps, SIZES, head.post_process)
     found = head.detect(maps, SIZES)
@@ -41,16 +40,14 @@ def test_fcos_by_loops(objects):
 
 
 def test_retinanet_by_loops():
-    logits, _, _ = head_outputs(192, 256, images=2, objects=8, classes=CLASSES, anchors=9)
-    maps = logits, codes_like(logits, CLASSES)
+    maps = head_maps("retinanet", SIZES[0], CPU, images=2, objects=8, classes=CLASSES)
     head = our_head("retinanet", CLASSES, CPU)
     assert_same(head.detect(maps, SIZES), retinanet_detections(head, maps, SIZES))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_torchvision_gets_the_same_places(name):
-    anchors_per_place = HEADS[name][2]
-    logits, _, _ = head_outputs(192, 256, classes=CLASSES, anchors=anchors_per_place)
+    logits = head_maps(name, SIZES[0], CPU, classes=CLASSES)[0]
     flattened = flat(logits, CLASSES)
     ours = torch.cat([flatten_map(x, CLASSES) for x in logits], dim=1)
     assert torch.equal(flattened, ours)
