@@ -7,7 +7,6 @@ torchrun --nproc_per_node=4 tools/test_net.py --config-file FILE TEST.IMS_PER_BA
 import sys
 
 from nasfcos.engine import load_test_model, test
-from nasfcos.engine.checkpoint import weight_places
 from nasfcos.engine.launch import argument_parser, launch
 
 
@@ -19,7 +18,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
 
     def job(cfg, device):
-        model, classes = load_test_model(cfg, device, weight_places(cfg))
+        model, classes = load_test_model(cfg, device)
         test(cfg, model, classes)
 
     return launch(args, job)

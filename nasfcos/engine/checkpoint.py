@@ -146,44 +146,27 @@ def newest_weights(output_dir: str | os.PathLike[str]) -> Weights | None:
     return None if found is None else replace(read_weights(found[1]), name=str(found[0]))
 
 
-CHECKPOINT, CONFIG = "OUTPUT_DIR", "MODEL.WEIGHT"
-"""Where the weights of a trained detector may be: the keys that name the places."""
+def find_weights(cfg: CfgNode) -> Weights:
+    """The trained detector of a config: MODEL.WEIGHT where it was given on purpose (on the command
+    line, in the overrides of `load_config`, or in the tree), else OUTPUT_DIR's newest checkpoint,
+    else MODEL.WEIGHT of the config file, from which the run in OUTPUT_DIR may have started.
 
-
-def weight_places(cfg: CfgNode) -> tuple[str, ...]:
-    """Where the weights of a trained detector are looked for, the first place first.
-
-    MODEL.WEIGHT alone, where it was given on purpose: on the command line, in the overrides of
-    `load_config`, or in the tree. MODEL.WEIGHT of the config file may be what the run in OUTPUT_DIR
-    started from, so the newest checkpoint there comes before it.
-    """
-    return (CONFIG,) if is_weight_given(cfg) else (CHECKPOINT, CONFIG)
-
-
-def find_weights(cfg: CfgNode, places: Sequence[str] | None = None) -> Weights:
-    """The trained detector of a config: OUTPUT_DIR's newest checkpoint, or MODEL.WEIGHT.
-
-    An ImageNet backbone as MODEL.WEIGHT, from which most trainings start, does not count.
-
-    Args:
-        cfg: the config tree.
-        places: to look in, the first one first; None: see `weight_places`.
+    An ImageNet backbone as MODEL.WEIGHT does not count.
 
     Raises:
         ConfigError: there is none.
         WeightsError: MODEL.WEIGHT cannot be read.
     """
-    places = weight_places(cfg) if places is None else places
-    finders = {CHECKPOINT: lambda: newest_weights(cfg.OUTPUT_DIR), CONFIG: lambda: _detector(cfg)}
-    for place in places:
-        if (weights := finders[place]()) is not None:
-            return weights
+    given = is_weight_given(cfg)
+    weights = None if given else newest_weights(cfg.OUTPUT_DIR)
+    weights = _detector(cfg) if weights is None else weights
+    if weights is not None:
+        return weights
     source = cfg.MODEL.WEIGHT
-    lacks = {
-        CONFIG: f"MODEL.WEIGHT {f'{source} is a backbone' if source else 'is empty'}",
-        CHECKPOINT: f"{cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint",
-    }
-    raise ConfigError(f"{' and '.join(lacks[place] for place in places)}: {NEEDS_DETECTOR}")
+    lacks = f"MODEL.WEIGHT {f'{source} is a backbone' if source else 'is empty'}"
+    if not given:
+        lacks = f"{cfg.OUTPUT_DIR} (OUTPUT_DIR) has no checkpoint and {lacks}"
+    raise ConfigError(f"{lacks}: {NEEDS_DETECTOR}")
 
 
 def _detector(cfg: CfgNode) -> Weights | None:

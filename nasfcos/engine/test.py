@@ -23,7 +23,7 @@ from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from ..transfer import to_cpu
 from . import distributed
-from .checkpoint import CHECKPOINT, CONFIG, check_classes, find_weights
+from .checkpoint import check_classes, find_weights
 from .logging import PERIODIC, on_terminal
 from .metrics import format_duration
 
@@ -95,9 +95,9 @@ def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
 
 
 def load_test_model(
-    cfg: CfgNode, device: torch.device, places: Sequence[str] = (CHECKPOINT, CONFIG)
+    cfg: CfgNode, device: torch.device
 ) -> tuple[nn.Module, list[str] | None]:
-    """The detector to be tested: weights of OUTPUT_DIR's newest checkpoint, else MODEL.WEIGHT.
+    """The detector to be tested, with the weights that `find_weights` finds.
 
     Where MODEL.NUM_CLASSES is 0 and the annotations of the training data are not at hand, the
     weights say how many classes there are.
@@ -105,7 +105,6 @@ def load_test_model(
     Args:
         cfg: the config tree.
         device: this process's.
-        places: to look in, see `find_weights`.
 
     Returns:
         The model, on `device`, and the names of its classes as far as the weights record them.
@@ -115,7 +114,7 @@ def load_test_model(
         CheckpointError: they were trained for other classes than those of the training data.
         WeightsError: they are not those of a whole detector of this config.
     """
-    weights = _read_test_weights(cfg, places)
+    weights = _read_test_weights(cfg)
     _check_classes(cfg, weights)
     classes = cfg.MODEL.NUM_CLASSES or len(weights.classes or ()) or num_classes(cfg)
     model = build_detector(cfg, classes)
@@ -123,9 +122,9 @@ def load_test_model(
     return model.to(device), weights.classes
 
 
-def _read_test_weights(cfg: CfgNode, places: Sequence[str]) -> Weights:
+def _read_test_weights(cfg: CfgNode) -> Weights:
     """The same weights on every process: which ones, process 0 says."""
-    found = find_weights(cfg, places) if distributed.rank() == 0 else None
+    found = find_weights(cfg) if distributed.rank() == 0 else None
     source = distributed.broadcast(found and found.name)
     path = local_path(source)
     if found is None and path is not None and not path.is_file():

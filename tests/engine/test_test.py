@@ -7,7 +7,6 @@ from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_dataset
 from nasfcos.engine import load_test_model
 from nasfcos.engine.checkpoint import (
-    CONFIG,
     CONTENT,
     FINAL,
     CheckpointError,
@@ -42,8 +41,13 @@ def test_which_weights_are_tested(config_file, tmp_path):
     model = build_model(config(), CPU)
     probe = model.head.box_pred.bias
 
-    def loaded(cfg, *places):
-        tested, _ = load_test_model(cfg, CPU, *places)
+    def in_a_file(weight):
+        file = tmp_path / "with_weight.yaml"
+        file.write_text(f"_BASE_: {config_file}\nMODEL: {{WEIGHT: '{weight}'}}\n")
+        return load_config(file, ["OUTPUT_DIR", str(tmp_path / "out")])
+
+    def loaded(cfg):
+        tested, _ = load_test_model(cfg, CPU)
         return tested.head.box_pred.bias[0].item()
 
     with pytest.raises(ConfigError, match="no checkpoint.*MODEL.WEIGHT"):
@@ -56,15 +60,15 @@ def test_which_weights_are_tested(config_file, tmp_path):
         state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
         save_checkpoint(state, path)
         files[value] = str(path)
-    given = config("MODEL.WEIGHT", files[1.0])
-    assert loaded(given, (CONFIG,)) == 1.0  # named on the command line
-    assert loaded(given) == 2.0  # named in the file, where training started from
-    backbone = config("MODEL.WEIGHT", "catalog://ImageNetPretrained/MSRA/R-50")
-    assert loaded(backbone) == 2.0
+    assert loaded(config("MODEL.WEIGHT", files[1.0])) == 1.0  # named on the command line
+    started_from = in_a_file(files[1.0])
+    assert loaded(started_from) == 2.0
+    backbone = "catalog://ImageNetPretrained/MSRA/R-50"
+    assert loaded(in_a_file(backbone)) == 2.0
     with pytest.raises(ConfigError, match="R-50 is a backbone"):  # nothing else is tested for it
-        loaded(backbone, (CONFIG,))
+        loaded(config("MODEL.WEIGHT", backbone))
     (tmp_path / "out" / FINAL).unlink()
-    assert loaded(given) == 1.0
+    assert loaded(started_from) == 1.0
 
     cut = model.state_dict()
     del cut["head.box_pred.bias"]
