@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 from yacs.config import CfgNode
 
 from ..config import ConfigError
@@ -95,7 +95,25 @@ def collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], li
     for _, target in samples:
         target["boxes"] = target["boxes"].numpy()
         target["labels"] = target["labels"].numpy()
-    return [image for image, _ in samples], [target for _, target in samples]
+    images = [image for image, _ in samples]
+    if get_worker_info() is not None:
+        _share(images)
+    return images, [target for _, target in samples]
+
+
+def _share(images: list[Tensor]) -> None:
+    """Move images to shared memory, as the loader's queue would in a thread of its own.
+
+    There a failure loses the batch, and the main process waits for it for ever.
+    """
+    try:
+        for image in images:
+            image.share_memory_()
+    except RuntimeError as error:
+        raise DataError(
+            f"the loader's workers have too little shared memory for a batch ({error}): give "
+            "/dev/shm more (docker run --shm-size=8g), or set DATALOADER.NUM_WORKERS 0"
+        ) from error
 
 
 class BatchLoader:

@@ -1,8 +1,11 @@
 """The loaders as training and testing use them."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +34,22 @@ def config(make_config, write_coco):
         )
 
     return make
+
+
+@contextmanager
+def stopped_after(seconds):
+    """What hangs fails instead, in this process."""
+
+    def give_up(*_):
+        raise TimeoutError(f"nothing within {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def names(batch):
@@ -164,6 +183,18 @@ def test_errors_in_workers_name_the_file(config, tmp_path):
     cfg.INPUT.HUE = 3.0  # which load_config would refuse: torchvision allows 0.5
     with pytest.raises(DataError, match=r"\d\.png: ValueError: hue_factor"):
         list(islice(build_train_loader(cfg), 8))
+
+
+def test_too_little_shared_memory_is_said(config):
+    """As in a container with little of it. PyTorch's own way is to wait for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    batches = iter(build_train_loader(config("DATALOADER.NUM_WORKERS", 1)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # also of shared memory's "files"
+    try:
+        with stopped_after(60), pytest.raises(DataError, match="shm-size.*NUM_WORKERS 0"):
+            next(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
