@@ -119,6 +119,9 @@ def newest_checkpoint(
         rename_damaged: what is passed over for the one that is found is renamed to ``*.damaged``.
             A run that goes on from the one found would else come to their numbers again, and they
             would count among its newest.
+
+    Raises:
+        OSError: a file was not given to read, by its disk or for want of rights; it may be whole.
     """
     folder = Path(output_dir)
     found, damaged = None, []

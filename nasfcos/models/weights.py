@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import errno
 import io
 import logging
 import os
@@ -218,6 +219,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         WeightsError: the file is damaged, or not of this kind.
+        OSError: it could not be read, which says nothing about what is in it.
     """
     try:
         damaged = None
@@ -227,7 +229,13 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
                     damaged = archive.testzip()
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile and torch.load raise many kinds
+        # Damaged files send zipfile to places before their start: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            error.filename = str(path)
+            raise
         raise WeightsError(f"{path} cannot be read as weights: {_reason(error)}") from error
     raise WeightsError(f"{path} is damaged: wrong checksum of {damaged}")
 
@@ -250,6 +258,8 @@ def _read_file(path: Path) -> Any:
             raise WeightsError(
                 f"{torch_error}. It is no pickle of numpy arrays either: {_reason(pickle_error)}"
             ) from None
+    except OSError as error:
+        raise WeightsError(f"the weight file cannot be read (MODEL.WEIGHT): {error}") from error
 
 
 def _reason(error: Exception) -> str:

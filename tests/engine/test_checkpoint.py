@@ -12,6 +12,7 @@ import torch
 
 from nasfcos.config import load_config
 from nasfcos.engine import checkpoint as ck
+from nasfcos.models.weights import WeightsError, read_weights
 
 
 def state(iteration):
@@ -195,6 +196,18 @@ def test_what_is_passed_over_is_renamed_only_for_a_run_that_goes_on(tmp_path, ca
         "model_final.pth.damaged",
     ]  # fmt: skip
     assert "model_0000009.pth cannot be read and was renamed to" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file without a start")
+def test_a_checkpoint_that_a_disk_does_not_give_is_not_called_damaged(tmp_path):
+    """It may be as whole as ever when the disk is back: nothing is renamed, none is chosen."""
+    ck.save_checkpoint(state(6), ck.checkpoint_path(tmp_path, 6))
+    (tmp_path / "model_0000009.pth").symlink_to("/proc/self/mem")  # its first byte: an I/O error
+    with pytest.raises(OSError, match="Input/output error.*model_0000009.pth"):
+        ck.newest_checkpoint(tmp_path, rename_damaged=True)
+    assert names(tmp_path) == ["model_0000006.pth", "model_0000009.pth"]
+    with pytest.raises(WeightsError, match="Input/output error.*model_0000009.pth"):
+        read_weights(tmp_path / "model_0000009.pth")
 
 
 def test_random_states_survive_a_file(tmp_path):
