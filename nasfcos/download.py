@@ -12,10 +12,10 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from .evaluation.files import replacing
+from .locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _download(url: str) -> Path:
         expected = match[1] if match else None
     path.parent.mkdir(parents=True, exist_ok=True)
     record = path.with_name(path.name + ".sha256")
-    with FileLock(f"{path}.lock"):  # several processes of one job ask at once
+    with locked(Path(f"{path}.lock")):  # several processes of one job ask at once
         if path.is_file():
             expected = expected or (record.read_text().strip() if record.is_file() else None)
             if expected is None or sha256(path).startswith(expected):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ..config import ConfigError
-
-logger = logging.getLogger(__name__)
+from ..locks import locked
 
 
 @contextmanager
 def only_one(path: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
-    """Hold the lock file `path` within the block; a lock ends with its process, however that ends.
-
-    On a file system without locks there is none, which is logged.
+    """Hold the lock file `path` within the block (see `locked`).
 
     Args:
         path: the file; its folder is made if it is not there.
@@ -28,14 +24,9 @@ def only_one(path: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
         ConfigError: with the text `busy`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        raise ConfigError(busy) from None
-    except NotImplementedError:
-        logger.warning("%s: this file system has no locks; see that no other job uses it", path)
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, timeout))
+        except Timeout:
+            raise ConfigError(busy) from None
         yield
-    finally:
-        lock.release()

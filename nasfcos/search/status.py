@@ -92,11 +92,11 @@ def is_running(folder: str | Path, progress: Progress) -> bool | None:
         return False
     try:
         # A lock ends with its process, whose number may soon be that of another one.
-        with FileLock(path).acquire(timeout=0):
+        with FileLock(path, fallback_to_soft=False).acquire(timeout=0):
             return False
     except Timeout:
         return True
-    except (OSError, NotImplementedError):  # another user's; a file system without locks
+    except OSError:  # another user's; a file system without locks
         return None
 
 
