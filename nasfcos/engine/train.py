@@ -383,7 +383,8 @@ def _save(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
 def _set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
     """Clear the folder for a run that starts from scratch: what an earlier one left is moved away.
 
-    That is all of it if `newest_checkpoint` found nothing to read: no figure of it is lost.
+    That is all of it if `newest_checkpoint` found nothing to read, and what a run killed before its
+    first checkpoint has noted: no figure is lost.
 
     Where the weights that this run starts from are among the files to be moved, MODEL.WEIGHT leads
     nowhere from then on, and a run killed before its first checkpoint could neither go on nor start
@@ -393,11 +394,13 @@ def _set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
     Returns:
         The checkpoint of iteration 0, if one was written.
     """
-    earlier = checkpoint_files(cfg.OUTPUT_DIR) if distributed.rank() == 0 else []
+    main, figures = distributed.rank() == 0, Path(cfg.OUTPUT_DIR) / "metrics.jsonl"
+    earlier = checkpoint_files(cfg.OUTPUT_DIR) if main else []
+    ran = earlier or main and figures.exists() and figures.stat().st_size
     weight = local_path(cfg.MODEL.WEIGHT) if cfg.MODEL.WEIGHT else None
     moves_weight = weight is not None and any(map(weight.samefile, earlier))
     first = checkpoint_path(cfg.OUTPUT_DIR, 0) if distributed.broadcast(moves_weight) else None
-    aside = make_aside(cfg.OUTPUT_DIR) if earlier else None
+    aside = make_aside(cfg.OUTPUT_DIR) if ran else None
     if first is not None:
         if first in earlier:  # of a run that began like this one, to be replaced
             shutil.copy2(first, aside)

@@ -68,6 +68,22 @@ def interrupt_in(monkeypatch, steps):
     monkeypatch.setattr(train_module, "update", update_and_signal)
 
 
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_in(monkeypatch, steps):
+    """End the training in its `steps`-th optimizer step, without a word."""
+    calls = iter(range(1, 10**6))
+
+    def update_or_end(*args):
+        if next(calls) == steps:
+            raise Killed
+        update(*args)
+
+    monkeypatch.setattr(train_module, "update", update_or_end)
+
+
 def test_a_run_leaves_everything_that_was_promised(config):
     cfg = config("TEST.EVAL_PERIOD", 4)
     results = engine.train(cfg, CPU)
@@ -245,6 +261,29 @@ def test_a_new_run_in_a_used_folder_does_not_mix_with_the_old(config):
     assert not (output / "model_0000003.pth").exists()
 
 
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_figures(config, monkeypatch):
+    cfg = config("SOLVER.LOG_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 8)
+    output = Path(cfg.OUTPUT_DIR)
+    folders = []
+    for resume in (False, True, False):
+        kill_in(monkeypatch, steps=3)
+        with pytest.raises(Killed):
+            engine.train(cfg, CPU, resume=resume)
+        monkeypatch.undo()
+        assert [line["iteration"] for line in metrics(cfg)] == [1, 2]
+        folders.append((output / "metrics.jsonl").read_text())
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    asides = sorted(output.glob("earlier_*"))
+    assert [(aside / "metrics.jsonl").read_text() for aside in asides] == folders
+
+    kill_in(monkeypatch, steps=1)  # before its first figure: nothing of it is worth a folder
+    with pytest.raises(Killed):
+        engine.train(cfg, CPU)
+    monkeypatch.undo()
+    engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
+    assert len(list(output.glob("earlier_*"))) == len(asides) + 1  # that of the one before
+
+
 def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(config, tmp_path):
     cfg = config("SOLVER.MAX_ITER", 1)
     engine.train(cfg, CPU, skip_test=True)
@@ -288,13 +327,7 @@ def test_a_killed_fine_tuning_in_the_folder_of_the_weights_goes_on(config, monke
     weight = (output / name).read_bytes()
     overrides = ("MODEL.WEIGHT", str(output / name), "SOLVER.MAX_ITER", 4, "SEED", seed)
 
-    class Killed(BaseException):
-        pass
-
-    def kill(*args):
-        raise Killed
-
-    monkeypatch.setattr(train_module, "update", kill)
+    kill_in(monkeypatch, steps=1)
     with pytest.raises(Killed):
         engine.train(config(*overrides), CPU)
     monkeypatch.undo()
