@@ -27,10 +27,18 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        with tqdm.external_write_mode(file=stream):
-            # In one piece, or the lines of several processes mix.
-            stream.write(self.format(record) + "\n")
-            stream.flush()
+        try:
+            with tqdm.external_write_mode(file=stream):
+                # In one piece, or the lines of several processes mix.
+                stream.write(self.format(record) + "\n")
+                stream.flush()
+        except BrokenPipeError:
+            # Whoever read it, a `tee` perhaps, is gone: no reason to stop. What other code prints
+            # there would raise as well, and so would the end of Python, for what is in the buffer.
+            name = "stdout" if stream is sys.stdout else "stderr"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        except Exception:
+            self.handleError(record)
 
 
 def log_to_console() -> None:

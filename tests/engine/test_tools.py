@@ -226,6 +226,15 @@ def test_interrupted_from_the_keyboard(job, tmp_path):
     assert list((tmp_path / "out").glob("model_*.pth"))
 
 
+def test_a_console_that_goes_away_ends_no_training(job, tmp_path):
+    running = job("train_net.py")
+    running.process.stdout.readline()
+    running.process.stdout.close()  # as when the `tee` that it was piped into ends
+    assert running.process.wait(timeout=120) == 0
+    assert (tmp_path / "out" / "inference" / "val" / "metrics.json").exists()
+    assert "iteration 8/8" in (tmp_path / "out" / "log.txt").read_text()
+
+
 def test_machines_that_do_not_share_the_output_folder_are_told_so(config_file, tmp_path):
     cfg = load_config(config_file)
     model = build_model(cfg, torch.device("cpu"))
