@@ -148,7 +148,7 @@ def train(
         NonFiniteLossError: training diverged.
         Interrupted: by SIGTERM or SIGINT, after a checkpoint was written.
     """
-    _check(cfg, device)
+    _check(cfg, device, _tests(cfg, skip_test))
     if distributed.rank() != 0:
         return _train(cfg, device, resume, skip_test)
     # Another run that starts here would move this one's files away under its hands.
@@ -184,7 +184,7 @@ def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) ->
         _report_resume(cfg, path, state)
         run.restore(state)
         del state
-    if not skip_test or cfg.TEST.EVAL_PERIOD:
+    if _tests(cfg, skip_test):
         for name in cfg.DATASETS.TEST:  # what is wrong with it is said now, not after the training
             build_dataset(cfg, name, run.classes)
     loader = None
@@ -427,13 +427,20 @@ def _evaluate(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> dict[str,
     return results
 
 
-def _check(cfg: CfgNode, device: torch.device) -> None:
+def _tests(cfg: CfgNode, skip_test: bool) -> bool:
+    """Whether the run tests its model, at its end or on the way."""
+    return not skip_test or cfg.TEST.EVAL_PERIOD > 0
+
+
+def _check(cfg: CfgNode, device: torch.device, tests: bool) -> None:
     if device.type == "cuda":
         return
     if cfg.SOLVER.AMP == "fp16":
         raise ConfigError("SOLVER.AMP fp16 needs a GPU; use bf16 or off")
     if cfg.MODEL.SYNC_BN and distributed.world_size() > 1:
         raise ConfigError("MODEL.SYNC_BN needs GPUs (one per process); set it to False on CPUs")
+    if tests and cfg.TEST.DTYPE == "float16":  # which testing would refuse, after the training
+        raise ConfigError("TEST.DTYPE float16 needs a GPU; use bfloat16 or float32 on CPUs")
 
 
 def _find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -526,8 +526,17 @@ def test_bfloat16_trains_and_keeps_float32_weights(config):
     [
         (("SOLVER.AMP", "fp16"), "SOLVER.AMP fp16 needs a GPU"),
         (("SOLVER.ACCUMULATE", 3), "SOLVER.IMS_PER_BATCH"),
+        (("TEST.DTYPE", "float16"), "TEST.DTYPE float16 needs a GPU"),
     ],
 )
-def test_what_cannot_be_done_is_refused(config, overrides, words):
+def test_what_cannot_be_done_is_refused(config, overrides, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         engine.train(config(*overrides), CPU)
+    assert not list((tmp_path / "out").glob("model_*"))  # before the training, not after it
+
+
+def test_what_no_test_needs_is_not_refused(config):
+    cfg = config("TEST.DTYPE", "float16", "SOLVER.MAX_ITER", 1)
+    engine.train(cfg, CPU, skip_test=True)
+    with pytest.raises(ConfigError, match="TEST.DTYPE float16"):
+        engine.train(config("TEST.DTYPE", "float16", "TEST.EVAL_PERIOD", 1), CPU, skip_test=True)
