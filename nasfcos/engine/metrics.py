@@ -49,6 +49,14 @@ class MetricsWriter:
                 tag = name if "/" in name else f"train/{name}"
                 self._tensorboard.add_scalar(tag, value, iteration)
 
+    def has_evaluation(self, iteration: int) -> bool:
+        """Whether the file has figures of an evaluation after `iteration`."""
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return any(
+            line["iteration"] == iteration and any(name.startswith("eval/") for name in line)
+            for line in lines
+        )
+
     def __enter__(self) -> MetricsWriter:
         return self
 

@@ -289,6 +289,10 @@ def _iterate(
         if resumed_from != final:
             _save(cfg, run, final, monitor)
         return
+    if _lacks_evaluation(cfg, run, writer):
+        logger.info("iteration %d has not been evaluated yet", start)
+        with stop.heeded_at_once():
+            _evaluate(cfg, run, writer)
     model = distributed.parallel(run.model.train())
     meter = Meter(solver.IMS_PER_BATCH, device)
     logger.info("training from iteration %d to %d", start, solver.MAX_ITER)
@@ -347,6 +351,13 @@ def _iterate(
 
 def _due(iteration: int, period: int) -> bool:
     return period > 0 and iteration % period == 0
+
+
+def _lacks_evaluation(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> bool:
+    """Whether the run that is resumed was stopped between a checkpoint and its evaluation."""
+    if run.iteration == 0 or not _due(run.iteration, cfg.TEST.EVAL_PERIOD):
+        return False
+    return distributed.broadcast(writer is not None and not writer.has_evaluation(run.iteration))
 
 
 def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration: float) -> None:

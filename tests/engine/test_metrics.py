@@ -20,6 +20,7 @@ def test_a_resumed_file_goes_on_where_the_checkpoint_was(tmp_path, caplog):
     path.write_text(path.read_text() + '{"iteration": 8, "lo')  # killed while writing
     with caplog.at_level(logging.WARNING, logger="nasfcos"):
         with MetricsWriter(tmp_path, start=4) as writer:
+            assert [writer.has_evaluation(i) for i in (2, 4)] == [False, True]
             writer.write(6, {"loss": 9.0})
     assert [(line["iteration"], line.get("loss")) for line in lines(path)] == [
         (2, 0.5), (4, 0.25), (4, None), (6, 9.0)

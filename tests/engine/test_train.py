@@ -147,6 +147,31 @@ def test_sigterm_saves_and_the_resumed_run_ends_bit_identical(config, monkeypatc
     assert [line["iteration"] for line in metrics(cut)] == [1, 2, 4, 6, 8]
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_and_changes_no_bit(config, monkeypatch):
+    whole = config("TEST.EVAL_PERIOD", 3, output="whole")
+    engine.train(whole, CPU, skip_test=True)
+    cut = config("TEST.EVAL_PERIOD", 3, output="cut")
+
+    def stop_while_testing(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal is not heeded")
+
+    monkeypatch.setattr(train_module, "test", stop_while_testing)
+    for resume in (False, True):
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            engine.train(cut, CPU, resume=resume, skip_test=True)
+        assert [path.name for path in Path(cut.OUTPUT_DIR).glob("model_*")] == ["model_0000003.pth"]
+    monkeypatch.undo()
+    engine.train(cut, CPU, resume=True, skip_test=True)
+    assert_same_weights(final_weights(cut), final_weights(whole))
+
+    def evaluations(cfg):
+        return [line for line in metrics(cfg) if "eval/val/AP" in line]
+
+    assert [line["iteration"] for line in evaluations(whole)] == [3, 6]
+    assert evaluations(cut) == evaluations(whole)
+
+
 def test_resuming_passes_over_a_broken_checkpoint(config, monkeypatch, caplog):
     whole = config(output="whole")
     engine.train(whole, CPU, skip_test=True)
