@@ -27,11 +27,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
     """Write `value` as strict JSON (a nan becomes null), whole or not at all."""
+    # dumps, not dump: only the former is compiled code.
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:  # to look for them costs as much as to write, so only where there are some
+        text = json.dumps(_without_nan(value), indent=indent, allow_nan=False)
     with replacing(path) as temporary:
-        # dumps, not dump: only the former is compiled code.
-        temporary.write_text(
-            json.dumps(_without_nan(value), indent=indent, allow_nan=False), encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _without_nan(value: object) -> object:
