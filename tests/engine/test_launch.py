@@ -1,0 +1,34 @@
+"""How jobs end, for whoever started them."""
+
+import pytest
+import torch
+
+from nasfcos.engine import launch
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """What `run` says of a job that ends by an error, with its exit code."""
+    monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
+
+    def say(error):
+        def job():
+            raise error
+
+        return launch.run(job), caplog.records[-1].getMessage(), caplog.records[-1].exc_info
+
+    return say
+
+
+def test_too_little_memory_names_what_helps_in_training_and_in_testing(said):
+    code, message, traceback = said(torch.OutOfMemoryError("tried to allocate 2 GiB"))
+    assert code == 1 and traceback is None
+    assert message.endswith("tried to allocate 2 GiB")
+    for key in ("SOLVER.ACCUMULATE", "TEST.IMS_PER_BATCH", "INPUT.MIN_SIZE_TEST", "TEST.DTYPE"):
+        assert key in message
+
+
+def test_a_file_that_cannot_be_read_is_said_without_a_traceback(said):
+    code, message, traceback = said(OSError(5, "Input/output error", "model_0000009.pth"))
+    assert code == 2 and traceback is None
+    assert "Input/output error" in message and "model_0000009.pth" in message
