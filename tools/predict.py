@@ -34,7 +34,8 @@ def main() -> int:
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
         predictor = Predictor(cfg)
-        with StopRequest() as stop, stop.heeded_at_once():
+        remedy = f"the pictures and videos that were finished are in {args.output}"
+        with StopRequest(remedy) as stop, stop.heeded_at_once():
             summary = predict_files(predictor, args.input, args.output, args.score)
         logger.info(
             "%d images and %d videos written to %s, %d skipped because they cannot be read",

@@ -29,11 +29,15 @@ class Interrupted(BaseException):
 class StopRequest:
     """Notes SIGTERM and SIGINT while in its ``with`` block, for the training loop to look at.
 
+    Args:
+        remedy: what `Interrupted` says about the work done so far.
+
     Attributes:
         signum: number of the signal received, 0 before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: str = "--resume goes on from the last checkpoint") -> None:
+        self.remedy = remedy
         self.signum = 0
         self._since = 0.0
         self._at_once = False
@@ -71,6 +75,4 @@ class StopRequest:
 
     def _raise(self) -> None:
         name = signal.Signals(self.signum).name
-        raise Interrupted(
-            self.signum, f"stopped by {name}; --resume goes on from the last checkpoint"
-        )
+        raise Interrupted(self.signum, f"stopped by {name}; {self.remedy}")

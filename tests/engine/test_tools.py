@@ -80,6 +80,13 @@ def weights(folder, name="model_final.pth"):
     return load_checkpoint(folder / name)["model"]
 
 
+def save_untrained(config_file, path):
+    """A checkpoint of the tiny config's detector."""
+    model = build_model(load_config(config_file), torch.device("cpu"))
+    state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
+    save_checkpoint(state, path)
+
+
 def free_port():
     import socket
 
@@ -236,10 +243,7 @@ def test_a_console_that_goes_away_ends_no_training(job, tmp_path):
 
 
 def test_machines_that_do_not_share_the_output_folder_are_told_so(config_file, tmp_path):
-    cfg = load_config(config_file)
-    model = build_model(cfg, torch.device("cpu"))
-    state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
-    save_checkpoint(state, tmp_path / "0" / "out" / "model_final.pth")
+    save_untrained(config_file, tmp_path / "0" / "out" / "model_final.pth")
     (tmp_path / "1").mkdir()
     port = str(free_port())
     machines = [
@@ -260,6 +264,24 @@ def test_prediction_takes_options_and_config_keys_in_any_order(job, data_root, t
     arguments = ("MODEL.DEVICE", "cpu", "--input", data_root / "val" / "images" / "001.png")
     code, output = job("predict.py", *arguments, "--output", "found").end()
     assert code == 2 and "has no checkpoint" in output  # all arguments were understood
+
+
+def test_an_interrupted_prediction_says_where_its_pictures_are(
+    job, config_file, data_root, tmp_path
+):
+    save_untrained(config_file, tmp_path / "out" / "model_final.pth")
+    (tmp_path / "many").mkdir()
+    for number in range(2000):
+        link = tmp_path / "many" / f"{number:04d}.png"
+        link.symlink_to(data_root / "val" / "images" / "001.png")
+    running = job("predict.py", "--input", "many", "--output", "found")
+    running.wait_for(tmp_path / "found" / "0000.png")
+    running.process.send_signal(signal.SIGINT)
+    code, output = running.end()
+    assert code == 130 and "Traceback" not in output
+    assert "finished are in found" in output and "--resume" not in output
+    found = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert 0 < len(found) < 2000
 
 
 @pytest.mark.parametrize(
