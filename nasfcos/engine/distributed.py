@@ -96,8 +96,8 @@ def session(device_name: str) -> Iterator[torch.device]:
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif local_world_size() > 1:
-        # Launchers give each process one thread; share out the cores instead.
+    elif local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # Launchers give each process one thread if nobody has said how many; share out the cores.
         torch.set_num_threads(max(1, available_cores() // local_world_size()))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -77,3 +77,20 @@ def test_buffers_are_not_sent_before_each_step(group, monkeypatch):
     for _ in range(2):
         model(torch.rand(2, 2, 3, 3)).sum().backward()
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "threads"),
+    [(None, 2, 4), ("1", 2, 4), ("1", 16, 1), ("3", 2, 5), ("1", 1, 5)],
+)
+def test_processes_share_out_the_cores_unless_threads_were_asked_for(
+    monkeypatch, place, one_thread, wanted, processes, threads
+):
+    monkeypatch.setattr(distributed, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    place(0, processes)
+    torch.set_num_threads(5)  # as it was at the start of this process
+    with distributed.session("cpu"):
+        assert torch.get_num_threads() == threads
