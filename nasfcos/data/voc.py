@@ -85,8 +85,7 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     if not present:
         raise DataError(
             f"{split or annotations}: none of the listed images has an annotation file "
-            f"({paths[0]}, for one): a split lists names without folder and ending, and a set "
-            "without annotations needs CLASSES"
+            f"({paths[0]}, for one): a split lists names without folder and ending"
         )
     for path in present:
         found.update(_text(item, "name") for item in _parse(path).iterfind("object"))
@@ -120,7 +119,8 @@ def read_voc(
         split: text file with an image name per line; None: all XML files, sorted.
         classes: names by label; objects of other classes are dropped and counted.
         has_annotations: False where there are no XML files (a test split).
-        max_missing: images without XML file that are left out before that becomes an error.
+        max_missing: images without XML file that are left out before that becomes an error, as it
+            is where no image has one.
 
     Raises:
         DataError: a malformed XML file (with the line), or too many missing ones.
@@ -152,11 +152,12 @@ def read_voc(
         records.append(Record(file_name, image_id, height, width, *objects))
     if missing:
         shown = ", ".join(str(path) for path in missing[:5])
-        if len(missing) > max_missing:
+        if len(missing) > max_missing or not records:
             raise DataError(
-                f"{split or annotations}: {len(missing)} of the listed images have no annotation "
-                f"file ({shown}{', ...' if len(missing) > 5 else ''}); up to "
-                f"DATASETS.MAX_BAD_IMAGES = {max_missing} would be left out"
+                f"{split or annotations}: {len(missing)} of the {len(missing) + len(records)} "
+                f"listed images have no annotation file ({shown}"
+                f"{', ...' if len(missing) > 5 else ''}); up to DATASETS.MAX_BAD_IMAGES = "
+                f"{max_missing} would be left out, but not all"
             )
         remarks[f"images without annotation file left out ({shown})"] = len(missing)
     return Annotations(

@@ -175,6 +175,9 @@ def test_listed_images_without_annotation_file(write_voc, tmp_path):
         read_voc(*args, max_missing=0)
     found = read_voc(*args, max_missing=1)
     assert len(found.records) == 1 and "b.xml" in str(found.remarks)
+    (tmp_path / "xml" / "a.xml").unlink()
+    with pytest.raises(DataError, match="2 of the 2 listed images have no annotation file.*a.xml"):
+        read_voc(*args, max_missing=10)
 
 
 def test_unannotated_split_needs_no_xml(write_voc, tmp_path):
