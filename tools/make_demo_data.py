@@ -1,11 +1,13 @@
 """Generate the demo detection data set (COCO format)."""
 
 import argparse
-import logging
+import sys
 
 from nasfcos.data.demo import DemoSettings, make_demo_data
+from nasfcos.engine.launch import run
 
-if __name__ == "__main__":
+
+def main() -> int:
     defaults = DemoSettings()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="datasets/demo", help="folder to write")
@@ -21,6 +23,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     short, long = args.size
-    make_demo_data(args.output, DemoSettings(args.train, args.val, long, short, args.seed))
+    settings = DemoSettings(args.train, args.val, long, short, args.seed)
+    return run(lambda: make_demo_data(args.output, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

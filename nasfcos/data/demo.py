@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .records import DataError
+
 logger = logging.getLogger(__name__)
 
 _SETTINGS_FILE = "settings.json"
@@ -431,14 +433,14 @@ def make_demo_data(output: str | Path, settings: DemoSettings | None = None) -> 
         Whether anything was written.
 
     Raises:
-        ValueError: settings that no picture can be made with.
+        DataError: settings that no picture can be made with.
         FileExistsError: `output` holds something else than a demo set.
     """
     settings = settings or DemoSettings()
     if min(settings.train, settings.val) < 1 or settings.seed < 0:
-        raise ValueError("the demo set needs at least one picture per split and a seed from 0")
+        raise DataError("the demo set needs at least one picture per split and a seed from 0")
     if not 64 <= settings.short_side <= settings.long_side:
-        raise ValueError("the sides of demo pictures must be at least 64 pixels, the long one last")
+        raise DataError("the sides of demo pictures must be at least 64 pixels, the long one last")
     output = Path(output)
     wanted = {"version": _VERSION, **asdict(settings)}
     if output.exists():

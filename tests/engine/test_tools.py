@@ -298,6 +298,21 @@ def test_what_the_user_has_to_mend_is_said_shortly(job, tool, arguments, words):
     assert words in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "32", "64"), "at least 64 pixels"),
+        (("--output", "."), "no demo data set; name another folder"),
+    ],
+)
+def test_what_the_user_has_to_mend_in_the_demo_data_is_said_shortly(tmp_path, arguments, words):
+    (tmp_path / "thesis.txt").write_text("x")
+    command = [sys.executable, ROOT / "tools" / "make_demo_data.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_an_output_folder_that_cannot_be_one_is_named_by_its_key(job):
     code, output = job("test_net.py", output="tiny.yaml").end()  # which is a file
     assert code == 2 and re.search(r"OUTPUT_DIR .*tiny.yaml cannot be written to", output), output
