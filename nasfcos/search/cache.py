@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ..data.build import BatchLoader, collate, start_worker
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration
 from ..evaluation.files import write_json
+from ..locks import locked
 from ..models import Detector
 from ..transfer import to_device
 from .crops import MIN_VISIBLE, Crops
@@ -606,27 +607,26 @@ def _find_or_build(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Only one process at a time makes the cache `path`."""
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another process makes the cache %s; waiting for it", path)
-        lock.acquire()
-    try:
+    file = Path(f"{path}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, timeout=0))
+        except Timeout:
+            logger.info("another process makes the cache %s; waiting for it", path)
+            stack.enter_context(locked(file))
         yield
-    finally:
-        lock.release()
 
 
 def _remove_partial(folder: Path) -> None:
     """Remove what killed processes left of caches that they were making."""
     for partial in folder.glob(f"*{_PARTIAL}"):
         try:
-            with FileLock(f"{partial.with_suffix('')}.lock").acquire(timeout=0):
+            file = f"{partial.with_suffix('')}.lock"
+            with FileLock(file, fallback_to_soft=False).acquire(timeout=0):
                 logger.info("removing %s, left by a build that was killed", partial)
                 shutil.rmtree(partial, ignore_errors=True)
-        except Timeout:
-            continue  # somebody is at it
+        except (Timeout, OSError):
+            continue  # somebody is at it, or may be: there are no locks here
 
 
 def _fill(
