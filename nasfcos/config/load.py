@@ -336,9 +336,10 @@ def _merge_overrides(
 
 
 def is_weight_given(cfg: CfgNode) -> bool:
-    """Whether MODEL.WEIGHT was set for the purpose at hand, by an override or in the tree itself,
-    rather than in the config file, where it may be what the training started from."""
-    return cfg.MODEL.WEIGHT != cfg.__dict__.get(_FILES_WEIGHT, "")
+    """Whether weights were named for the purpose at hand, by an override of MODEL.WEIGHT or in the
+    tree itself, rather than in the config file, where they may be what the training started from.
+    """
+    return cfg.MODEL.WEIGHT not in ("", cfg.__dict__.get(_FILES_WEIGHT))
 
 
 def _free_form(value: Any) -> Any:

@@ -39,7 +39,7 @@ def test_memory_that_the_allocator_kept_is_not_overlooked():
         return [torch.ones(1024) for _ in range(10_000)]  # too small to go back at once
 
     found = [needs_linux(peak_bytes(run, CPU)) for _ in range(3)]
-    assert min(found) > 0.98 * 10_000 * 4096
+    assert min(found) > 0.9 * 10_000 * 4096  # some free memory was there before
     assert max(found) < 1.2 * min(found)
 
 

@@ -61,6 +61,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
         save_checkpoint(state, path)
         files[value] = str(path)
     assert loaded(config("MODEL.WEIGHT", files[1.0])) == 1.0  # named on the command line
+    assert loaded(config("MODEL.WEIGHT", "")) == 2.0  # a training's, which started from nothing
     started_from = in_a_file(files[1.0])
     assert loaded(started_from) == 2.0
     backbone = "catalog://ImageNetPretrained/MSRA/R-50"
