@@ -20,43 +20,37 @@
 // away.
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <tuple>
 #include <vector>
 
+#include "../deform_conv.h"
 #include "../macros.h"
+#include "../memory_format.h"
 #include "values.h"
-#include "memory_format.h"
 
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-
-struct Geometry {
-  int64_t images, channels, height, width;
-  int64_t out_channels, out_height, out_width, kernel_h, kernel_w;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t groups, group_channels;
-
-  NASFCOS_INLINE int64_t pixels() const { return height * width; }
-  int64_t positions() const { return out_height * out_width; }
-  NASFCOS_INLINE int64_t taps() const { return kernel_h * kernel_w; }
-};
+using nasfcos::Geometry;
+using nasfcos::Maps;
+using nasfcos::PlainDispatch;
+using nasfcos::Sample;
+using nasfcos::flatten_pixels;
+using nasfcos::geometry_of;
+using nasfcos::locate;
+using nasfcos::maps_of;
+using nasfcos::mutable_maps_of;
 
 // Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
 // the matrix products become inefficient.
@@ -69,126 +63,6 @@ int64_t block_of(int64_t columns, int64_t positions) {
 constexpr int64_t kSmall = int64_t{1} << 18;
 
 int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-Geometry geometry_of(
-    const Tensor& input, const Tensor& offset, const Tensor& mask, const Tensor& weight,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t offset_groups) {
-  const char* op = "modulated_deform_conv2d: ";
-  TORCH_CHECK_VALUE(
-      input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4 && weight.dim() == 4, op,
-      "input, offset, mask and weight must have four dimensions");
-  TORCH_CHECK_VALUE(
-      weight.scalar_type() == input.scalar_type() &&
-          offset.scalar_type() == at::toOpMathType(input.scalar_type()) &&
-          mask.scalar_type() == offset.scalar_type(),
-      op, "input and weight must have one dtype, offset and mask the same or, if that is a half "
-      "precision, float32");
-  TORCH_CHECK_VALUE(
-      offset_groups >= 1 && input.size(1) > 0 && input.size(1) % offset_groups == 0, op,
-      "offset_groups must divide the input channels");
-  TORCH_CHECK_VALUE(weight.size(1) == input.size(1), op, "weight and input differ in channels");
-  TORCH_CHECK_VALUE(
-      stride[0] >= 1 && stride[1] >= 1 && dilation[0] >= 1 && dilation[1] >= 1 && padding[0] >= 0 &&
-          padding[1] >= 0,
-      op, "stride and dilation must be positive, padding must not be negative");
-  Geometry g;
-  g.images = input.size(0);
-  g.channels = input.size(1);
-  g.height = input.size(2);
-  g.width = input.size(3);
-  g.out_channels = weight.size(0);
-  g.kernel_h = weight.size(2);
-  g.kernel_w = weight.size(3);
-  g.stride_h = stride[0];
-  g.stride_w = stride[1];
-  g.pad_h = padding[0];
-  g.pad_w = padding[1];
-  g.dilation_h = dilation[0];
-  g.dilation_w = dilation[1];
-  g.groups = offset_groups;
-  g.group_channels = g.channels / offset_groups;
-  g.out_height =
-      (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
-  g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
-  const int64_t taps = g.groups * g.taps();
-  TORCH_CHECK_VALUE(
-      g.pixels() < std::numeric_limits<int32_t>::max(), op, "the input image is too large");
-  TORCH_CHECK_VALUE(
-      g.out_height >= 1 && g.out_width >= 1 &&
-          offset.sizes() == IntArrayRef({g.images, 2 * taps, g.out_height, g.out_width}) &&
-          mask.sizes() == IntArrayRef({g.images, taps, g.out_height, g.out_width}),
-      op, "offset or mask do not fit the other arguments");
-  return g;
-}
-
-// Where one tap of one output position reads.
-template <typename T>
-struct Sample {
-  int32_t pixel[4];  // top left, top right, bottom left, bottom right
-  T y, x;            // fractions towards bottom and right
-  T mask;
-
-  // Bilinear weights of the four corners.
-  NASFCOS_INLINE void blend(T* w) const {
-    w[0] = (1 - y) * (1 - x);
-    w[1] = (1 - y) * x;
-    w[2] = y * (1 - x);
-    w[3] = y * x;
-  }
-};
-
-template <typename T>
-NASFCOS_INLINE Sample<T> locate(const Geometry& g, T y, T x, T mask) {
-  const int32_t nowhere = static_cast<int32_t>(g.pixels());
-  Sample<T> s{{nowhere, nowhere, nowhere, nowhere}, 0, 0, mask};
-  if (std::isnan(y) || std::isnan(x)) {
-    s.y = s.x = std::numeric_limits<T>::quiet_NaN();
-    return s;
-  }
-  // Before any conversion to an integer, which might not fit.
-  if (!(y > -1 && x > -1 && y < T(g.height) && x < T(g.width))) return s;
-  const T top = std::floor(y), left = std::floor(x);
-  s.y = y - top;
-  s.x = x - left;
-  const int32_t y0 = static_cast<int32_t>(top), x0 = static_cast<int32_t>(left);
-  const int32_t height = static_cast<int32_t>(g.height), width = static_cast<int32_t>(g.width);
-  for (int corner = 0; corner < 4; ++corner) {
-    const int32_t yc = y0 + corner / 2, xc = x0 + corner % 2;
-    if (yc >= 0 && yc < height && xc >= 0 && xc < width) s.pixel[corner] = yc * width + xc;
-  }
-  return s;
-}
-
-// Maps [N, C, positions] in either memory format.
-template <typename T>
-struct Maps {
-  T* data;
-  int64_t image, channel, position;  // strides
-
-  NASFCOS_INLINE Maps at(int64_t n, int64_t c) const {
-    return {data + n * image + c * channel, image, channel, position};
-  }
-  NASFCOS_INLINE T& operator()(int64_t c, int64_t p) const {
-    return data[c * channel + p * position];
-  }
-};
-
-// [N, C, H, W] as [N, C, H * W]; a view for the usual memory formats.
-Tensor flatten_pixels(const Tensor& maps) {
-  return maps.reshape({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
-}
-
-// Of a tensor [N, C, positions].
-template <typename T>
-Maps<const T> maps_of(const Tensor& flat) {
-  return {flat.const_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
-}
-
-template <typename T>
-Maps<T> mutable_maps_of(Tensor& maps) {
-  const Tensor flat = maps.view({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
-  return {maps.mutable_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
-}
 
 // The samples of one group at one output position. `offset` and `mask` start at an image's group.
 template <typename T>
@@ -404,13 +278,6 @@ Tensor weight_matrix(const Geometry& g, const Tensor& given, Slice slice) {
   }
   return matrix;
 }
-
-// For code that calls tensor operators from the threads of a parallel region, which know nothing of
-// the caller's dispatch state: no autograd, and no autocast, whose dtype is decided by now.
-struct PlainDispatch {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 // The images of a batch, channels-last: as they lie in memory, or in a copy of some at a time.
 template <typename T>

@@ -26,9 +26,9 @@
 #include <tuple>
 
 #include "../macros.h"
-#include "values.h"
-#include "memory_format.h"
+#include "../memory_format.h"
 #include "parts.h"
+#include "values.h"
 
 namespace {
 
