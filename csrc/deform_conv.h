@@ -1,6 +1,6 @@
 #pragma once
 
-// What the modulated deformable convolution is on both devices: its geometry, and where a tap reads.
+// What the modulated deformable convolution is on all devices: its geometry, and where a tap reads.
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -12,7 +12,12 @@ from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
 from . import plain as _plain
 from .plain import memory_format
 
-_NARROW_ON_CPU = _library.has_compiled("modulated_deform_conv2d", "cpu")
+# The half precisions that our deformable convolution takes, where it is compiled.
+_NARROW = {
+    device: dtypes
+    for device, dtypes in (("cpu", (torch.bfloat16,)), ("cuda", (torch.bfloat16, torch.float16)))
+    if _library.has_compiled("modulated_deform_conv2d", device)
+}
 
 __all__ = [
     "batched_nms",
@@ -237,11 +242,14 @@ def modulated_deform_conv2d(
             their own.
 
     Returns:
-        [N, Cout, Ho, Wo] in the dtype of ``input``, channels-last where ``input`` is. The
-        arithmetic is float64 for a float64 input and float32 otherwise, also under autocast: half
-        precision is too coarse for pixel positions. Compiled for the CPU it keeps bfloat16 for
-        samples and weights (not for their sums, positions and masks), which doubles the speed of
-        processors that multiply bfloat16.
+        [N, Cout, Ho, Wo] in the dtype of ``input`` (under autocast on a GPU, in autocast's),
+        channels-last where ``input`` is. The arithmetic is float64 for a float64 input and float32
+        otherwise: half precision is too coarse for pixel positions. Compiled, it keeps bfloat16
+        (for CUDA also float16) for samples and weights, not for their sums, positions and masks;
+        gradients are float32 until they are done. The product follows PyTorch's settings for
+        convolutions, so that a GPU may use TF32 (``torch.backends.cudnn.allow_tf32``). On CUDA the
+        backward pass adds in no certain order, which ``torch.use_deterministic_algorithms``
+        refuses.
 
     A sample outside the image (an infinite offset included) reads as zero. A NaN offset or mask
     makes the outputs that use it NaN; gradients there are NaN or zero.
@@ -253,9 +261,11 @@ def modulated_deform_conv2d(
     _check_deform_shapes(
         input, offset, mask, weight, bias, stride, padding, dilation, offset_groups
     )
-    exact = torch.float64 if input.dtype == torch.float64 else torch.float32
-    narrow = input.dtype == torch.bfloat16 and input.device.type == "cpu" and _NARROW_ON_CPU
-    dtype = torch.bfloat16 if narrow else exact
+    device, wanted = input.device.type, input.dtype
+    exact = torch.float64 if wanted == torch.float64 else torch.float32
+    if device == "cuda" and wanted != torch.float64 and torch.is_autocast_enabled(device):
+        wanted = torch.get_autocast_dtype(device)  # as in a convolution of PyTorch
+    dtype = wanted if wanted in _NARROW.get(device, ()) else exact
     output = torch.ops.nasfcos.modulated_deform_conv2d(
         input.to(dtype),
         offset.to(exact),
@@ -267,7 +277,7 @@ def modulated_deform_conv2d(
         dilation,
         offset_groups,
     )
-    return output.to(input.dtype)
+    return output.to(wanted)
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 import torchvision
 
 from nasfcos.ops import modulated_deform_conv2d, plain
-from tests.operators import DEVICES, FORMATS, check_threads, outcome
+from tests.operators import DEVICES, FORMATS, check_close, check_threads, outcome
 
 # input [N, C, H, W], out channels, kernel, stride, padding, dilation, offset groups
 CASES = {
@@ -38,6 +38,35 @@ def random_case(name, dtype=torch.float64, spread=2.0, seed=0):
         random(out_channels),
     ]
     return tensors, dict(stride=stride, padding=padding, dilation=dilation, offset_groups=groups)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """For comparisons on a GPU, which would multiply in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def half_tolerance(dtype, device):
+    """Compiled for the CPU samples are rounded to bfloat16, for CUDA to either half precision;
+    on the CPU float16 is computed in float32."""
+    if dtype == torch.bfloat16:
+        return {"rtol": 2e-2, "atol": 2e-2}
+    return {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 2e-3, "atol": 2e-3}
+
+
+def operators_of(geometry):
+    """Both operators without their face: output and gradients, the latter in float32."""
+    settings = [geometry[name] for name in ("stride", "padding", "dilation", "offset_groups")]
+    operators = torch.ops.nasfcos
+
+    def both(grad, x, offset, mask, weight, bias):
+        output = operators.modulated_deform_conv2d(x, offset, mask, weight, bias, *settings)
+        grads = operators.modulated_deform_conv2d_backward(
+            grad, x.float(), offset, mask, weight.float(), *settings
+        )
+        return [output, *grads]
+
+    return both
 
 
 def torchvisions(geometry):
@@ -88,14 +117,16 @@ def test_whole_offsets_move_the_taps_of_their_group():
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["odd channels", "all unequal"])
-def test_gradcheck(name):
+def test_gradcheck(name, device):
     tensors, geometry = random_case(name)
     tensors = [t[:1] if i < 3 else t for i, t in enumerate(tensors)]
-    leaves = [t.clone().requires_grad_() for t in tensors]
+    leaves = [t.to(device, copy=True).requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(
-        lambda *t: modulated_deform_conv2d(*t, **geometry), leaves, fast_mode=True
-    )
+        lambda *t: modulated_deform_conv2d(*t, **geometry), leaves, fast_mode=True,
+        nondet_tol=0 if device == "cpu" else 1e-10,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("version", ["dispatched", "plain"])
@@ -144,9 +175,11 @@ def test_offsets_that_are_not_positions(value, version, device):
         )
 
 
-def test_bad_pixels_reach_only_samples_that_touch_them():
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_pixels_reach_only_samples_that_touch_them(device):
     """Samples outside the image must not read the values at its corners instead."""
-    (x, offset, mask, weight, bias), geometry = random_case("the model's", torch.float32)
+    tensors, geometry = random_case("the model's", torch.float32)
+    x, offset, mask, weight, bias = (t.to(device) for t in tensors)
     x[:, :, 0, 0] = x[:, :, -1, -1] = torch.nan
     offset[:, :, :, :10] = 1000.0
     got = modulated_deform_conv2d(x, offset, mask, weight, bias, **geometry)
@@ -154,9 +187,11 @@ def test_bad_pixels_reach_only_samples_that_touch_them():
     torch.testing.assert_close(got[..., :10], want)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided"])
-def test_memory_layout_of_the_arguments(layout):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["channels_last", "some_channels", "unaligned", "strided"])
+def test_memory_layout_of_the_arguments(layout, device):
     tensors, geometry = random_case("batch, more than one chunk", torch.float32)
+    tensors = [t.to(device) for t in tensors]
     want = outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), tensors)
 
     def function(*leaves):
@@ -165,6 +200,17 @@ def test_memory_layout_of_the_arguments(layout):
             x, offset, mask, weight = (
                 t.contiguous(memory_format=torch.channels_last) for t in (x, offset, mask, weight)
             )
+        elif layout == "some_channels":
+            x, offset, mask = (
+                torch.cat((t, t), dim=1)
+                .contiguous(memory_format=torch.channels_last)
+                .narrow(1, t.shape[1], t.shape[1])
+                for t in (x, offset, mask)
+            )
+        elif layout == "unaligned":
+            n, channels, height, width = x.shape
+            rows = torch.cat((x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()))
+            x = rows[1:].view(n, height, width, channels).permute(0, 3, 1, 2)
         else:
             x, offset, mask = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in leaves[:3])
         return modulated_deform_conv2d(x, offset, mask, weight, bias, **geometry)
@@ -205,8 +251,10 @@ def test_without_bias_and_with_frozen_arguments():
     torch.testing.assert_close(output.detach(), want)
 
 
-def test_bfloat16_keeps_what_is_not_a_number():
-    (x, offset, mask, weight, bias), geometry = random_case("the model's", torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_keeps_what_is_not_a_number(device):
+    tensors, geometry = random_case("the model's", torch.bfloat16)
+    x, offset, mask, weight, bias = (t.to(device) for t in tensors)
     # All bits of the fraction: rounding must not carry this into another number.
     x[0, 3, 5, 5] = torch.tensor([0x7FFF], dtype=torch.int16).view(torch.bfloat16)
     x[0, 4, 9, 9] = torch.inf
@@ -224,8 +272,7 @@ def test_half_types_and_autocast(dtype, device):
     want = modulated_deform_conv2d(*(t.float() for t in half), **geometry)
     got = modulated_deform_conv2d(*half, **geometry)
     assert got.dtype == dtype
-    # On the CPU, samples are rounded to bfloat16 as well.
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
+    tolerance = half_tolerance(dtype, device)
     torch.testing.assert_close(got, want.to(dtype), **tolerance)
 
     # As in a model: the maps come from autocast layers, the parameters are float32.
@@ -237,6 +284,112 @@ def test_half_types_and_autocast(dtype, device):
     torch.testing.assert_close(got, want.to(dtype), **tolerance)
     got.float().sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+
+    # After a group norm, which autocast computes in float32 on a GPU.
+    full = [t.float() for t in half[:3]]
+    with torch.autocast(device, dtype):
+        got = modulated_deform_conv2d(*full, weight, bias, **geometry)
+    assert got.dtype == (torch.float32 if device == "cpu" else dtype)
+    torch.testing.assert_close(got.to(dtype), want.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", CASES)
+def test_half_types_and_their_gradients(name, format, dtype, device):
+    tensors, geometry = random_case(name, dtype)
+    half = [t.to(device) for t in tensors]
+    half[0] = half[0].contiguous(memory_format=format)
+    got = outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), half)
+    want = outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), [t.float() for t in half])
+    assert all(t.dtype == dtype for t in got)
+    tolerance = half_tolerance(dtype, device)
+    torch.testing.assert_close(got[0], want[0].to(dtype), **tolerance)
+    # The gradients are those of float32 for an output's gradient that was rounded.
+    check_close([t.float() for t in got[1:]], want[1:], 2e-2)
+
+
+@pytest.mark.gpu
+def test_works_on_the_current_stream():
+    """The tensors are late, so that a kernel on another stream would not see them yet."""
+    tensors, geometry = random_case("the model's", torch.float32)
+    tensors = [t.cuda() for t in tensors]
+    function = operators_of(geometry)
+    grad = torch.ones_like(modulated_deform_conv2d(*tensors, **geometry))
+    want = function(grad, *tensors)
+    late = [torch.zeros_like(t) for t in tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for to, t in zip(late, tensors, strict=True):
+            to.copy_(t)
+        got = function(grad, *late)
+    stream.synchronize()
+    check_close(got, want, 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_in_a_cuda_graph(dtype):
+    def arguments(seed):
+        (x, *positions, weight, bias), _ = random_case("the model's", torch.float32, seed=seed)
+        # 32 channels in and out: the input will do as the output's gradient.
+        tensors = [x, x.to(dtype), *positions, weight.to(dtype), bias.to(dtype)]
+        return [t.cuda() for t in tensors]
+
+    function = operators_of(random_case("the model's")[1])
+    still = arguments(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries make themselves ready at their first use
+        function(*still)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(*still)
+    for seed in (1, 2):
+        fresh = arguments(seed)
+        for to, t in zip(still, fresh, strict=True):
+            to.copy_(t)
+        graph.replay()
+        check_close(results, function(*fresh), 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_columns_of_several_chunks(format):
+    """2 * 130 * 131 pixels of 9 * 256 float32 are more than the kernel takes at a time."""
+    generator = torch.Generator().manual_seed(0)
+    x, offset, mask, weight, bias = (
+        torch.randn(size, generator=generator)
+        for size in ((2, 256, 130, 131), (2, 18, 130, 131), (2, 9, 130, 131), (4, 256, 3, 3), (4,))
+    )
+    tensors = [x, 3 * offset, mask.sigmoid(), weight / 48, bias]
+    want = outcome(lambda *t: modulated_deform_conv2d(*t, padding=1), tensors)
+    tensors = [t.cuda() for t in tensors]
+    tensors[0] = tensors[0].contiguous(memory_format=format)
+    got = outcome(lambda *t: modulated_deform_conv2d(*t, padding=1), tensors)
+    check_close([t.cpu() for t in got], want, 1e-4)
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices():
+    (x, offset, mask, weight, bias), geometry = random_case("the model's", torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        modulated_deform_conv2d(x.cuda(), offset, mask.cuda(), weight.cuda(), **geometry)
+
+
+@pytest.mark.gpu
+def test_backward_is_refused_where_sums_must_have_an_order():
+    tensors, geometry = random_case("the model's", torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            outcome(lambda *t: modulated_deform_conv2d(*t, **geometry), [t.cuda() for t in tensors])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_shapes_that_do_not_fit():
