@@ -12,12 +12,13 @@ SEARCH_DEMO := configs/nas/demo.yaml
 
 .PHONY: install demo search-demo test lint clean
 
-MADE_WITH := $(PYTHON) $(TORCH)
+# Handed to the shell as a variable, for it may hold quotes and comparisons.
+export MADE_WITH := $(PYTHON) $(TORCH)
 GIVEN := $(filter-out file,$(origin PYTHON) $(origin TORCH))
 
 install: $(VENV)/.installed
-	@[ -z '$(GIVEN)' ] || [ "$$(cat $(VENV)/.torch)" = '$(MADE_WITH)' ] || { \
-		echo "$(VENV) was made with $$(cat $(VENV)/.torch). To make it anew with $(MADE_WITH)," \
+	@[ -z '$(GIVEN)' ] || [ "$$(cat $(VENV)/.torch)" = "$$MADE_WITH" ] || { \
+		echo "$(VENV) was made with $$(cat $(VENV)/.torch). To make it anew with $$MADE_WITH," \
 			"put clean before install; to keep it, leave out PYTHON and TORCH."; exit 1; }
 
 $(VENV)/.torch:
@@ -25,7 +26,7 @@ $(VENV)/.torch:
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH) "setuptools>=64" wheel ninja
-	@echo '$(MADE_WITH)' > $@
+	@printf '%s\n' "$$MADE_WITH" > $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-build-isolation -e ".[test]"

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -145,12 +146,15 @@ def main() -> int:
         ]
         report = {}
         for workers in sorted({1, args.workers}):
-            seconds = time_by_turns(tasks, jobs, workers, cfg.SEARCH.BATCH)
+            seconds = time_by_turns(tasks, jobs, workers)
             total = {name: sum(times) for name, times in seconds.items()}
             rates = {name: 3600 * len(jobs) / value for name, value in total.items()}
+            ratios = [b / a for a, b in zip(seconds["cached"], seconds["live"], strict=True)]
             logger.info(
-                "%d worker(s): %.0f trials/h with the cache, %.0f without it: %.2f times as many",
+                "%d worker(s): %.0f trials/h with the cache, %.0f without it: %.2f times as many "
+                "(of the turns the median is %.2f, the range %.2f to %.2f)",
                 workers, rates["cached"], rates["live"], total["live"] / total["cached"],
+                median(ratios), min(ratios), max(ratios),
             )  # fmt: skip
             report[workers] = {"trials_per_hour": rates, "seconds": seconds}
         print(json.dumps(report))
@@ -159,9 +163,10 @@ def main() -> int:
 
 
 def time_by_turns(
-    tasks: dict[str, ProxyTask], jobs: Sequence[TrialJob], workers: int, batch: int
+    tasks: dict[str, ProxyTask], jobs: Sequence[TrialJob], workers: int
 ) -> dict[str, list[float]]:
-    """Seconds of each task for each batch of the jobs; the tasks take turns."""
+    """Seconds of each task for each turn's jobs: one, or where several workers share them, two for
+    each worker. The tasks take turns, and take turns to be the first."""
     with ExitStack() as stack:
         executors = {
             name: stack.enter_context(LocalExecutor(task, workers)) for name, task in tasks.items()
@@ -169,9 +174,11 @@ def time_by_turns(
         for executor in executors.values():
             list(executor.run(jobs[:1] * workers))  # starts the workers, opens their caches
         seconds: dict[str, list[float]] = {name: [] for name in tasks}
-        for first in range(0, len(jobs), batch):
-            turn = jobs[first : first + batch]
-            for name, executor in executors.items():
+        count = 1 if workers == 1 else 2 * workers
+        for first in range(0, len(jobs), count):
+            turn = jobs[first : first + count]
+            order = list(executors.items())
+            for name, executor in order if first // count % 2 == 0 else order[::-1]:
                 started = time.perf_counter()
                 list(executor.run(turn))
                 seconds[name].append(time.perf_counter() - started)

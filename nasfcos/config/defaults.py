@@ -251,15 +251,15 @@ _C.SEARCH.EVOLUTION = CN()
 _C.SEARCH.EVOLUTION.POPULATION = 20
 _C.SEARCH.EVOLUTION.TOURNAMENT = 10
 
-# A second objective: reward - WEIGHT * max(0, cost / TARGET - 1). The cost is that of what a trial
+# A second objective: reward - WEIGHT * max(0, cost / TARGET - 1), in the head stage with
+# TARGET_HEAD in its place. The cost is that of what a trial
 # trains: in the FPN stage the FPN and the plain head, in the head stage the head alone, at the
 # widths of SEARCH.PROXY and on crops of SEARCH.CACHE.SIZE. Each trial logs it in trials_*.csv.
 _C.SEARCH.OBJECTIVE = CN()
 # "none", "flops" (multiply-adds, in G) or "latency" (milliseconds), both of one crop.
 _C.SEARCH.OBJECTIVE.COST = "none"
-_C.SEARCH.OBJECTIVE.TARGET = CN()
-_C.SEARCH.OBJECTIVE.TARGET.FPN = 1.0
-_C.SEARCH.OBJECTIVE.TARGET.HEAD = 1.0
+_C.SEARCH.OBJECTIVE.TARGET = 1.0
+_C.SEARCH.OBJECTIVE.TARGET_HEAD = 1.0
 _C.SEARCH.OBJECTIVE.WEIGHT = 0.0
 
 # Early stopping of hopeless trials (successive halving).

@@ -155,8 +155,8 @@ POSITIVE = (  # each entry, where it is a list
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MIN_SIZE_RANGE_TRAIN",
     "SEARCH.PRUNING.RUNGS",
-    "SEARCH.OBJECTIVE.TARGET.FPN",
-    "SEARCH.OBJECTIVE.TARGET.HEAD",
+    "SEARCH.OBJECTIVE.TARGET",
+    "SEARCH.OBJECTIVE.TARGET_HEAD",
 )
 
 # Empty by default, which does not show what their entries are.
@@ -165,6 +165,9 @@ INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
 
 # Norms have groups of at least two channels, deformable convolutions two groups of offsets.
 EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_CHANNELS")
+
+
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -186,6 +189,8 @@ class _YamlLoader(yaml.SafeLoader):
                     key.start_mark,
                 )  # fmt: skip
             seen.add(key.value)
+            if key.tag != MERGE_TAG:
+                key.tag = "tag:yaml.org,2002:str"  # the name of a data set may look like a number
         return super().construct_mapping(node, deep)
 
 
@@ -285,7 +290,6 @@ def _merge(
 ) -> None:
     """Set the values of `tree` in `node`, checking names and types."""
     for key, value in tree.items():
-        key = str(key)  # the name of a data set may be a number
         name = f"{prefix}{key}"
         if key not in node:
             if not node.is_new_allowed():

@@ -148,7 +148,7 @@ def train(
         NonFiniteLossError: training diverged.
         Interrupted: by SIGTERM or SIGINT, after a checkpoint was written.
     """
-    _check(cfg, device, _tests(cfg, skip_test))
+    check_device(cfg, device, _tests(cfg, skip_test))
     if distributed.rank() != 0:
         return _train(cfg, device, resume, skip_test)
     # Another run that starts here would move this one's files away under its hands.
@@ -357,7 +357,11 @@ def _lacks_evaluation(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> b
     """Whether the run that is resumed was stopped between a checkpoint and its evaluation."""
     if run.iteration == 0 or not _due(run.iteration, cfg.TEST.EVAL_PERIOD):
         return False
-    return distributed.broadcast(writer is not None and not writer.has_evaluation(run.iteration))
+    lacks = writer is not None and not writer.has_evaluation(run.iteration)
+    if lacks:  # or there is nothing to judge by
+        sets = (build_dataset(cfg, name, run.classes) for name in cfg.DATASETS.TEST)
+        lacks = any(dataset.has_annotations for dataset in sets)
+    return distributed.broadcast(lacks)
 
 
 def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration: float) -> None:
@@ -443,7 +447,12 @@ def _tests(cfg: CfgNode, skip_test: bool) -> bool:
     return not skip_test or cfg.TEST.EVAL_PERIOD > 0
 
 
-def _check(cfg: CfgNode, device: torch.device, tests: bool) -> None:
+def check_device(cfg: CfgNode, device: torch.device, tests: bool) -> None:
+    """See that the config's training can be done on a device, and its tests, if there are any.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if device.type == "cuda":
         return
     if cfg.SOLVER.AMP == "fp16":

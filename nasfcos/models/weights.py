@@ -232,8 +232,9 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # zipfile and torch.load raise many kinds
-        # Damaged files send zipfile to places before their start: EINVAL.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        # Damaged files send zipfile to places before their start (EINVAL), and its unpackers have
+        # no number for what they find.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = str(path)
             raise
         raise WeightsError(f"{path} cannot be read as weights: {_reason(error)}") from error

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -567,7 +568,8 @@ def _find_or_build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / key
-    partial = path.with_name(path.name + _PARTIAL)
+    # Of this process: where there are no locks, another one may be at it.
+    partial = path.with_name(f"{key}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}")
     _remove_partial(folder)
     with _locked(path):
         if path.exists():
@@ -583,7 +585,6 @@ def _find_or_build(
         needed = estimate_bytes(levels, count)
         _check_space(folder, {title: (count, levels)})
         logger.info("cache %s: %s crops, %s, in %s", title, f"{count:,}", _gigabytes(needed), path)
-        shutil.rmtree(partial, ignore_errors=True)  # of the process that was waited for
         partial.mkdir()
         try:
             start = time.perf_counter()
@@ -621,7 +622,7 @@ def _remove_partial(folder: Path) -> None:
     """Remove what killed processes left of caches that they were making."""
     for partial in folder.glob(f"*{_PARTIAL}"):
         try:
-            file = f"{partial.with_suffix('')}.lock"
+            file = folder / f"{partial.name.split('.')[0]}.lock"
             with FileLock(file, fallback_to_soft=False).acquire(timeout=0):
                 logger.info("removing %s, left by a build that was killed", partial)
                 shutil.rmtree(partial, ignore_errors=True)

@@ -235,7 +235,6 @@ class PPO:
         self.worst = min([self.worst, *filter(math.isfinite, rewards)])
         if self.worst == math.inf:
             return {}
-        rewards = [reward if math.isfinite(reward) else self.worst for reward in rewards]
         with _one_thread():
             return self._update(batch, torch.tensor(rewards, dtype=torch.double))
 
@@ -268,10 +267,12 @@ class PPO:
         no upper bound, so rewards count as at most `FARTHEST` deviations away: one beyond all
         others would make them look the same for a hundred batches.
         """
+        finite = rewards.isfinite()
         if self.baseline is None:
-            self.baseline = rewards.quantile(0.5).item()
-            deviation = (rewards - self.baseline).abs().quantile(0.5).item() / NORMAL_MEDIAN
-            self.spread = deviation**2
+            self.baseline = rewards[finite].quantile(0.5).item()
+            distances = (rewards[finite] - self.baseline).abs()
+            self.spread = (distances.quantile(0.5).item() / NORMAL_MEDIAN) ** 2
+        rewards = torch.where(finite, rewards, self.worst)
         limit = FARTHEST * self.spread**0.5 or math.inf
         distances = (rewards - self.baseline).clamp(-limit, limit)
         self.baseline += (1 - self.decay) * distances.mean().item()

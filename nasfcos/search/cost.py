@@ -49,7 +49,8 @@ class Objective:
 def build_objective(cfg: CfgNode, stage: str) -> Objective:
     """The objective of SEARCH.OBJECTIVE for a stage, "fpn" or "head"."""
     settings = cfg.SEARCH.OBJECTIVE
-    return Objective(settings.COST, settings.TARGET[stage.upper()], settings.WEIGHT)
+    target = settings.TARGET_HEAD if stage == "head" else settings.TARGET
+    return Objective(settings.COST, target, settings.WEIGHT)
 
 
 def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **kwargs) -> int:

@@ -452,7 +452,7 @@ class ProxyTask:
         except Exception as error:
             if train.device.type == "cuda":
                 _check_gpu(train.device)
-            if isinstance(error, torch.OutOfMemoryError) and self._make_room():
+            if isinstance(error, torch.OutOfMemoryError) and _make_room(train, val):
                 return None
             message = " ".join(str(error).split())
             reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
@@ -462,25 +462,25 @@ class ProxyTask:
             logger.warning("trial %d: %s", job.index, reason, exc_info=not expected)
             return TrialResult(FAILED, reason=reason)
 
-    def _make_room(self) -> bool:
-        """Send a cache from the GPU's memory back to the disk, if there is one.
-
-        What is read once a trial goes first. The caches stay where they are from then on: other
-        trials would need the room as well, and some would fail for it that are as good as any.
-        """
-        train, val = self.examples
-        for name, examples in (("meta-val", val), ("meta-train", train)):
-            if examples.cache.release():
-                logger.info("a trial needs the GPU's memory: %s is read from the disk now", name)
-                return True
-        return False
-
     def _latency(self, decoder: Decoder, maps: list[Tensor]) -> float:
         if self.cfg.SEARCH.OBJECTIVE.COST != "latency":
             return math.nan
         milliseconds = latency_ms(decoder.eval(), maps)
         decoder.train()
         return milliseconds
+
+
+def _make_room(train: Examples, val: Examples) -> bool:
+    """Send a cache from the GPU's memory back to the disk, if there is one.
+
+    What is read once a trial goes first. The caches stay there from then on: other trials would
+    need the room as well, and some would fail for it that are as good as any.
+    """
+    for name, examples in (("meta-val", val), ("meta-train", train)):
+        if examples.cache.release():
+            logger.info("the GPU's memory is needed: %s is read from the disk now", name)
+            return True
+    return False
 
 
 def _check_gpu(device: torch.device) -> None:
@@ -554,7 +554,7 @@ def train_neck(
     train, val = (
         open_examples(config, cache.folder, num_classes, device) for cache in caches
     )
-    decoder = build_decoder(config, train.channels, num_classes, weight_seed(cfg.SEED, genotype))
+    seed = weight_seed(cfg.SEED, genotype)
     path = Path(folder) / "neck.pth"
     made_from = {
         "genotype": genotype,
@@ -567,18 +567,14 @@ def train_neck(
     saved = read_saved(path)
     if saved.get("made_from") == made_from:
         logger.info("the FPN of the head stage is taken from %s", path)
-        decoder.neck.load_state_dict(saved["neck"])
-        return decoder.neck.to(device, memory_format=torch.channels_last).eval()
-    iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
-    logger.info("training the FPN of the head stage for %d iterations", iterations)
-    training = build_training(cfg, decoder, train, iterations, cfg.SEED)
+        neck = build_decoder(config, train.channels, num_classes, seed).neck
+        neck.load_state_dict(saved["neck"])
+        return neck.to(device, memory_format=torch.channels_last).eval()
+    neck = None
     try:
-        for part in range(1, NECK_REPORTS + 1):
-            training.advance(iterations * part // NECK_REPORTS)
-            logger.info(
-                "FPN of the head stage: iteration %d, reward %.4f",
-                training.done, -sum(training.evaluate(val).values()),
-            )  # fmt: skip
+        while neck is None:
+            decoder = build_decoder(config, train.channels, num_classes, seed)
+            neck = _trained_neck(cfg, decoder, train, val)
     except NonFinite as error:
         raise NonFiniteLossError(
             f"the FPN of the head stage cannot be trained: {error}; fewer "
@@ -586,13 +582,36 @@ def train_neck(
         ) from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            "the FPN of the head stage cannot be trained in the GPU's memory: a smaller "
-            f"SEARCH.PROXY.BATCH or SEARCH.PROXY.AMP bf16 need less. {error}"
+            "the FPN of the head stage cannot be trained in the GPU's memory. A search of the head "
+            "alone (SEARCH.STAGES (head,)), in another OUTPUT_DIR and on the FPN that was found "
+            "(MODEL.GENOTYPE), may have a smaller SEARCH.PROXY.BATCH, or SEARCH.PROXY.AMP bf16. "
+            f"{error}"
         ) from error
-    neck = training.averaged.neck.eval()
     with replacing(path) as temporary:
         torch.save({"neck": neck.state_dict(), "made_from": made_from}, temporary)
     return neck
+
+
+def _trained_neck(
+    cfg: CfgNode, decoder: Decoder, train: Examples, val: Examples
+) -> nn.Module | None:
+    """The averaged neck of a decoder; None: the GPU's memory did not suffice, and a cache has left
+    it: to be tried again."""
+    iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
+    logger.info("training the FPN of the head stage for %d iterations", iterations)
+    try:
+        training = build_training(cfg, decoder, train, iterations, cfg.SEED)
+        for part in range(1, NECK_REPORTS + 1):
+            training.advance(iterations * part // NECK_REPORTS)
+            logger.info(
+                "FPN of the head stage: iteration %d, reward %.4f",
+                training.done, -sum(training.evaluate(val).values()),
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        if not _make_room(train, val):
+            raise
+        return None
+    return training.averaged.neck.eval()
 
 
 def read_saved(path: Path) -> dict:

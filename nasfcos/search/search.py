@@ -26,6 +26,7 @@ from ..engine.lock import only_one
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration, tensorboard_writer
 from ..engine.signals import StopRequest
+from ..engine.train import check_device
 from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
 from .cache import FeatureCache, build_caches, cache_pyramid
@@ -63,11 +64,11 @@ OF_OTHERS = {
     "fpn": (
         *("SEARCH.SPACE.HEAD_LAYERS", "SEARCH.SPACE.HEAD_OPS"),
         *("SEARCH.PROXY.HEAD_CHANNELS", "SEARCH.PROXY.NECK_ITERATIONS"),
-        "SEARCH.OBJECTIVE.TARGET.HEAD",
+        "SEARCH.OBJECTIVE.TARGET_HEAD",
     ),
     "head": (
         *("SEARCH.SPACE.CELLS", "SEARCH.SPACE.FPN_OPS", "SEARCH.SPACE.AGGREGATIONS"),
-        *("SEARCH.PROXY.FPN_CHANNELS", "SEARCH.OBJECTIVE.TARGET.FPN"),
+        *("SEARCH.PROXY.FPN_CHANNELS", "SEARCH.OBJECTIVE.TARGET"),
     ),
 }
 
@@ -194,10 +195,12 @@ class _Search:
                 raise ConfigError(
                     f"DATASETS.TEST {name} has no object to find: the selection needs annotations"
                 )
-        prepare_config(self.cfg, self.folder)
+        prepared = prepare_config(self.cfg, self.folder)
+        check_device(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
-            full_config(self.cfg, stage, example, self.folder)
+            full = full_config(self.cfg, stage, example, self.folder)
+            check_device(full, self.device, tests=True)
         class_names(self.cfg)
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:

@@ -207,8 +207,8 @@ def test_it_learns_the_best_choice():
     assert figures["kl"] >= 0 and 0 <= figures["clipped"] <= 1
 
 
-@pytest.mark.parametrize("when", [0, 2])
-def test_one_reward_beyond_all_others_does_not_end_the_learning(when):
+@pytest.mark.parametrize("when, failed", [(0, 0), (2, 0), (0, 6)])
+def test_one_reward_beyond_all_others_does_not_end_the_learning(when, failed):
     space = HeadSpace(PUBLISHED.cells, 6)
     policy = ppo(space, 0)
     for number in range(25):
@@ -216,6 +216,7 @@ def test_one_reward_beyond_all_others_does_not_end_the_learning(when):
         rewards = [float(choices[1:].count(5)) for choices in batch]
         if number == when:
             rewards[3] = -1e6
+            rewards[10 - failed :] = [math.nan] * failed
         policy.learn(batch, rewards)
     share = sum(c[1:].count(5) for c in policy.controller.sample(100, torch.Generator())) / 600
     assert share > 0.6  # of 1/6 at first
@@ -226,10 +227,9 @@ def test_a_failed_trial_counts_as_the_worst_so_far():
     policy, other = ppo(HEAD, 0), ppo(HEAD, 0)
     for one in (policy, other):
         assert one.learn(one.propose(2), [math.nan, -math.inf]) == {}  # before any is known
-    # From the median, 1, a tenth of the way to the mean (the median deviation is 0: no limit).
-    assert policy.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == pytest.approx(1.1)
+        # Half way between those that did not fail, then a tenth of the way to the mean of all.
+        assert one.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == pytest.approx(2.45)
     policy.learn(batches[1], [-math.inf, 3.0])
-    other.learn(batches[0], [1.0, 1.0, 4.0])
     other.learn(batches[1], [1.0, 3.0])
     for a, b in zip(policy.controller.parameters(), other.controller.parameters(), strict=True):
         assert torch.equal(a, b)

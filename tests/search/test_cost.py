@@ -83,6 +83,6 @@ def test_latency_is_the_median():
 def test_each_stage_has_a_target_of_its_own():
     cfg = get_defaults()
     cfg.SEARCH.OBJECTIVE.COST, cfg.SEARCH.OBJECTIVE.WEIGHT = "flops", 1.0
-    cfg.SEARCH.OBJECTIVE.TARGET.FPN, cfg.SEARCH.OBJECTIVE.TARGET.HEAD = 2.0, 4.0
+    cfg.SEARCH.OBJECTIVE.TARGET, cfg.SEARCH.OBJECTIVE.TARGET_HEAD = 2.0, 4.0
     assert build_objective(cfg, "fpn").penalty(8.0, 0.0) == 3.0
     assert build_objective(cfg, "head").penalty(8.0, 0.0) == 1.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nasfcos.config.defaults import get_defaults
+from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
 from nasfcos.models.heads.dense import STRIDES
@@ -270,7 +270,7 @@ def test_thresholds_are_of_the_objective(folders):
     assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
     objective = one.cfg.SEARCH.OBJECTIVE
     objective.COST, objective.WEIGHT = "flops", 0.49
-    objective.TARGET.FPN = full.flops / 2
+    objective.TARGET = full.flops / 2
     assert one.run(TrialJob(0, CELLS, ((2, threshold),))).status == COMPLETE
     objective.WEIGHT = 0.51
     stopped = one.run(TrialJob(0, CELLS, ((2, threshold),)))
@@ -393,6 +393,35 @@ def test_a_neck_that_diverges_says_what_may_help(folders, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"FPN of the head stage.*NECK_ITERATIONS"):
         train_neck(config(LR=1e30), caches, cells, CLASSES, CPU, tmp_path)
     assert not (tmp_path / "neck.pth").exists()
+
+
+@pytest.mark.parametrize("needed", [2, 3])
+def test_the_neck_gets_the_memory_of_the_caches_too(folders, tmp_path, monkeypatch, needed):
+    caches = tuple(map(FeatureCache.open, folders["fpn"]))
+    cells = Genotype.parse(CELLS).cells
+    expected = train_neck(config(), caches, cells, CLASSES, CPU, tmp_path / "expected")
+    opened = []
+
+    def held(cache, device):  # as if on a GPU
+        cache._held = [torch.from_numpy(array.copy()) for array in cache._arrays]
+        opened.append(cache)
+
+    step = proxy.Training._step
+
+    def short_of_memory(*args):
+        if sum(cache._held is None for cache in opened) < needed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(FeatureCache, "to_device", held)
+    monkeypatch.setattr(proxy.Training, "_step", short_of_memory)
+    if needed > 2:
+        with pytest.raises(ConfigError, match="memory.*SEARCH.PROXY.BATCH"):
+            train_neck(config(), caches, cells, CLASSES, CPU, tmp_path / "again")
+        return
+    again = train_neck(config(), caches, cells, CLASSES, CPU, tmp_path / "again")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "other"])

@@ -364,7 +364,7 @@ def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path
         "SEARCH.EXECUTOR", "local", "SEARCH.WORKERS", 2, "SEARCH.SELECT.HEAD", 1,
         "SEARCH.STRATEGY", "evolution", "SEARCH.PRUNING.RUNGS", "(1, 2)",
         "SEARCH.PRUNING.STARTUP", 2, "SEARCH.OBJECTIVE.COST", "flops",
-        "SEARCH.OBJECTIVE.TARGET.HEAD", 0.001, "SEARCH.OBJECTIVE.WEIGHT", 0.1,
+        "SEARCH.OBJECTIVE.TARGET_HEAD", 0.001, "SEARCH.OBJECTIVE.WEIGHT", 0.1,
     )  # fmt: skip
     records = read_records(tmp_path / "out" / "search.db", "head")
     assert len(records) == 6
