@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def free_gpu_memory() -> None:
+    """Give back what PyTorch keeps of the GPUs for later use: it then counts as free, and other
+    processes may have it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def to_cpu(results: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -11,7 +11,6 @@ remembers the hashes of the image files.
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import logging
@@ -41,7 +40,7 @@ from ..engine.metrics import format_duration
 from ..evaluation.files import write_json
 from ..locks import locked
 from ..models import Detector
-from ..transfer import to_device
+from ..transfer import free_gpu_memory, to_device
 from .crops import MIN_VISIBLE, Crops
 
 logger = logging.getLogger(__name__)
@@ -151,8 +150,7 @@ class FeatureCache:
         device = torch.device(device)
         if device.type != "cuda":
             return False
-        gc.collect()
-        torch.cuda.empty_cache()  # what PyTorch keeps for itself would not count as free
+        free_gpu_memory()
         free, _ = torch.cuda.mem_get_info(device)
         if self.nbytes > GPU_SHARE * free:
             logger.info(

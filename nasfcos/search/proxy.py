@@ -20,7 +20,6 @@ meta-val. Where the paper is silent:
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import json
 import logging
@@ -44,7 +43,7 @@ from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
 from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
 from ..models.weights import WeightsError, read_torch_file
-from ..transfer import to_device
+from ..transfer import free_gpu_memory, to_device
 from .cache import FeatureCache
 from .cost import build_objective, latency_ms, multiply_adds
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
@@ -417,8 +416,7 @@ class ProxyTask:
         while result is None:
             result = self._try(job, *self.examples)
             if device.type == "cuda" and (result is None or result.status == FAILED):
-                gc.collect()
-                torch.cuda.empty_cache()
+                free_gpu_memory()
         return replace(result, seconds=time.perf_counter() - started)
 
     def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
@@ -29,6 +28,7 @@ from ..engine.signals import StopRequest
 from ..engine.train import check_device
 from ..evaluation.files import replacing
 from ..genotype import Cell, Genotype
+from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import build_executor
@@ -252,8 +252,7 @@ class _Search:
         fixed: dict[str, Any],
     ) -> None:
         if self.device.type == "cuda":  # the trials may run in other processes
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_gpu_memory()
         settings = cfg.SEARCH
         trials = settings.TRIALS[TRIALS[stage]]
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
