@@ -46,7 +46,7 @@ def plain_losses(head, outputs, targets):
     wanted = torch.cat([x.flatten(0, 1) for x in assignment.wanted.split(counts, 1)])
     positive = labels > 0
     count = positive.sum().item()
-    predicted, wanted = flat[1][positive], wanted[positive]
+    predicted, wanted = flat[1][positive], wanted[positive].to(flat[1].dtype)
     classes = plain_focal_loss(flat[0], labels, gamma=2.0, alpha=0.25)
     losses = {"loss_cls": classes / (count + len(targets))}
     if len(flat) == 2:

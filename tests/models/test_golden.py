@@ -144,68 +144,85 @@ def test_losses_and_gradients(known):
     for key, value in expected["losses"].items():
         assert losses[LOSS_NAMES[key]].item() == pytest.approx(value, rel=1e-4)
     sum(losses.values()).backward()
-    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    assert set(gradients) == {names[key] for key in expected["grad_norm"]}
+    found = gradients(model)
+    assert set(found) == {names[key] for key in expected["grad_norm"]}
     tolerance = 1e-4 if rounds_as_recorded() else 1e-2
     for key, value in expected["grad_norm"].items():
-        norm = gradients[names[key]].norm().item()
+        norm = found[names[key]].norm().item()
         # A bias before a batch norm has no gradient but rounding.
         assert norm == pytest.approx(value, rel=tolerance, abs=1e-7), key
     model.load_state_dict(state)
 
 
-def check_losses(losses, step, tolerance):
-    for key, value in step.items():
-        if key.startswith("loss"):
-            assert losses[LOSS_NAMES[key]].item() == pytest.approx(value, rel=tolerance), key
-
-
-def test_trajectory(monkeypatch):
-    """Six steps of the config's own solver, in plain operators, and ours along the same way.
-
-    Rounding grows about a hundredfold a step in this run, so that after six steps only a
-    computation that rounds as the recorded one did is where that was. Plain operators do, on a
-    processor like its own; elsewhere the first steps alone are compared. At each step our operators
-    and losses must then agree with what the plain ones make of the same weights.
-    """
-    expected = golden()["R_50_NAS_densebox"]["trajectory"]
+def steps(model, batch, losses_of, count=6):
+    """Train by the config's own solver; give each step's losses before it, with its rates."""
     cfg = config("R_50_NAS_densebox")
-    ours, names = build("R_50_NAS_densebox")
-    model = copy.deepcopy(ours)
     optimizer = build_optimizer(cfg, model.train())
     scheduler = build_lr_scheduler(cfg, optimizer)
-    batch = known_batch(model)
-    tolerances = (1e-2,) * 6 if rounds_as_recorded() else (1e-4, 1e-4, 1e-2)
-    for number, step in enumerate(expected["steps"]):
+    for _ in range(count):
+        losses = losses_of(model.head, raw_outputs(model, batch), TARGETS)
         rates = sorted({group["lr"] for group in optimizer.param_groups})
-        assert rates == pytest.approx([step["lr"], step["lr_max"]])
-        ours.load_state_dict(model.state_dict())
-        with monkeypatch.context() as patch:
-            use_plain_operators(patch)
-            losses = plain_losses(model.head, raw_outputs(model, batch), TARGETS)
-            if number < len(tolerances):
-                check_losses(losses, step, tolerances[number])
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-        check_step(ours.train(), batch, model, losses)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        yield {key: loss.item() for key, loss in losses.items()}, rates
         optimizer.step()
         scheduler.step()
+
+
+def losses_of(head, outputs, targets):
+    return head.losses(outputs, targets)
+
+
+def check_as_recorded(model, names, losses_of, tolerances):
+    expected = golden()["R_50_NAS_densebox"]["trajectory"]
+    found = steps(model, known_batch(model), losses_of)
+    for number, ((losses, rates), step) in enumerate(zip(found, expected["steps"], strict=True)):
+        assert rates == pytest.approx([step["lr"], step["lr_max"]])
+        if number < len(tolerances):
+            recorded = {LOSS_NAMES[key]: x for key, x in step.items() if key in LOSS_NAMES}
+            assert losses == pytest.approx(recorded, rel=tolerances[number]), number
     state = model.state_dict()
     for key, value in expected["norms"].items():
         norm = state[names[key]].float().norm().item()
         assert math.isclose(norm, value, rel_tol=1e-2), (key, norm, value)
 
 
-def check_step(model, batch, plain_model, expected):
-    """Losses and gradients, which may differ by the few ReLUs that rounding turns."""
-    losses = model.head.losses(raw_outputs(model, batch), TARGETS)
-    assert losses.keys() == expected.keys()
-    for key, loss in losses.items():
-        assert loss.item() == pytest.approx(expected[key].item(), rel=1e-5), key
-    model.zero_grad()
-    sum(losses.values()).backward()
-    plain = dict(plain_model.named_parameters())
-    for key, parameter in model.named_parameters():
-        if parameter.grad is not None and plain[key].grad.norm() > 1e-6:
-            difference = (parameter.grad - plain[key].grad).norm() / plain[key].grad.norm()
-            assert difference < 1e-2, key
+def test_trajectory():
+    """Against the recorded six steps, as far as single precision carries.
+
+    Rounding grows about a hundredfold a step in this run: with the same operators in double
+    precision the losses of steps 4 to 6 differ from the recorded ones by up to a tenth.
+    """
+    model, names = build("R_50_NAS_densebox")
+    check_as_recorded(model, names, losses_of, (1e-4, 1e-4, 1e-2))
+
+
+def test_trajectory_of_plain_operators(monkeypatch):
+    """All six steps, where each operation rounds as it did for the recorded ones."""
+    if not rounds_as_recorded():
+        pytest.skip("this processor rounds otherwise than that of the recorded trajectory")
+    use_plain_operators(monkeypatch)
+    model, names = build("R_50_NAS_densebox")
+    check_as_recorded(model, names, plain_losses, (1e-2,) * 6)
+
+
+def test_trajectory_in_double_precision(monkeypatch, one_thread):
+    """Ours and plain operators, each on its own way for all six steps (a quarter of the images)."""
+    ours, _ = build("R_50_NAS_densebox")
+    plain = copy.deepcopy(ours.double())
+    batch = known_batch(ours)[:, :, :128, :160].double()
+    found = [
+        (losses, gradients(ours) if number == 0 else {})
+        for number, (losses, _) in enumerate(steps(ours, batch, losses_of))
+    ]
+    use_plain_operators(monkeypatch)
+    for (losses, _), (our_losses, our_gradients) in zip(
+        steps(plain, batch, plain_losses), found, strict=True
+    ):
+        assert our_losses == pytest.approx(losses, rel=1e-6)
+        for key, gradient in our_gradients.items():
+            torch.testing.assert_close(gradient, plain.get_parameter(key).grad, msg=key)
+
+
+def gradients(model):
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}

@@ -352,10 +352,16 @@ def prior_bias(probability: float) -> float:
 
 
 def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:
-    """Maps [N, A * C, H, W] of all levels as [N, sum of H * W * A, C], in the order (y, x, a)."""
-    return torch.cat([flatten_map(x, channels) for x in maps], dim=1)
+    """Maps [N, A * C, H, W] of all levels as [N, sum of H * W * A, C], in the order (y, x, a) and
+    at least in single precision."""
+    return at_least_single(torch.cat([flatten_map(x, channels) for x in maps], dim=1))
 
 
 def flatten_map(x: Tensor, channels: int) -> Tensor:
     """A map [N, A * C, H, W] as [N, H * W * A, C], in the order (y, x, a)."""
     return x.permute(0, 2, 3, 1).reshape(len(x), -1, channels)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """In float32 where the precision is lower: boxes and losses need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -23,6 +23,7 @@ from .dense import (
     PostProcess,
     Targets,
     all_cells,
+    at_least_single,
     flatten_levels,
     padded_targets,
     prediction_layer,
@@ -80,7 +81,7 @@ class FCOSHead(DenseHead):
         logits = [self.cls_logits(x) for x in cls_maps]
         centerness = [self.centerness(x) for x in cls_maps]
         distances = [
-            torch.exp(scale(self.box_pred(x)).float())
+            torch.exp(at_least_single(scale(self.box_pred(x))))
             for scale, x in zip(self.scales, box_maps, strict=True)
         ]
         return logits, distances, centerness
@@ -108,17 +109,18 @@ class FCOSHead(DenseHead):
         # All places take part, those without an object at no weight: how many have one, and which,
         # only the device knows.
         positive = assignment.labels > 0
+        predicted = flatten_levels(distances, 4)
         predicted, wanted = (
             torch.where(positive[..., None], x, 1.0)
-            for x in (flatten_levels(distances, 4), assignment.wanted)
+            for x in (predicted, assignment.wanted.to(predicted.dtype))
         )
         weight = torch.where(positive, centerness_targets(wanted), 0.0)
         box_weight, count = weight.sum(), positive.sum()
         loss_box = (iou_loss(predicted, wanted) * weight).sum()
         loss_centerness = F.binary_cross_entropy_with_logits(
-            flatten_levels(centerness, 1).squeeze(2).float(),
+            flatten_levels(centerness, 1).squeeze(2),
             weight,
-            weight=positive.float(),
+            weight=positive.to(weight.dtype),
             reduction="sum",
         )
         return {

@@ -131,9 +131,10 @@ class RetinaNetHead(DenseHead):
         positive = assignment.labels > 0
         # Anchors without an object take part with a difference of zero: how many have one, and
         # which, only the device knows.
+        predicted = flatten_levels(codes, 4)
         predicted, wanted = (
             torch.where(positive[..., None], x, 0.0)
-            for x in (flatten_levels(codes, 4).float(), assignment.wanted)
+            for x in (predicted, assignment.wanted.to(predicted.dtype))
         )
         box_weight = positive.sum() * self.box_loss_divisor
         loss_box = nn.functional.smooth_l1_loss(
