@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.known import ROOT
+from tests.operators import needs_compiled
 
 SCRIPT = """
 import runpy, sys, torch
@@ -16,6 +17,7 @@ runpy.run_path("setup.py")
 """
 
 
+@needs_compiled("nms")
 @pytest.mark.parametrize("asked, compiled", [("", True), ("1", False)])
 def test_a_toolkit_that_does_not_work_costs_only_the_operators_for_cuda(asked, compiled, tmp_path):
     (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
