@@ -6,13 +6,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _HalvingConv(nn.Conv2d):
+    """A 3x3 conv of stride two."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == 1:
+            # One more column of zeros changes nothing but this: oneDNN (as of PyTorch 2.14, on
+            # processors with AMX) leaves parts of the weight's bfloat16 gradient unwritten for a
+            # map of one column.
+            x = F.pad(x, (0, 1))
+        return super().forward(x)
+
+
 class TopLevels(nn.Module):
     """P6 and P7: strided 3x3 convs on P5 and on relu(P6)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.p6 = _HalvingConv(channels)
+        self.p7 = _HalvingConv(channels)
         for conv in (self.p6, self.p7):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
