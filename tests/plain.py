@@ -13,6 +13,7 @@ from nasfcos.ops import plain
 
 def use_plain_operators(monkeypatch):
     """From here on, models compute with no operator of ours."""
+    monkeypatch.setattr(layers, "_OWN_BATCH_NORM", False)
     monkeypatch.setattr(layers, "modulated_deform_conv2d", _deform_conv)
     monkeypatch.setattr(layers, "depthwise_conv2d", plain.depthwise_conv2d)
     monkeypatch.setattr(nas_fpn, "rectified_pairs", plain.rectified_pairs)

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d, modulated_deform_conv2d
+from ..ops import batch_norm_relu, depthwise_conv2d, modulated_deform_conv2d
+from ..ops.library import has_compiled
+
+# Whether our operators for the training of batch norms are at hand.
+_OWN_BATCH_NORM = has_compiled("batch_norm_relu", "cpu")
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalisation layer for a number of channels."""
@@ -44,6 +48,36 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
+def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a norm is a batch norm that will take the statistics of these maps on the CPU, for
+    which our operators are faster than PyTorch's."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and x.device.type == "cpu"
+        and x.numel() > x.shape[1]  # else PyTorch has an error for it
+        and _OWN_BATCH_NORM
+    )
+
+
+@torch.no_grad()
+def follow(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel,
+    as it does itself in training."""
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+
+
+def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm, and ReLU; `x` is not needed any more."""
+    if not trains_on_cpu(norm, x):
+        return F.relu(norm(x), inplace=True)
+    output, mean, var = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    follow(norm, mean, var, x.numel() // x.shape[1])
+    return output
+
+
 class ConvNormAct(nn.Module):
     """Convolution ("same" padding), optional norm, ReLU."""
 
@@ -57,7 +91,7 @@ class ConvNormAct(nn.Module):
         self.norm = norm(out_channels) if norm is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return norm_relu(self.norm, self.conv(x))
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -88,7 +122,7 @@ class SeparableConv(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.pointwise(self.depthwise(x))), inplace=True)
+        return norm_relu(self.norm, self.pointwise(self.depthwise(x)))
 
 
 class ModulatedDeformConv(nn.Module):
@@ -138,7 +172,7 @@ class DeformConv(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return norm_relu(self.norm, self.conv(x))
 
 
 OPERATIONS: dict[str, Callable[[int, Norm], nn.Module]] = {

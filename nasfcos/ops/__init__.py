@@ -20,6 +20,8 @@ _NARROW = {
 }
 
 __all__ = [
+    "batch_norm_concat",
+    "batch_norm_relu",
     "batched_nms",
     "depthwise_conv2d",
     "fused_concat",
@@ -172,6 +174,77 @@ def rectified_pairs(input: Tensor, weight: Tensor) -> Tensor:
     dtype = _cpu_dtype(input)
     output = torch.ops.nasfcos.rectified_pairs(input.to(dtype), weight.to(dtype))
     return output.to(input.dtype)
+
+
+def batch_norm_relu(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the statistics of the batch itself, and ReLU: for training on the CPU, where
+    it takes half as many passes over the maps as PyTorch's operators.
+
+    Args:
+        input: [N, C, H, W].
+        weight, bias: [C]; float32 for maps of half precision, else in the maps' dtype.
+        eps: is added to the variances.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``input``, channels-last where that is; then means and
+        variances (of the batch as a population) [C], without gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or no pixel.
+    """
+    _check_norm("batch_norm_relu", (input,), (weight, bias))
+    dtype = _cpu_dtype(input)
+    output, mean, var = torch.ops.nasfcos.batch_norm_relu(input.to(dtype), weight, bias, eps)
+    return output.to(input.dtype), mean.detach(), var.detach()
+
+
+def batch_norm_concat(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The searched concatenation in training (paper, section 3.2): the channels of `x` and those of
+    `y`, batch norm with the statistics of the batch itself, ReLU, and a 1x1 convolution with a
+    group of two channels for each output channel. For the CPU, as :func:`batch_norm_relu`.
+
+    Args:
+        x, y: [N, C, H, W], C even; in the wider dtype of the two.
+        weight, bias: [2 * C], of the norm; float32 for maps of half precision.
+        factor: [C, 2, 1, 1], of the convolution.
+        eps: is added to the variances.
+
+    Returns:
+        [N, C, H, W] in the dtype of the maps, channels-last where ``x`` is; then means and
+        variances [2 * C], without gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or no pixel.
+    """
+    if x.shape != y.shape or x.dim() == 4 and x.shape[1] % 2:
+        raise ValueError(
+            "batch_norm_concat: x and y must be of one shape with an even number of channels, "
+            f"got {list(x.shape)} and {list(y.shape)}"
+        )
+    _check_norm("batch_norm_concat", (x, y), (weight, bias, factor.flatten()))
+    wanted = torch.promote_types(x.dtype, y.dtype)
+    dtype = torch.promote_types(_cpu_dtype(x), _cpu_dtype(y))
+    output, mean, var = torch.ops.nasfcos.batch_norm_concat(
+        x.to(dtype), y.to(dtype), weight, bias, factor.flatten().to(weight.dtype), eps
+    )
+    return output.to(wanted), mean.detach(), var.detach()
+
+
+def _check_norm(name: str, maps: tuple[Tensor, ...], parameters: tuple[Tensor, ...]) -> None:
+    if maps[0].dim() != 4 or not maps[0].numel():
+        raise ValueError(
+            f"{name}: maps must be [N, C, H, W] and not empty, got {list(maps[0].shape)}"
+        )
+    channels = len(maps) * maps[0].shape[1]
+    for parameter in parameters:
+        if parameter.shape != (channels,):
+            raise ValueError(
+                f"{name}: parameters must have {channels} values, got {list(parameter.shape)}"
+            )
 
 
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:

@@ -33,6 +33,21 @@ _SCHEMAS = {
     ),
     "rectified_pairs": "(Tensor input, Tensor weight) -> Tensor",
     "rectified_pairs_backward": "(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
+    "batch_norm_relu": (
+        "(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_relu_backward": (
+        "(Tensor grad, Tensor input, Tensor weight, Tensor bias, Tensor mean, Tensor var, "
+        "float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_concat": (
+        "(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor factor, float eps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_concat_backward": (
+        "(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor factor, Tensor mean, "
+        "Tensor var, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
         "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
@@ -150,6 +165,27 @@ def _(grad, input, weight):
     return plain.like(input), torch.empty_like(weight)
 
 
+@torch.library.register_fake("nasfcos::batch_norm_relu", lib=_lib)
+def _(input, weight, bias, eps):
+    return plain.like(input), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("nasfcos::batch_norm_relu_backward", lib=_lib)
+def _(grad, input, weight, bias, mean, var, eps):
+    return plain.like(input), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("nasfcos::batch_norm_concat", lib=_lib)
+def _(x, y, weight, bias, factor, eps):
+    return plain.like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("nasfcos::batch_norm_concat_backward", lib=_lib)
+def _(grad, x, y, weight, bias, factor, mean, var, eps):
+    parameters = (torch.empty_like(t) for t in (weight, bias, factor))
+    return plain.like(x), plain.like(y), *parameters
+
+
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
     return plain.like(input)
@@ -173,8 +209,8 @@ def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_group
 
 
 def _gradients(operator, ctx, grad: Tensor, *settings) -> tuple[Tensor, ...]:
-    """What a backward operator makes of an output's gradient and the saved tensors, in these'
-    dtypes.
+    """What a backward operator makes of an output's gradient and the saved tensors: the gradients
+    of the first of these, in their dtypes.
 
     Half precision is for the forward pass: gradients of weights are sums over all pixels, those of
     offsets are differences of large numbers.
@@ -182,7 +218,7 @@ def _gradients(operator, ctx, grad: Tensor, *settings) -> tuple[Tensor, ...]:
     saved = ctx.saved_tensors  # once: checkpointing recomputes them
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grads = operator(grad.to(dtype), *(t.to(dtype) for t in saved), *settings)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, saved, strict=True))
+    return tuple(g.to(t.dtype) for g, t in zip(grads, saved, strict=False))
 
 
 def _focal_context(ctx, inputs, output) -> None:
@@ -205,6 +241,21 @@ def _pairs_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _pairs_backward(ctx, grad: Tensor):
     return _gradients(torch.ops.nasfcos.rectified_pairs_backward, ctx, grad)
+
+
+def _norm_context(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+@once_differentiable
+def _norm_relu_backward(ctx, grad: Tensor, *_):
+    return *_gradients(torch.ops.nasfcos.batch_norm_relu_backward, ctx, grad, ctx.eps), None
+
+
+@once_differentiable
+def _norm_concat_backward(ctx, grad: Tensor, *_):
+    return *_gradients(torch.ops.nasfcos.batch_norm_concat_backward, ctx, grad, ctx.eps), None
 
 
 def _depthwise_context(ctx, inputs, output) -> None:
@@ -236,6 +287,12 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "nasfcos::rectified_pairs", _pairs_backward, setup_context=_pairs_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::batch_norm_relu", _norm_relu_backward, setup_context=_norm_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::batch_norm_concat", _norm_concat_backward, setup_context=_norm_context, lib=_lib
 )
 torch.library.register_autograd(
     "nasfcos::depthwise_conv2d",

@@ -113,6 +113,66 @@ def rectified_pairs_backward(
     return grad_input, torch.empty_like(weight).copy_(grad_weight)
 
 
+def batch_norm_relu(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = input.to(weight.dtype)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    output = _normed(x, weight, bias, mean, var, eps).relu().to(input.dtype)
+    return output.contiguous(memory_format=memory_format(input)), mean, var
+
+
+def batch_norm_relu_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.masked_fill(_normed(input, weight, bias, mean, var, eps) <= 0, 0)
+    scale = (var + eps).rsqrt()
+    centred = (input - mean[:, None, None]) * scale[:, None, None]
+    grad_weight, grad_bias = (grad * centred).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    count = input.numel() // len(weight)
+    means = [(t / count)[:, None, None] for t in (grad_weight, grad_bias)]
+    grad_input = (weight * scale)[:, None, None] * (grad - means[1] - centred * means[0])
+    return grad_input.contiguous(memory_format=memory_format(input)), grad_weight, grad_bias
+
+
+def batch_norm_concat(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    maps = torch.cat((x, y), dim=1).to(weight.dtype)
+    output, mean, var = batch_norm_relu(maps, weight, bias, eps)
+    output = rectified_pairs(output, factor.view(-1, 2, 1, 1)).to(x.dtype)
+    return output.contiguous(memory_format=memory_format(x)), mean, var
+
+
+def batch_norm_concat_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    maps = torch.cat((x, y), dim=1)
+    normed = _normed(maps, weight, bias, mean, var, eps)
+    grad, grad_factor = rectified_pairs_backward(grad, normed, factor.view(-1, 2, 1, 1))
+    grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, var, eps)
+    grad_x, grad_y = (
+        part.contiguous(memory_format=memory_format(map))
+        for part, map in zip(grads.split(x.shape[1], dim=1), (x, y), strict=True)
+    )
+    return grad_x, grad_y, *grad_terms, grad_factor.flatten()
+
+
+def _normed(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    scale = weight * (var + eps).rsqrt()
+    return x * scale[:, None, None] + (bias - mean * scale)[:, None, None]
+
+
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
     padding = dilation * (weight.shape[2] // 2)
     output = F.conv2d(

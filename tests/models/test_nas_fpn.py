@@ -1,8 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nasfcos.models import layers
+from nasfcos.models.layers import OPERATIONS
 from nasfcos.models.necks.nas_fpn import Concat
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
@@ -46,3 +50,28 @@ def test_concatenation_of_maps_of_two_dtypes_under_autocast():
         block(x, y).float().sum().backward()
     assert x.grad.dtype == torch.bfloat16 and y.grad.dtype == torch.float32
     assert x.grad.isfinite().all() and y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+@pytest.mark.parametrize("name", ["concat", "conv1x1", "sep_conv_3x3", "def_conv_3x3"])
+def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
+    torch.manual_seed(0)
+    block = (Concat if name == "concat" else OPERATIONS[name])(8, nn.BatchNorm2d)
+    block.norm.momentum = momentum
+    maps = [torch.randn(2, 8, 5, 7) for _ in range(2 if name == "concat" else 1)]
+    found = []
+    for own in (True, False):
+        monkeypatch.setattr(layers, "_OWN_BATCH_NORM", own and layers._OWN_BATCH_NORM)
+        form = copy.deepcopy(block)
+        for _ in range(3):
+            out = form(*maps)
+        found.append([out, *form.norm.state_dict().values()])
+        evaluated = form.eval()(*maps)
+        assert not torch.allclose(evaluated, out) or momentum == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_value_a_channel_has_no_statistics():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        OPERATIONS["conv1x1"](8, nn.BatchNorm2d)(torch.randn(1, 8, 1, 1))

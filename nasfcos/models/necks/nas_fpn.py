@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...genotype import AGGREGATIONS, FPN_OPS, NUM_INPUTS, Cell, Genotype
-from ...ops import memory_format, rectified_pairs
-from ..layers import OPERATIONS, ConvNormAct, Norm, resize_to
+from ...ops import batch_norm_concat, memory_format, rectified_pairs
+from ..layers import OPERATIONS, ConvNormAct, Norm, follow, resize_to, trains_on_cpu
 from ..registry import NECKS
 from .top import TopLevels
 
@@ -52,7 +52,14 @@ class Concat(nn.Module):
         self.conv = nn.Conv2d(2 * channels, channels, 1, groups=channels, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return rectified_pairs(self.norm(_Concatenate.apply(x, y)), self.conv.weight)
+        norm = self.norm
+        if not trains_on_cpu(norm, x):
+            return rectified_pairs(norm(_Concatenate.apply(x, y)), self.conv.weight)
+        output, mean, var = batch_norm_concat(
+            x, y, norm.weight, norm.bias, self.conv.weight, norm.eps
+        )
+        follow(norm, mean, var, x.numel() // x.shape[1])
+        return output
 
 
 AGGREGATION_LAYERS = {"psum": WeightedSum, "cat": Concat}

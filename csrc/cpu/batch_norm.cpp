@@ -1,0 +1,448 @@
+// Batch norm with the batch's own statistics and what follows it in the searched layers, in training:
+//   batch_norm_relu    out[i] = h[i],                                             h = relu(norm(x))
+//   batch_norm_concat  out[c] = factor[2c] * h[2c] + factor[2c + 1] * h[2c + 1],  h = relu(norm(z))
+// where z are maps x and y, one's channels after the other's. As each has an even number of them, the
+// first half of the output's channels comes from x and the second from y: nothing is concatenated.
+//
+// Forward reads every map twice (statistics, output) and backward twice (sums, gradient); all maps
+// are channels-last. Sums over pixels are float32 within a block of pixels and double beyond it.
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../macros.h"
+#include "../memory_format.h"
+#include "parts.h"
+#include "values.h"
+
+namespace {
+
+using at::Tensor;
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+constexpr int64_t kPixels = 256;  // of a block
+
+// ------------------------------------------------------------------------------- loops over pixels
+// Sums of differences from `origin` [n] and of their squares: [2, n].
+template <typename T, typename Acc>
+NASFCOS_INLINE void moments_loop(
+    const T* x, const Acc* origin, int64_t pixels, int64_t n, Acc* sums) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc d = load(x + i) - origin[i];
+      sums[i] += d;
+      sums[n + i] += d * d;
+    }
+  }
+}
+
+template <typename T, typename Acc>
+NASFCOS_INLINE void relu_loop(
+    const T* x, const Acc* scale, const Acc* shift, int64_t pixels, int64_t n, T* out) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n, out += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      store(relu<Acc>(scale[i] * load(x + i) + shift[i]), out + i);
+    }
+  }
+}
+
+// Pairs: the channels' own values, such as `scale`, come with those of all first channels of pairs
+// before those of all second ones, so that only maps are read and written by pairs. Pixels of `out`
+// lie `step` values apart.
+template <typename T, typename Acc>
+NASFCOS_INLINE void pairs_loop(
+    const T* x, const Acc* scale, const Acc* shift, const Acc* factor, int64_t pixels, int64_t n,
+    int64_t step, T* out) {
+  const int64_t half = n / 2;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n, out += step) {
+#pragma omp simd
+    for (int64_t c = 0; c < half; ++c) {
+      const Acc a = relu<Acc>(scale[c] * load(x + 2 * c) + shift[c]);
+      const Acc b = relu<Acc>(scale[half + c] * load(x + 2 * c + 1) + shift[half + c]);
+      store(factor[c] * a + factor[half + c] * b, out + c);
+    }
+  }
+}
+
+// What the gradient needs to know of each channel, each [n].
+template <typename T>
+struct Channels {
+  const T *mean, *scale, *shift;
+  const T* factor;  // of pairs
+  const T *constant, *linear;
+};
+
+// One value's part of the sums: of the gradient of h where it is not zero, and of that times the
+// difference of x from its mean.
+template <typename T>
+NASFCOS_INLINE void add_slope(
+    T grad, T x, const Channels<T>& of, int64_t i, int64_t n, T* sums) {
+  const T slope = of.scale[i] * x + of.shift[i] <= 0 ? T(0) : grad;
+  sums[i] += slope;
+  sums[n + i] += slope * (x - of.mean[i]);
+}
+
+// The gradient of one value of x.
+template <typename T>
+NASFCOS_INLINE T grad_of(T grad, T x, const Channels<T>& of, int64_t i) {
+  const T slope = of.scale[i] * x + of.shift[i] <= 0 ? T(0) : grad;
+  return of.scale[i] * slope + of.constant[i] + of.linear[i] * (x - of.mean[i]);
+}
+
+// Sums [2, n].
+template <typename T>
+NASFCOS_INLINE void relu_sums_loop(
+    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) add_slope(grad[i], x[i], of, i, n, sums);
+  }
+}
+
+// Sums [3, n], the last that of the output's gradient times h.
+template <typename T>
+NASFCOS_INLINE void pairs_sums_loop(
+    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step,
+    T* sums) {
+  const int64_t half = n / 2;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += step, x += n) {
+#pragma omp simd
+    for (int64_t c = 0; c < half; ++c) {
+      const T g = grad[c], a = x[2 * c], b = x[2 * c + 1];
+      add_slope(of.factor[c] * g, a, of, c, n, sums);
+      add_slope(of.factor[half + c] * g, b, of, half + c, n, sums);
+      sums[2 * n + c] += g * relu(of.scale[c] * a + of.shift[c]);
+      sums[2 * n + half + c] += g * relu(of.scale[half + c] * b + of.shift[half + c]);
+    }
+  }
+}
+
+template <typename T>
+NASFCOS_INLINE void relu_grad_loop(
+    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* grad_x) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += n, grad_x += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) grad_x[i] = grad_of(grad[i], x[i], of, i);
+  }
+}
+
+template <typename T>
+NASFCOS_INLINE void pairs_grad_loop(
+    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step,
+    T* grad_x) {
+  const int64_t half = n / 2;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += step, x += n, grad_x += n) {
+#pragma omp simd
+    for (int64_t c = 0; c < half; ++c) {
+      const T g = grad[c], a = x[2 * c], b = x[2 * c + 1];
+      grad_x[2 * c] = grad_of(of.factor[c] * g, a, of, c);
+      grad_x[2 * c + 1] = grad_of(of.factor[half + c] * g, b, of, half + c);
+    }
+  }
+}
+
+// The same for each type, by instruction set.
+#define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
+  CLONES void moments(const T* x, const ACC* origin, int64_t pixels, int64_t n, ACC* sums) {     \
+    moments_loop(x, origin, pixels, n, sums);                                                    \
+  }                                                                                              \
+  CLONES void apply(                                                                             \
+      const T* x, const ACC* scale, const ACC* shift, int64_t pixels, int64_t n, T* out) {       \
+    relu_loop(x, scale, shift, pixels, n, out);                                                  \
+  }                                                                                              \
+  CLONES void apply(                                                                             \
+      const T* x, const ACC* scale, const ACC* shift, const ACC* factor, int64_t pixels,         \
+      int64_t n, int64_t step, T* out) {                                                         \
+    pairs_loop(x, scale, shift, factor, pixels, n, step, out);                                   \
+  }
+NASFCOS_FORWARD(NASFCOS_CLONES, float, float)
+NASFCOS_FORWARD(NASFCOS_CLONES, uint16_t, float)
+NASFCOS_FORWARD(, double, double)
+#undef NASFCOS_FORWARD
+
+#define NASFCOS_BACKWARD(CLONES, T)                                                              \
+  CLONES void add_sums(                                                                          \
+      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {    \
+    relu_sums_loop(grad, x, of, pixels, n, sums);                                                \
+  }                                                                                              \
+  CLONES void add_sums(                                                                          \
+      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
+      T* sums) {                                                                                 \
+    pairs_sums_loop(grad, x, of, pixels, n, step, sums);                                         \
+  }                                                                                              \
+  CLONES void write_grad(                                                                        \
+      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* grad_x) {  \
+    relu_grad_loop(grad, x, of, pixels, n, grad_x);                                              \
+  }                                                                                              \
+  CLONES void write_grad(                                                                        \
+      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
+      T* grad_x) {                                                                               \
+    pairs_grad_loop(grad, x, of, pixels, n, step, grad_x);                                       \
+  }
+NASFCOS_BACKWARD(NASFCOS_CLONES, float)
+NASFCOS_BACKWARD(, double)
+#undef NASFCOS_BACKWARD
+
+// --------------------------------------------------------------------------------- sums in parts
+// Pixels that are worth a thread's while.
+int64_t grain_of(int64_t channels) { return (int64_t{1} << 15) / (channels + 1) + 1; }
+
+int64_t pixels_of(const Tensor& maps) { return maps.size(0) * maps.size(2) * maps.size(3); }
+
+// Sums [size] over all pixels of what `add(first pixel, pixels, sums)` adds to its sums.
+template <typename Acc, typename Add>
+std::vector<double> sums_over(int64_t pixels, int64_t channels, int64_t size, const Add& add) {
+  const int64_t parts = parts_of(pixels, grain_of(channels));
+  std::vector<std::vector<double>> found(parts, std::vector<double>(size));
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Acc> sums(size);
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t last = pixels * (part + 1) / parts;
+      for (int64_t first = pixels * part / parts; first < last; first += kPixels) {
+        std::fill(sums.begin(), sums.end(), Acc(0));
+        add(first, std::min(kPixels, last - first), sums.data());
+        for (int64_t i = 0; i < size; ++i) found[part][i] += sums[i];
+      }
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; ++i) found[0][i] += found[part][i];
+  }
+  return found[0];
+}
+
+// -------------------------------------------------------------------------------------- operators
+// The maps that are normed: x, and y of a concatenation.
+struct Maps {
+  Maps(const Tensor& x, const Tensor* y) : all{x.contiguous(kLast)} {
+    if (y) all.push_back(y->contiguous(kLast));
+  }
+  std::vector<Tensor> all;
+  bool pairs() const { return all.size() == 2; }
+  int64_t channels() const { return all[0].size(1); }  // of one of them
+};
+
+void check(
+    const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
+    const Tensor* factor) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && pixels_of(x) > 0 && x.size(1) > 0,
+      "batch norm: maps must be [N, C, H, W] and not empty, not ", x.sizes());
+  TORCH_CHECK_VALUE(
+      !y || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type() && x.size(1) % 2 == 0),
+      "batch_norm_concat: x and y must be of one shape and dtype, with an even number of channels");
+  const int64_t channels = x.size(1) * (y ? 2 : 1);
+  for (const Tensor* t : {&weight, &bias, factor}) {
+    TORCH_CHECK_VALUE(
+        !t || (t->dim() == 1 && t->size(0) == channels &&
+               t->scalar_type() == at::toOpMathType(x.scalar_type())),
+        "batch norm: parameters must be [", channels, "], in the dtype of the maps or, for "
+        "bfloat16, in float32");
+  }
+}
+
+// The norm of one of the maps by the statistics of its channels. Values of channels are in the order
+// of the loops: for pairs, the first channels of all, then the second ones.
+template <typename Acc>
+struct Norm {
+  Norm(const Maps& maps, int64_t number) : n(maps.channels()), from(number * n), channel(n) {
+    for (int64_t k = 0; k < n; ++k) {
+      const bool second = k >= n / 2;
+      channel[k] = from + (maps.pairs() ? 2 * (k - second * (n / 2)) + second : k);
+    }
+  }
+
+  void use(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
+           double eps) {
+    scale.resize(n), shift.resize(n);
+    means = of(mean);
+    const auto vars = of(var), w = of(weight), b = of(bias);
+    for (int64_t k = 0; k < n; ++k) {
+      scale[k] = static_cast<Acc>(w[k] / std::sqrt(vars[k] + eps));
+      shift[k] = b[k] - means[k] * scale[k];
+    }
+  }
+
+  // Values of these channels, from those of all.
+  std::vector<Acc> of(const Tensor& values) const {
+    std::vector<Acc> found(n);
+    for (int64_t k = 0; k < n; ++k) found[k] = values.const_data_ptr<Acc>()[channel[k]];
+    return found;
+  }
+
+  int64_t n, from;
+  std::vector<int64_t> channel;
+  std::vector<Acc> means, scale, shift;
+};
+
+template <typename scalar_t>
+void forward_of(
+    const Maps& maps, const Tensor& weight, const Tensor& bias, const Tensor& factor, double eps,
+    Tensor& output, Tensor& mean, Tensor& var) {
+  using B = Bits<scalar_t>;
+  using Acc = at::opmath_type<scalar_t>;
+  const int64_t n = maps.channels(), pixels = pixels_of(output), step = output.size(1);
+  for (size_t number = 0; number < maps.all.size(); ++number) {
+    const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
+    B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
+    Norm<Acc> norm(maps, number);
+    std::vector<Acc> origin(n);
+    for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
+    const auto sums = sums_over<Acc>(pixels, n, 2 * n, [&](int64_t first, int64_t count, Acc* to) {
+      moments(x + first * n, origin.data(), count, n, to);
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      const double difference = sums[i] / pixels;
+      const double variance = sums[n + i] / pixels - difference * difference;
+      mean.mutable_data_ptr<Acc>()[norm.from + i] = static_cast<Acc>(origin[i] + difference);
+      var.mutable_data_ptr<Acc>()[norm.from + i] = static_cast<Acc>(variance < 0 ? 0 : variance);
+    }
+    norm.use(mean, var, weight, bias, eps);
+    const auto factors = maps.pairs() ? norm.of(factor) : std::vector<Acc>();
+    const Acc *scale = norm.scale.data(), *shift = norm.shift.data();
+    at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
+      const B* from = x + begin * n;
+      if (maps.pairs()) {
+        apply(from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
+      } else {
+        apply(from, scale, shift, end - begin, n, out + begin * step);
+      }
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
+    const Tensor* factor, double eps) {
+  check(x, y, weight, bias, factor);
+  Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
+  Tensor mean = at::empty(weight.sizes(), weight.options());
+  Tensor var = at::empty(weight.sizes(), weight.options());
+  const Maps maps(x, y);
+  const Tensor w = weight.contiguous(), b = bias.contiguous();
+  const Tensor f = factor ? factor->contiguous() : Tensor();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "batch_norm", [&] {
+    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, var);
+  });
+  return {output.contiguous(format_of(x)), mean, var};
+}
+
+// Writes the gradients of the maps, and those of weight, bias and factor.
+template <typename T>
+void backward_of(
+    const Tensor& grad, const Maps& maps, const Tensor& weight, const Tensor& bias,
+    const Tensor& factor, const Tensor& mean, const Tensor& var, double eps,
+    const std::vector<Tensor>& grads, const std::vector<Tensor>& of_parameters) {
+  const int64_t n = maps.channels(), pixels = pixels_of(grad), step = grad.size(1);
+  for (size_t number = 0; number < maps.all.size(); ++number) {
+    const T* x = maps.all[number].const_data_ptr<T>();
+    const T* g = grad.const_data_ptr<T>() + number * n / 2;
+    Norm<T> norm(maps, number);
+    norm.use(mean, var, weight, bias, eps);
+    const auto vars = norm.of(var), w = norm.of(weight);
+    const auto factors = maps.pairs() ? norm.of(factor) : std::vector<T>();
+    std::vector<T> constant(n), linear(n);
+    const Channels<T> of{
+        norm.means.data(), norm.scale.data(), norm.shift.data(), factors.data(), constant.data(),
+        linear.data()};
+    const auto sums = sums_over<T>(
+        pixels, n, (maps.pairs() ? 3 : 2) * n, [&](int64_t first, int64_t count, T* to) {
+          if (maps.pairs()) {
+            add_sums(g + first * step, x + first * n, of, count, n, step, to);
+          } else {
+            add_sums(g + first * step, x + first * n, of, count, n, to);
+          }
+        });
+    for (int64_t k = 0; k < n; ++k) {
+      const double inverse = 1 / std::sqrt(vars[k] + eps), product = sums[n + k] * inverse;
+      const double of_terms[] = {product, sums[k], maps.pairs() ? sums[2 * n + k] : 0};
+      for (int64_t i = 0; i < 3; ++i) {
+        of_parameters[i].mutable_data_ptr<T>()[norm.channel[k]] = static_cast<T>(of_terms[i]);
+      }
+      constant[k] = static_cast<T>(-w[k] * inverse * sums[k] / pixels);
+      linear[k] = static_cast<T>(-w[k] * inverse * inverse * product / pixels);
+    }
+    T* to = grads[number].mutable_data_ptr<T>();
+    at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
+      const T *grad_here = g + begin * step, *x_here = x + begin * n;
+      if (maps.pairs()) {
+        write_grad(grad_here, x_here, of, end - begin, n, step, to + begin * n);
+      } else {
+        write_grad(grad_here, x_here, of, end - begin, n, to + begin * n);
+      }
+    });
+  }
+}
+
+// The gradients of the maps, and of weight, bias and factor.
+std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
+    const Tensor& grad, const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
+    const Tensor* factor, const Tensor& mean, const Tensor& var, double eps) {
+  check(x, y, weight, bias, factor);
+  TORCH_CHECK_VALUE(
+      grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
+          mean.sizes() == weight.sizes() && var.sizes() == weight.sizes() &&
+          mean.scalar_type() == x.scalar_type() && var.scalar_type() == x.scalar_type(),
+      "batch norm: the output's gradient and the statistics must be as the forward pass gave them");
+  const Maps maps(x, y);
+  std::vector<Tensor> grads, of_parameters(3);
+  for (const Tensor& map : maps.all) {
+    grads.push_back(at::empty(map.sizes(), map.options().memory_format(kLast)));
+  }
+  for (Tensor& t : of_parameters) t = at::empty(weight.sizes(), weight.options());
+  const Tensor w = weight.contiguous(), b = bias.contiguous();
+  const Tensor f = factor ? factor->contiguous() : Tensor();
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_backward", [&] {
+    backward_of<scalar_t>(
+        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), var.contiguous(), eps, grads,
+        of_parameters);
+  });
+  grads[0] = grads[0].contiguous(format_of(x));
+  if (y) grads[1] = grads[1].contiguous(format_of(*y));
+  return {grads, of_parameters};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(
+    const Tensor& input, const Tensor& weight, const Tensor& bias, double eps) {
+  return forward(input, nullptr, weight, bias, nullptr, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& bias,
+    const Tensor& mean, const Tensor& var, double eps) {
+  const auto [maps, terms] = backward(grad, input, nullptr, weight, bias, nullptr, mean, var, eps);
+  return {maps[0], terms[0], terms[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_concat(
+    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
+    const Tensor& factor, double eps) {
+  return forward(x, &y, weight, bias, &factor, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_concat_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
+    const Tensor& factor, const Tensor& mean, const Tensor& var, double eps) {
+  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, var, eps);
+  return {maps[0], maps[1], terms[0], terms[1], terms[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
+  m.impl("batch_norm_relu", TORCH_FN(batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_FN(batch_norm_relu_backward));
+  m.impl("batch_norm_concat", TORCH_FN(batch_norm_concat));
+  m.impl("batch_norm_concat_backward", TORCH_FN(batch_norm_concat_backward));
+}

@@ -1,0 +1,255 @@
+"""Batch norm by the batch's statistics with what follows it, against PyTorch's operators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nasfcos.ops import batch_norm_concat, batch_norm_relu, plain
+from tests.operators import (
+    FORMATS,
+    check_autocast,
+    check_close,
+    check_compiles,
+    check_once_differentiable,
+    check_threads,
+    needs_compiled,
+    outcome,
+)
+
+EPS = 1e-5
+# [N, C, H, W] of each map
+CASES = {
+    "many channels": (2, 150, 7, 9),
+    "several blocks of pixels": (3, 6, 20, 30),
+    "fewer channels than a vector": (3, 4, 4, 6),
+    "two pixels": (1, 32, 1, 2),
+}
+FACES = {"batch_norm_relu": batch_norm_relu, "batch_norm_concat": batch_norm_concat}
+
+
+def random_case(operator, name, dtype=torch.float64):
+    """Maps and parameters; the maps' mean is far from zero."""
+    n, channels, height, width = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    maps = [3 * random(n, channels, height, width) + 7]
+    if operator == "batch_norm_concat":
+        maps.append(random(n, channels, height, width))
+    total = len(maps) * channels
+    parameters = [random(total), random(total)]
+    if operator == "batch_norm_concat":
+        parameters.append(random(channels, 2, 1, 1))
+    return [t.to(dtype) for t in (*maps, *parameters)]
+
+
+def ours(operator):
+    return lambda *tensors: FACES[operator](*tensors, EPS)[0]
+
+
+def raw_case(operator, name, dtype=torch.float64, format=torch.contiguous_format):
+    """Tensors as the operator without its face takes them."""
+    return [
+        t.contiguous(memory_format=format) if t.dim() == 4 else t
+        for t in as_raw(random_case(operator, name, dtype))
+    ]
+
+
+def as_raw(tensors):
+    return [t.flatten() if t.shape[2:] == (1, 1) else t for t in tensors]
+
+
+def ordinary(operator):
+    def relu(x, weight, bias):
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
+
+    def concat(x, y, weight, bias, factor):
+        return F.conv2d(relu(torch.cat((x, y), 1), weight, bias), factor, groups=len(factor))
+
+    return {"batch_norm_relu": relu, "batch_norm_concat": concat}[operator]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "two pixels"])
+@pytest.mark.parametrize("operator", FACES)
+def test_agrees_with_torch(operator, name, format, dtype, tolerance):
+    tensors = random_case(operator, name, dtype)
+    want = outcome(ordinary(operator), tensors)
+    laid = [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
+    got = outcome(ours(operator), laid)
+    assert all(a.dtype == dtype for a in got)
+    check_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("operator", FACES)
+def test_statistics(operator, name):
+    tensors = random_case(operator, name, torch.float32)
+    _, mean, var = FACES[operator](*tensors, EPS)
+    maps = torch.cat([t for t in tensors if t.shape == CASES[name]], dim=1).double()
+    check_close(
+        (mean.double(), var.double()),
+        (maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=0)),
+        1e-5,
+    )
+    assert not mean.requires_grad and not var.requires_grad
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("operator", FACES)
+def test_gradcheck(operator, name):
+    leaves = [t.requires_grad_() for t in random_case(operator, name)]
+    assert torch.autograd.gradcheck(ours(operator), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("operator", FACES)
+@pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_memory_format_of_the_results(format, operators, operator):
+    tensors = raw_case(operator, "many channels", torch.float32, format)
+    output, mean, var = getattr(operators, operator)(*tensors, EPS)
+    # The output's gradient may lie in any way.
+    grads = getattr(operators, f"{operator}_backward")(
+        output.contiguous(), *tensors, mean, var, EPS
+    )
+    for t in (output, *(t for t in grads if t.dim() == 4)):
+        assert t.is_contiguous(memory_format=format)
+    assert [t.shape for t in grads] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_plain_operators_are_the_compiled_ones(operator):
+    tensors = raw_case(operator, "many channels")
+    got = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
+    torch.testing.assert_close(got, getattr(plain, operator)(*tensors, EPS))
+    backward = (got[0].cos(), *tensors, *got[1:], EPS)
+    torch.testing.assert_close(
+        getattr(torch.ops.nasfcos, f"{operator}_backward")(*backward),
+        getattr(plain, f"{operator}_backward")(*backward),
+    )
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_result_does_not_depend_on_threads(operator):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 40, 60, 50)] + [(40,)] * 2
+    if operator == "batch_norm_concat":
+        shapes = [(2, 40, 60, 50)] * 2 + [(80,)] * 2 + [(40, 2, 1, 1)]
+    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    check_threads(ours(operator), tensors)
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_what_is_not_a_number_spoils_its_own_channel(operator):
+    tensors = random_case(operator, "many channels", torch.float32)
+    tensors[0][0, 7, 3, 3] = torch.nan
+    got, want = ours(operator)(*tensors), ordinary(operator)(*tensors)
+    spoiled = 7 if operator == "batch_norm_relu" else 3
+    assert got.isnan().any(dim=(0, 2, 3)).nonzero().flatten().tolist() == [spoiled]
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_bfloat16_maps(operator):
+    """Computed in float32 and rounded, with parameters and their gradients in float32."""
+    exact = random_case(operator, "many channels", torch.float32)
+    rough = [t.bfloat16() if t.shape == CASES["many channels"] else t for t in exact]
+    same = [t.float() for t in rough]
+    got, want = outcome(ours(operator), rough), outcome(ours(operator), same)
+    assert torch.equal(got[0], want[0].bfloat16())
+    assert [g.dtype for g in got[1:]] == [t.dtype for t in rough]
+    check_close([g.float() for g in got[1:]], want[1:], 2e-2)
+    half = [t.half() if t.dtype == torch.bfloat16 else t for t in rough]
+    assert torch.equal(
+        ours(operator)(*half), ours(operator)(*(t.float() for t in half)).half()
+    )
+
+
+def test_autocast():
+    x, weight, bias = random_case("batch_norm_relu", "many channels")
+    bias = bias.float()
+
+    def with_bias(function):
+        return lambda x, weight: function(x, weight, bias.to(weight.dtype))
+
+    check_autocast(
+        with_bias(ours("batch_norm_relu")), with_bias(ordinary("batch_norm_relu")), x, weight, "cpu"
+    )
+
+
+def test_maps_of_two_dtypes():
+    x, y, *parameters = random_case("batch_norm_concat", "many channels", torch.float32)
+    got = ours("batch_norm_concat")(x.bfloat16(), y, *parameters)
+    want = ours("batch_norm_concat")(x.bfloat16().float(), y, *parameters)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_second_derivatives_are_refused(operator):
+    check_once_differentiable(ours(operator), random_case(operator, "many channels"))
+
+
+def misfits(operator):
+    *maps, weight, bias = random_case("batch_norm_relu", "many channels")
+    if operator == "batch_norm_concat":
+        x, y, weight, bias, factor = random_case(operator, "many channels")
+        yield x, y[:1], weight, bias, factor
+        yield x[:, 1:], y[:, 1:], weight[2:], bias[2:], factor[1:]
+        yield x, y, weight, bias, factor[1:]
+        yield x[:0], y[:0], weight, bias, factor
+    else:
+        yield maps[0][0], weight, bias
+        yield maps[0], weight[1:], bias
+        yield maps[0], weight, bias[1:]
+        yield maps[0][:0], weight, bias
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_shapes_that_do_not_fit(operator):
+    for wrong in misfits(operator):
+        with pytest.raises(ValueError, match=operator):
+            ours(operator)(*wrong)
+
+
+@needs_compiled("batch_norm_relu")
+@pytest.mark.parametrize("operator", FACES)
+def test_the_operator_without_its_face_does_not_read_out_of_bounds(operator):
+    for wrong in map(as_raw, misfits(operator)):
+        with pytest.raises((ValueError, RuntimeError)):
+            getattr(torch.ops.nasfcos, operator)(*wrong, EPS)
+    tensors = raw_case(operator, "many channels")
+    output, mean, var = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
+    backward = getattr(torch.ops.nasfcos, f"{operator}_backward")
+    for grad, moments in (
+        (output[:1], (mean, var)),
+        (output.float(), (mean, var)),
+        (output, (mean[1:], var)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            backward(grad, *tensors, *moments, EPS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("operator", FACES)
+def test_registration(operator, format):
+    tensors = raw_case(operator, "fewer channels than a vector", format=format)
+    output, mean, var = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    # The statistics have no gradient, which opcheck's comparison of gradients would ask for.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        getattr(torch.ops.nasfcos, operator), (*leaves, EPS), test_utils=utilities
+    )
+    torch.library.opcheck(
+        getattr(torch.ops.nasfcos, f"{operator}_backward"),
+        (output.cos(), *tensors, mean, var, EPS),
+    )
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_compiles_into_one_graph_of_dynamic_shape(operator):
+    names = ("many channels", "fewer channels than a vector")
+    check_compiles(ours(operator), [random_case(operator, name) for name in names])
