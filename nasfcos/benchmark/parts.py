@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 
+from ..models import layers
 from ..models.heads.dense import DenseHead
 from ..models.heads.fcos import FCOSHead
 from ..models.heads.retinanet import RetinaNetHead
 from ..models.heads.towers import plain_tower
+from ..models.necks.nas_fpn import Concat
 from ..ops import (
     batched_nms,
     depthwise_conv2d,
     modulated_deform_conv2d,
-    rectified_pairs,
     sigmoid_focal_loss,
 )
 from .inputs import (
@@ -413,21 +414,40 @@ def depthwise_conv(backward: bool, setting: Setting) -> Case:
     )
 
 
-def pairs(backward: bool, setting: Setting) -> Case:
-    """What follows the norm of the searched concatenation, on P3."""
+def concat(backward: bool, setting: Setting) -> Case:
+    """The searched concatenation with its batch norm, as training computes it, on P3."""
     height, width = map_shapes(*setting.image_size())[0]
-    x, grad = _last_maps(setting, 2 * CHANNELS, CHANNELS, backward)
-    weight = torch.randn(CHANNELS, 2, 1, 1, generator=generator()).to(setting.device)
-    weight.requires_grad_(backward)
+    x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
+    y = x.detach().flip(1).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+    block = Concat(CHANNELS, nn.BatchNorm2d).to(setting.device).requires_grad_(backward)
+
+    def ordinary() -> Tensor:
+        both = F.relu(block.norm(torch.cat((x, y), dim=1)), inplace=True)
+        return F.conv2d(both, block.conv.weight, groups=CHANNELS)
+
     return operator_case(
-        "ReLU and 1x1 convolution with a group of two channels for each output channel",
-        {
-            PYTORCH: lambda: F.conv2d(x.relu(), weight, groups=CHANNELS),
-            "ours": lambda: rectified_pairs(x, weight),
-        },
-        [x, weight],
+        "searched concatenation in training (concatenation, batch norm, ReLU, grouped 1x1 conv)",
+        {PYTORCH: ordinary, "ours": lambda: block(x, y)},
+        [x, y, *block.parameters()],
         grad if backward else None,
-        {"map": f"{height}x{width}", "output channels": CHANNELS},
+        {"maps": f"{height}x{width}", "output channels": CHANNELS},
+    )
+
+
+def norm_relu(backward: bool, setting: Setting) -> Case:
+    """Batch norm and ReLU, as training computes them, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
+    norm = nn.BatchNorm2d(CHANNELS).to(setting.device).requires_grad_(backward)
+    return operator_case(
+        "batch norm and ReLU in training",
+        {
+            PYTORCH: lambda: F.relu(norm(x), inplace=True),
+            "ours": lambda: layers.norm_relu(norm, x),
+        },
+        [x, *norm.parameters()],
+        grad if backward else None,
+        {"map": f"{height}x{width}", "channels": CHANNELS},
     )
 
 

@@ -69,9 +69,9 @@ def _all() -> Iterator[Benchmark]:
         yield Benchmark(f"nms/{count}", partial(parts.nms, count))
     yield Benchmark("deform_conv/forward", partial(parts.deform_conv, False))
     yield Benchmark("deform_conv/backward", partial(parts.deform_conv, True))
-    for name, part in (("depthwise_conv", parts.depthwise_conv), ("pairs", parts.pairs)):
-        yield Benchmark(f"{name}/forward", partial(part, False))
-        yield Benchmark(f"{name}/backward", partial(part, True))
+    for part in (parts.depthwise_conv, parts.concat, parts.norm_relu):
+        yield Benchmark(f"{part.__name__}/forward", partial(part, False))
+        yield Benchmark(f"{part.__name__}/backward", partial(part, True))
     yield Benchmark("evaluation", files.evaluation, 5)
     yield Benchmark("checkpoint/weights", files.weights)
     yield Benchmark("checkpoint/resume", files.checkpoint)

@@ -14,6 +14,8 @@ from ..ops.library import has_compiled
 
 # Whether our operators for the training of batch norms are at hand.
 _OWN_BATCH_NORM = has_compiled("batch_norm_relu", "cpu")
+# Values from which it is faster than PyTorch's batch norm with a ReLU, which has less overhead.
+_LARGE = 2**17
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalisation layer for a number of channels."""
@@ -71,7 +73,7 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """The norm, and ReLU; `x` is not needed any more."""
-    if not trains_on_cpu(norm, x):
+    if x.numel() < _LARGE or not trains_on_cpu(norm, x):
         return F.relu(norm(x), inplace=True)
     output, mean, var = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     follow(norm, mean, var, x.numel() // x.shape[1])

@@ -58,7 +58,7 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
     torch.manual_seed(0)
     block = (Concat if name == "concat" else OPERATIONS[name])(8, nn.BatchNorm2d)
     block.norm.momentum = momentum
-    maps = [torch.randn(2, 8, 5, 7) for _ in range(2 if name == "concat" else 1)]
+    maps = [torch.randn(2, 8, 90, 100) for _ in range(2 if name == "concat" else 1)]
     found = []
     for own in (True, False):
         monkeypatch.setattr(layers, "_OWN_BATCH_NORM", own and layers._OWN_BATCH_NORM)
