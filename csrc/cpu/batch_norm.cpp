@@ -5,7 +5,8 @@
 // first half of the output's channels comes from x and the second from y: nothing is concatenated.
 //
 // Forward reads every map twice (statistics, output) and backward twice (sums, gradient); all maps
-// are channels-last. Sums over pixels are float32 within a block of pixels and double beyond it.
+// are channels-last. Statistics are sums of doubles, those of backward float32 within a block of
+// pixels and double beyond it.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -29,19 +30,19 @@ namespace {
 using at::Tensor;
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-constexpr int64_t kPixels = 256;  // of a block
+// Of a block: the fewer, the less rounding in sums of values that are much alike.
+constexpr int64_t kPixels = 32;
 
 // ------------------------------------------------------------------------------- loops over pixels
-// Sums of differences from `origin` [n] and of their squares: [2, n].
-template <typename T, typename Acc>
-NASFCOS_INLINE void moments_loop(
-    const T* x, const Acc* origin, int64_t pixels, int64_t n, Acc* sums) {
+// Sums of values and of their squares: [2, n].
+template <typename T>
+NASFCOS_INLINE void moments_loop(const T* x, int64_t pixels, int64_t n, double* sums) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const Acc d = load(x + i) - origin[i];
-      sums[i] += d;
-      sums[n + i] += d * d;
+      const double value = load(x + i);
+      sums[i] += value;
+      sums[n + i] += value * value;
     }
   }
 }
@@ -154,8 +155,8 @@ NASFCOS_INLINE void pairs_grad_loop(
 
 // The same for each type, by instruction set.
 #define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
-  CLONES void moments(const T* x, const ACC* origin, int64_t pixels, int64_t n, ACC* sums) {     \
-    moments_loop(x, origin, pixels, n, sums);                                                    \
+  CLONES void moments(const T* x, int64_t pixels, int64_t n, double* sums) {                     \
+    moments_loop(x, pixels, n, sums);                                                            \
   }                                                                                              \
   CLONES void apply(                                                                             \
       const T* x, const ACC* scale, const ACC* shift, int64_t pixels, int64_t n, T* out) {       \
@@ -263,14 +264,13 @@ struct Norm {
     }
   }
 
-  void use(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
-           double eps) {
-    scale.resize(n), shift.resize(n);
-    means = of(mean);
-    const auto vars = of(var), w = of(weight), b = of(bias);
+  void use(const Tensor& mean, const Tensor& inverse, const Tensor& weight, const Tensor& bias) {
+    means = of(mean), scale = of(inverse), shift = of(bias);
+    const auto w = of(weight);
     for (int64_t k = 0; k < n; ++k) {
-      scale[k] = static_cast<Acc>(w[k] / std::sqrt(vars[k] + eps));
-      shift[k] = b[k] - means[k] * scale[k];
+      scale[k] = scale[k] * w[k];
+      const Acc product = means[k] * scale[k];
+      shift[k] = shift[k] - product;
     }
   }
 
@@ -289,7 +289,7 @@ struct Norm {
 template <typename scalar_t>
 void forward_of(
     const Maps& maps, const Tensor& weight, const Tensor& bias, const Tensor& factor, double eps,
-    Tensor& output, Tensor& mean, Tensor& var) {
+    Tensor& output, Tensor& mean, Tensor& inverse) {
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
   const int64_t n = maps.channels(), pixels = pixels_of(output), step = output.size(1);
@@ -297,18 +297,16 @@ void forward_of(
     const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
     B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
     Norm<Acc> norm(maps, number);
-    std::vector<Acc> origin(n);
-    for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
-    const auto sums = sums_over<Acc>(pixels, n, 2 * n, [&](int64_t first, int64_t count, Acc* to) {
-      moments(x + first * n, origin.data(), count, n, to);
-    });
+    const auto sums = sums_over<double>(
+        pixels, n, 2 * n,
+        [&](int64_t first, int64_t count, double* to) { moments(x + first * n, count, n, to); });
     for (int64_t i = 0; i < n; ++i) {
-      const double difference = sums[i] / pixels;
-      const double variance = sums[n + i] / pixels - difference * difference;
-      mean.mutable_data_ptr<Acc>()[norm.from + i] = static_cast<Acc>(origin[i] + difference);
-      var.mutable_data_ptr<Acc>()[norm.from + i] = static_cast<Acc>(variance < 0 ? 0 : variance);
+      const double center = sums[i] / pixels;
+      const Acc variance = std::max(sums[n + i] / pixels - center * center, 0.0);
+      mean.mutable_data_ptr<Acc>()[norm.from + i] = center;
+      inverse.mutable_data_ptr<Acc>()[norm.from + i] = 1 / std::sqrt(variance + eps);
     }
-    norm.use(mean, var, weight, bias, eps);
+    norm.use(mean, inverse, weight, bias);
     const auto factors = maps.pairs() ? norm.of(factor) : std::vector<Acc>();
     const Acc *scale = norm.scale.data(), *shift = norm.shift.data();
     at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
@@ -328,29 +326,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   check(x, y, weight, bias, factor);
   Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
   Tensor mean = at::empty(weight.sizes(), weight.options());
-  Tensor var = at::empty(weight.sizes(), weight.options());
+  Tensor inverse = at::empty(weight.sizes(), weight.options());
   const Maps maps(x, y);
   const Tensor w = weight.contiguous(), b = bias.contiguous();
   const Tensor f = factor ? factor->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "batch_norm", [&] {
-    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, var);
+    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, inverse);
   });
-  return {output.contiguous(format_of(x)), mean, var};
+  return {output.contiguous(format_of(x)), mean, inverse};
 }
 
 // Writes the gradients of the maps, and those of weight, bias and factor.
 template <typename T>
 void backward_of(
     const Tensor& grad, const Maps& maps, const Tensor& weight, const Tensor& bias,
-    const Tensor& factor, const Tensor& mean, const Tensor& var, double eps,
+    const Tensor& factor, const Tensor& mean, const Tensor& inverse,
     const std::vector<Tensor>& grads, const std::vector<Tensor>& of_parameters) {
   const int64_t n = maps.channels(), pixels = pixels_of(grad), step = grad.size(1);
   for (size_t number = 0; number < maps.all.size(); ++number) {
     const T* x = maps.all[number].const_data_ptr<T>();
     const T* g = grad.const_data_ptr<T>() + number * n / 2;
     Norm<T> norm(maps, number);
-    norm.use(mean, var, weight, bias, eps);
-    const auto vars = norm.of(var), w = norm.of(weight);
+    norm.use(mean, inverse, weight, bias);
+    const auto inverses = norm.of(inverse);
     const auto factors = maps.pairs() ? norm.of(factor) : std::vector<T>();
     std::vector<T> constant(n), linear(n);
     const Channels<T> of{
@@ -365,13 +363,13 @@ void backward_of(
           }
         });
     for (int64_t k = 0; k < n; ++k) {
-      const double inverse = 1 / std::sqrt(vars[k] + eps), product = sums[n + k] * inverse;
+      const double product = sums[n + k] * inverses[k];
       const double of_terms[] = {product, sums[k], maps.pairs() ? sums[2 * n + k] : 0};
       for (int64_t i = 0; i < 3; ++i) {
         of_parameters[i].mutable_data_ptr<T>()[norm.channel[k]] = static_cast<T>(of_terms[i]);
       }
-      constant[k] = static_cast<T>(-w[k] * inverse * sums[k] / pixels);
-      linear[k] = static_cast<T>(-w[k] * inverse * inverse * product / pixels);
+      constant[k] = static_cast<T>(-norm.scale[k] * sums[k] / pixels);
+      linear[k] = static_cast<T>(-norm.scale[k] * inverses[k] * product / pixels);
     }
     T* to = grads[number].mutable_data_ptr<T>();
     at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
@@ -388,12 +386,12 @@ void backward_of(
 // The gradients of the maps, and of weight, bias and factor.
 std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
     const Tensor& grad, const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
-    const Tensor* factor, const Tensor& mean, const Tensor& var, double eps) {
+    const Tensor* factor, const Tensor& mean, const Tensor& inverse) {
   check(x, y, weight, bias, factor);
   TORCH_CHECK_VALUE(
       grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
-          mean.sizes() == weight.sizes() && var.sizes() == weight.sizes() &&
-          mean.scalar_type() == x.scalar_type() && var.scalar_type() == x.scalar_type(),
+          mean.sizes() == weight.sizes() && inverse.sizes() == weight.sizes() &&
+          mean.scalar_type() == x.scalar_type() && inverse.scalar_type() == x.scalar_type(),
       "batch norm: the output's gradient and the statistics must be as the forward pass gave them");
   const Maps maps(x, y);
   std::vector<Tensor> grads, of_parameters(3);
@@ -405,7 +403,7 @@ std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
   const Tensor f = factor ? factor->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_backward", [&] {
     backward_of<scalar_t>(
-        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), var.contiguous(), eps, grads,
+        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), inverse.contiguous(), grads,
         of_parameters);
   });
   grads[0] = grads[0].contiguous(format_of(x));
@@ -420,8 +418,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& bias,
-    const Tensor& mean, const Tensor& var, double eps) {
-  const auto [maps, terms] = backward(grad, input, nullptr, weight, bias, nullptr, mean, var, eps);
+    const Tensor& mean, const Tensor& inverse) {
+  const auto [maps, terms] = backward(grad, input, nullptr, weight, bias, nullptr, mean, inverse);
   return {maps[0], terms[0], terms[1]};
 }
 
@@ -433,8 +431,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_concat(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_concat_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
-    const Tensor& factor, const Tensor& mean, const Tensor& var, double eps) {
-  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, var, eps);
+    const Tensor& factor, const Tensor& mean, const Tensor& inverse) {
+  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, inverse);
   return {maps[0], maps[1], terms[0], terms[1], terms[2]};
 }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_norm_relu, depthwise_conv2d, modulated_deform_conv2d
+from ..ops import batch_norm_relu, depthwise_conv2d, memory_format, modulated_deform_conv2d
 from ..ops.library import has_compiled
 
 # Whether our operators for the training of batch norms are at hand.
@@ -51,32 +51,34 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a norm is a batch norm that will take the statistics of these maps on the CPU, for
-    which our operators are faster than PyTorch's."""
+    """Whether a norm is a batch norm that will take the statistics of these maps, channels-last on
+    the CPU: for that our operators are faster than PyTorch's, and more exact."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and x.device.type == "cpu"
+        and memory_format(x) == torch.channels_last
         and x.numel() > x.shape[1]  # else PyTorch has an error for it
         and _OWN_BATCH_NORM
     )
 
 
 @torch.no_grad()
-def follow(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel,
-    as it does itself in training."""
+def follow(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor, count: int) -> None:
+    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel
+    (the mean and the inverse standard deviation), as it does itself in training."""
+    var = (inverse.double().square().reciprocal() - norm.eps).clamp(min=0)
     norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(mean.dtype), norm.momentum)
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """The norm, and ReLU; `x` is not needed any more."""
     if x.numel() < _LARGE or not trains_on_cpu(norm, x):
         return F.relu(norm(x), inplace=True)
-    output, mean, var = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    follow(norm, mean, var, x.numel() // x.shape[1])
+    output, mean, inverse = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    follow(norm, mean, inverse, x.numel() // x.shape[1])
     return output
 
 

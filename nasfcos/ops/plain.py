@@ -118,20 +118,20 @@ def batch_norm_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = input.to(weight.dtype)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    output = _normed(x, weight, bias, mean, var, eps).relu().to(input.dtype)
-    return output.contiguous(memory_format=memory_format(input)), mean, var
+    inverse = (var + eps).rsqrt()
+    output = _normed(x, weight, bias, mean, inverse).relu().to(input.dtype)
+    return output.contiguous(memory_format=memory_format(input)), mean, inverse
 
 
 def batch_norm_relu_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad.masked_fill(_normed(input, weight, bias, mean, var, eps) <= 0, 0)
-    scale = (var + eps).rsqrt()
-    centred = (input - mean[:, None, None]) * scale[:, None, None]
+    grad = grad.masked_fill(_normed(input, weight, bias, mean, inverse) <= 0, 0)
+    centred = (input - mean[:, None, None]) * inverse[:, None, None]
     grad_weight, grad_bias = (grad * centred).sum((0, 2, 3)), grad.sum((0, 2, 3))
     count = input.numel() // len(weight)
     means = [(t / count)[:, None, None] for t in (grad_weight, grad_bias)]
-    grad_input = (weight * scale)[:, None, None] * (grad - means[1] - centred * means[0])
+    grad_input = (weight * inverse)[:, None, None] * (grad - means[1] - centred * means[0])
     return grad_input.contiguous(memory_format=memory_format(input)), grad_weight, grad_bias
 
 
@@ -139,9 +139,9 @@ def batch_norm_concat(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1).to(weight.dtype)
-    output, mean, var = batch_norm_relu(maps, weight, bias, eps)
+    output, mean, inverse = batch_norm_relu(maps, weight, bias, eps)
     output = rectified_pairs(output, factor.view(-1, 2, 1, 1)).to(x.dtype)
-    return output.contiguous(memory_format=memory_format(x)), mean, var
+    return output.contiguous(memory_format=memory_format(x)), mean, inverse
 
 
 def batch_norm_concat_backward(
@@ -152,13 +152,12 @@ def batch_norm_concat_backward(
     bias: Tensor,
     factor: Tensor,
     mean: Tensor,
-    var: Tensor,
-    eps: float,
+    inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1)
-    normed = _normed(maps, weight, bias, mean, var, eps)
+    normed = _normed(maps, weight, bias, mean, inverse)
     grad, grad_factor = rectified_pairs_backward(grad, normed, factor.view(-1, 2, 1, 1))
-    grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, var, eps)
+    grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, inverse)
     grad_x, grad_y = (
         part.contiguous(memory_format=memory_format(map))
         for part, map in zip(grads.split(x.shape[1], dim=1), (x, y), strict=True)
@@ -166,10 +165,8 @@ def batch_norm_concat_backward(
     return grad_x, grad_y, *grad_terms, grad_factor.flatten()
 
 
-def _normed(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
-    scale = weight * (var + eps).rsqrt()
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    scale = weight * inverse
     return x * scale[:, None, None] + (bias - mean * scale)[:, None, None]
 
 

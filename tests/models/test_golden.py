@@ -211,9 +211,11 @@ def test_trajectory_in_double_precision(monkeypatch, one_thread):
     ours, _ = build("R_50_NAS_densebox")
     plain = copy.deepcopy(ours.double())
     batch = known_batch(ours)[:, :, :128, :160].double()
+    layout = torch.channels_last  # as the training engine has it
+    ours, ours_batch = ours.to(memory_format=layout), batch.contiguous(memory_format=layout)
     found = [
         (losses, gradients(ours) if number == 0 else {})
-        for number, (losses, _) in enumerate(steps(ours, batch, losses_of))
+        for number, (losses, _) in enumerate(steps(ours, ours_batch, losses_of))
     ]
     use_plain_operators(monkeypatch)
     for (losses, _), (our_losses, our_gradients) in zip(

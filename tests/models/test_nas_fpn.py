@@ -58,13 +58,18 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
     torch.manual_seed(0)
     block = (Concat if name == "concat" else OPERATIONS[name])(8, nn.BatchNorm2d)
     block.norm.momentum = momentum
-    maps = [torch.randn(2, 8, 90, 100) for _ in range(2 if name == "concat" else 1)]
+    maps = [
+        torch.randn(2, 8, 90, 100).contiguous(memory_format=torch.channels_last)
+        for _ in range(2 if name == "concat" else 1)
+    ]
     found = []
+    compiled = layers._OWN_BATCH_NORM
     for own in (True, False):
-        monkeypatch.setattr(layers, "_OWN_BATCH_NORM", own and layers._OWN_BATCH_NORM)
-        form = copy.deepcopy(block)
+        monkeypatch.setattr(layers, "_OWN_BATCH_NORM", own and compiled)
+        form = copy.deepcopy(block).to(memory_format=torch.channels_last)
         for _ in range(3):
             out = form(*maps)
+        assert ("nasfcos_batch_norm" in out.grad_fn.name()) == (own and compiled)
         found.append([out, *form.norm.state_dict().values()])
         evaluated = form.eval()(*maps)
         assert not torch.allclose(evaluated, out) or momentum == 1

@@ -55,10 +55,10 @@ class Concat(nn.Module):
         norm = self.norm
         if not trains_on_cpu(norm, x):
             return rectified_pairs(norm(_Concatenate.apply(x, y)), self.conv.weight)
-        output, mean, var = batch_norm_concat(
+        output, mean, inverse = batch_norm_concat(
             x, y, norm.weight, norm.bias, self.conv.weight, norm.eps
         )
-        follow(norm, mean, var, x.numel() // x.shape[1])
+        follow(norm, mean, inverse, x.numel() // x.shape[1])
         return output
 
 
