@@ -176,11 +176,13 @@ class Examples:
         """Of the maps, by level."""
         return [level.shape[1] for level in self.cache.maps]
 
-    def batch(self, indices: Tensor) -> tuple[list[Tensor], Assignment]:
+    def batch(
+        self, indices: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[Tensor], Assignment]:
         """Some crops (indices on the CPU): maps [B, C, H, W] by level, channels last, on the
         device, and the assignment. Nothing waits for a GPU."""
         maps = [
-            x.to(torch.float32, memory_format=torch.channels_last)
+            x.to(dtype, memory_format=torch.channels_last)
             for x in self.cache.read(indices.numpy(), self.device)
         ]
         rows = indices.tolist()
@@ -268,7 +270,8 @@ class Training:
         self.examples = examples
         self.order = order
         self.done = 0
-        self._bf16 = bf16
+        # Of the maps: every decoder begins with convolutions, which autocast runs in bfloat16.
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
         trained = [p for p in self.decoder.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
         self.averaged = copy.deepcopy(self.decoder)
@@ -293,7 +296,7 @@ class Training:
                 self._check()
 
     def _step(self, indices: Tensor) -> Tensor:
-        maps, assignment = self.examples.batch(indices)
+        maps, assignment = self.examples.batch(indices, self._dtype)
         with self._autocast():
             terms = self.decoder.head.loss_terms(self.decoder(maps), assignment)
             loss = sum(term.loss for term in terms.values())
@@ -330,7 +333,7 @@ class Training:
         model = self.averaged.eval()
         totals: dict[str, Tensor] = {}
         for indices in torch.arange(len(examples)).split(self.order.shape[1]):
-            maps, assignment = examples.batch(indices)
+            maps, assignment = examples.batch(indices, self._dtype)
             with self._autocast():
                 terms = model.head.loss_terms(model(maps), assignment)
             for name, (loss, weight) in terms.items():
@@ -344,7 +347,8 @@ class Training:
         return losses
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.examples.device.type, torch.bfloat16, enabled=self._bf16)
+        bf16 = self._dtype == torch.bfloat16
+        return torch.autocast(self.examples.device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager

@@ -284,6 +284,14 @@ def test_bf16_is_near(folders):
     assert rough.reward != exact and rough.reward == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize("stage, decoder", [("fpn", CELLS), ("fpn", OTHER), ("head", HEAD)])
+def test_bf16_maps_are_what_autocast_makes_of_them(folders, monkeypatch, stage, decoder):
+    found = task(folders, stage, AMP="bf16").run(TrialJob(0, decoder))
+    batch = proxy.Examples.batch
+    monkeypatch.setattr(proxy.Examples, "batch", lambda self, rows, dtype=None: batch(self, rows))
+    assert task(folders, stage, AMP="bf16").run(TrialJob(0, decoder)).losses == found.losses
+
+
 def test_latency_on_request(folders):
     one = task(folders)
     expected = one.run(TrialJob(0, CELLS))
