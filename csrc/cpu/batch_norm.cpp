@@ -13,6 +13,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -34,15 +35,16 @@ constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 constexpr int64_t kPixels = 32;
 
 // ------------------------------------------------------------------------------- loops over pixels
-// Sums of values and of their squares: [2, n].
+// Sums of differences from `origin` [n] and of their squares: [2, n].
 template <typename T>
-NASFCOS_INLINE void moments_loop(const T* x, int64_t pixels, int64_t n, double* sums) {
+NASFCOS_INLINE void moments_loop(
+    const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const double value = load(x + i);
-      sums[i] += value;
-      sums[n + i] += value * value;
+      const double difference = load(x + i) - origin[i];
+      sums[i] += difference;
+      sums[n + i] += difference * difference;
     }
   }
 }
@@ -155,8 +157,9 @@ NASFCOS_INLINE void pairs_grad_loop(
 
 // The same for each type, by instruction set.
 #define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
-  CLONES void moments(const T* x, int64_t pixels, int64_t n, double* sums) {                     \
-    moments_loop(x, pixels, n, sums);                                                            \
+  CLONES void moments(                                                                           \
+      const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {               \
+    moments_loop(x, origin, pixels, n, sums);                                                    \
   }                                                                                              \
   CLONES void apply(                                                                             \
       const T* x, const ACC* scale, const ACC* shift, int64_t pixels, int64_t n, T* out) {       \
@@ -244,13 +247,17 @@ void check(
       !y || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type() && x.size(1) % 2 == 0),
       "batch_norm_concat: x and y must be of one shape and dtype, with an even number of channels");
   const int64_t channels = x.size(1) * (y ? 2 : 1);
-  for (const Tensor* t : {&weight, &bias, factor}) {
+  const auto dtype = at::toOpMathType(x.scalar_type());
+  for (const Tensor* t : {&weight, &bias}) {
     TORCH_CHECK_VALUE(
-        !t || (t->dim() == 1 && t->size(0) == channels &&
-               t->scalar_type() == at::toOpMathType(x.scalar_type())),
-        "batch norm: parameters must be [", channels, "], in the dtype of the maps or, for "
+        t->dim() == 1 && t->size(0) == channels && t->scalar_type() == dtype,
+        "batch norm: weight and bias must be [", channels, "], in the dtype of the maps or, for "
         "bfloat16, in float32");
   }
+  TORCH_CHECK_VALUE(
+      !factor || (factor->dim() == 4 && factor->size(0) == x.size(1) && factor->size(1) == 2 &&
+                  factor->size(2) == 1 && factor->size(3) == 1 && factor->scalar_type() == dtype),
+      "batch_norm_concat: the factor must be [", x.size(1), ", 2, 1, 1], in the weight's dtype");
 }
 
 // The norm of one of the maps by the statistics of its channels. Values of channels are in the order
@@ -269,8 +276,7 @@ struct Norm {
     const auto w = of(weight);
     for (int64_t k = 0; k < n; ++k) {
       scale[k] = scale[k] * w[k];
-      const Acc product = means[k] * scale[k];
-      shift[k] = shift[k] - product;
+      shift[k] -= means[k] * scale[k];
     }
   }
 
@@ -297,13 +303,17 @@ void forward_of(
     const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
     B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
     Norm<Acc> norm(maps, number);
-    const auto sums = sums_over<double>(
-        pixels, n, 2 * n,
-        [&](int64_t first, int64_t count, double* to) { moments(x + first * n, count, n, to); });
+    // The first pixel is near enough to the mean for little to be lost to cancellation.
+    std::vector<double> origin(n);
+    for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
+    const auto sums =
+        sums_over<double>(pixels, n, 2 * n, [&](int64_t first, int64_t count, double* to) {
+          moments(x + first * n, origin.data(), count, n, to);
+        });
     for (int64_t i = 0; i < n; ++i) {
-      const double center = sums[i] / pixels;
-      const Acc variance = std::max(sums[n + i] / pixels - center * center, 0.0);
-      mean.mutable_data_ptr<Acc>()[norm.from + i] = center;
+      const double distance = sums[i] / pixels;
+      const Acc variance = std::max(sums[n + i] / pixels - distance * distance, 0.0);
+      mean.mutable_data_ptr<Acc>()[norm.from + i] = origin[i] + distance;
       inverse.mutable_data_ptr<Acc>()[norm.from + i] = 1 / std::sqrt(variance + eps);
     }
     norm.use(mean, inverse, weight, bias);
@@ -329,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   Tensor inverse = at::empty(weight.sizes(), weight.options());
   const Maps maps(x, y);
   const Tensor w = weight.contiguous(), b = bias.contiguous();
-  const Tensor f = factor ? factor->contiguous() : Tensor();
+  const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "batch_norm", [&] {
     forward_of<scalar_t>(maps, w, b, f, eps, output, mean, inverse);
   });
@@ -400,7 +410,7 @@ std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
   }
   for (Tensor& t : of_parameters) t = at::empty(weight.sizes(), weight.options());
   const Tensor w = weight.contiguous(), b = bias.contiguous();
-  const Tensor f = factor ? factor->contiguous() : Tensor();
+  const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_backward", [&] {
     backward_of<scalar_t>(
         grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), inverse.contiguous(), grads,
@@ -433,7 +443,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_concat_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
     const Tensor& factor, const Tensor& mean, const Tensor& inverse) {
   const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, inverse);
-  return {maps[0], maps[1], terms[0], terms[1], terms[2]};
+  Tensor grad_factor = at::empty_like(factor).copy_(terms[2].view(factor.sizes()));
+  return {maps[0], maps[1], terms[0], terms[1], grad_factor};
 }
 
 }  // namespace

@@ -52,10 +52,14 @@ class FrozenBatchNorm2d(nn.Module):
 
 def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm is a batch norm that will take the statistics of these maps, channels-last on
-    the CPU: for that our operators are faster than PyTorch's, and more exact."""
+    the CPU, and has all its parts: for that our operators are faster than PyTorch's."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
         and x.device.type == "cpu"
         and memory_format(x) == torch.channels_last
         and x.numel() > x.shape[1]  # else PyTorch has an error for it
@@ -74,7 +78,8 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor, count: int) -> N
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """The norm, and ReLU; `x` is not needed any more."""
+    """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, the norm itself
+    is not called, and so are no hooks on it."""
     if x.numel() < _LARGE or not trains_on_cpu(norm, x):
         return F.relu(norm(x), inplace=True)
     output, mean, inverse = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)

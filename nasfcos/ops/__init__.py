@@ -226,11 +226,15 @@ def batch_norm_concat(
             "batch_norm_concat: x and y must be of one shape with an even number of channels, "
             f"got {list(x.shape)} and {list(y.shape)}"
         )
-    _check_norm("batch_norm_concat", (x, y), (weight, bias, factor.flatten()))
+    if factor.shape != (x.shape[1], 2, 1, 1):
+        raise ValueError(
+            f"batch_norm_concat: factor must be [{x.shape[1]}, 2, 1, 1], got {list(factor.shape)}"
+        )
+    _check_norm("batch_norm_concat", (x, y), (weight, bias))
     wanted = torch.promote_types(x.dtype, y.dtype)
     dtype = torch.promote_types(_cpu_dtype(x), _cpu_dtype(y))
     output, mean, inverse = torch.ops.nasfcos.batch_norm_concat(
-        x.to(dtype), y.to(dtype), weight, bias, factor.flatten().to(weight.dtype), eps
+        x.to(dtype), y.to(dtype), weight, bias, factor.to(weight.dtype), eps
     )
     return output.to(wanted), mean.detach(), inverse.detach()
 

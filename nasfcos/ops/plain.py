@@ -140,7 +140,7 @@ def batch_norm_concat(
 ) -> tuple[Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1).to(weight.dtype)
     output, mean, inverse = batch_norm_relu(maps, weight, bias, eps)
-    output = rectified_pairs(output, factor.view(-1, 2, 1, 1)).to(x.dtype)
+    output = rectified_pairs(output, factor).to(x.dtype)
     return output.contiguous(memory_format=memory_format(x)), mean, inverse
 
 
@@ -156,13 +156,13 @@ def batch_norm_concat_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1)
     normed = _normed(maps, weight, bias, mean, inverse)
-    grad, grad_factor = rectified_pairs_backward(grad, normed, factor.view(-1, 2, 1, 1))
+    grad, grad_factor = rectified_pairs_backward(grad, normed, factor)
     grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, inverse)
     grad_x, grad_y = (
         part.contiguous(memory_format=memory_format(map))
         for part, map in zip(grads.split(x.shape[1], dim=1), (x, y), strict=True)
     )
-    return grad_x, grad_y, *grad_terms, grad_factor.flatten()
+    return grad_x, grad_y, *grad_terms, grad_factor
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:

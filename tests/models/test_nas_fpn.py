@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -80,3 +81,24 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
 def test_one_value_a_channel_has_no_statistics():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         OPERATIONS["conv1x1"](8, nn.BatchNorm2d)(torch.randn(1, 8, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "width, dtype, settings",
+    [
+        (8, torch.float32, {"momentum": None}),
+        (8, torch.float32, {"track_running_stats": False}),
+        (8, torch.float32, {"affine": False}),
+        (8, torch.bfloat16, {}),
+        (9, torch.float32, {}),
+    ],
+)
+def test_other_norms_and_widths_train_as_well(width, dtype, settings):
+    x = torch.randn(2, width, 90, 100).to(dtype, memory_format=torch.channels_last)
+    blocks = (
+        OPERATIONS["conv1x1"](width, functools.partial(nn.BatchNorm2d, **settings)),
+        Concat(width, functools.partial(nn.BatchNorm2d, **settings)),
+    )
+    for block, maps in zip(blocks, ((x,), (x, x.flip(0))), strict=True):
+        block.to(dtype, memory_format=torch.channels_last)(*maps).sum().backward()
+        assert all(p.grad.isfinite().all() for p in block.parameters())

@@ -49,16 +49,8 @@ def ours(operator):
     return lambda *tensors: FACES[operator](*tensors, EPS)[0]
 
 
-def raw_case(operator, name, dtype=torch.float64, format=torch.contiguous_format):
-    """Tensors as the operator without its face takes them."""
-    return [
-        t.contiguous(memory_format=format) if t.dim() == 4 else t
-        for t in as_raw(random_case(operator, name, dtype))
-    ]
-
-
-def as_raw(tensors):
-    return [t.flatten() if t.shape[2:] == (1, 1) else t for t in tensors]
+def laid_out(tensors, format):
+    return [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
 
 
 def ordinary(operator):
@@ -78,8 +70,7 @@ def ordinary(operator):
 def test_agrees_with_torch(operator, name, format, dtype, tolerance):
     tensors = random_case(operator, name, dtype)
     want = outcome(ordinary(operator), tensors)
-    laid = [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
-    got = outcome(ours(operator), laid)
+    got = outcome(ours(operator), laid_out(tensors, format))
     assert all(a.dtype == dtype for a in got)
     check_close(got, want, tolerance)
 
@@ -109,20 +100,21 @@ def test_gradcheck(operator, name):
 @pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_memory_format_of_the_results(format, operators, operator):
-    tensors = raw_case(operator, "many channels", torch.float32, format)
+    tensors = laid_out(random_case(operator, "many channels", torch.float32), format)
     output, mean, inverse = getattr(operators, operator)(*tensors, EPS)
     # The output's gradient may lie in any way.
     grads = getattr(operators, f"{operator}_backward")(
         output.contiguous(), *tensors, mean, inverse
     )
-    for t in (output, *(t for t in grads if t.dim() == 4)):
-        assert t.is_contiguous(memory_format=format)
-    assert [t.shape for t in grads] == [t.shape for t in tensors]
+    assert output.is_contiguous(memory_format=format)
+    # The factor's gradient too lies as the factor does, or DDP would copy it.
+    for gradient, t in zip(grads, tensors, strict=True):
+        assert gradient.shape == t.shape and gradient.stride() == t.stride()
 
 
 @pytest.mark.parametrize("operator", FACES)
 def test_plain_operators_are_the_compiled_ones(operator):
-    tensors = raw_case(operator, "many channels")
+    tensors = random_case(operator, "many channels")
     got = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     torch.testing.assert_close(got, getattr(plain, operator)(*tensors, EPS))
     backward = (got[0].cos(), *tensors, *got[1:])
@@ -217,10 +209,10 @@ def test_shapes_that_do_not_fit(operator):
 @needs_compiled("batch_norm_relu")
 @pytest.mark.parametrize("operator", FACES)
 def test_the_operator_without_its_face_does_not_read_out_of_bounds(operator):
-    for wrong in map(as_raw, misfits(operator)):
+    for wrong in misfits(operator):
         with pytest.raises((ValueError, RuntimeError)):
             getattr(torch.ops.nasfcos, operator)(*wrong, EPS)
-    tensors = raw_case(operator, "many channels")
+    tensors = random_case(operator, "many channels")
     output, mean, inverse = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     backward = getattr(torch.ops.nasfcos, f"{operator}_backward")
     for grad, moments in (
@@ -235,7 +227,7 @@ def test_the_operator_without_its_face_does_not_read_out_of_bounds(operator):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("operator", FACES)
 def test_registration(operator, format):
-    tensors = raw_case(operator, "fewer channels than a vector", format=format)
+    tensors = laid_out(random_case(operator, "fewer channels than a vector"), format)
     output, mean, inverse = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     leaves = [t.clone().requires_grad_() for t in tensors]
     # The statistics have no gradient, which opcheck's comparison of gradients would ask for.
