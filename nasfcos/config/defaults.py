@@ -183,6 +183,9 @@ _C.SEARCH = CN()
 _C.SEARCH.STAGES = ("fpn", "head")
 # Fraction of the training images on which trials are rewarded (meta-val); the rest trains them.
 _C.SEARCH.META_VAL = 0.3
+# Start from MODEL.GENOTYPE, not from nothing: it is the first trial of each stage, evolution breeds
+# from it, and in the end it is trained in full as well, so that nothing worse can be found.
+_C.SEARCH.FROM_GENOTYPE = False
 
 _C.SEARCH.SPACE = CN()
 # Cells of the FPN (at least three), and the operations and aggregations that may be chosen.

@@ -93,6 +93,7 @@ class Ranked(Protocol):
         reward, params, flops: of its trial.
         AP, AP50: after full training; None where there was none.
         folder: of the full training, relative to the search's.
+        given: whether the search started from it.
     """
 
     stage: str
@@ -103,6 +104,7 @@ class Ranked(Protocol):
     AP: float | None
     AP50: float | None
     folder: str
+    given: bool
 
 
 def write_report(
@@ -646,7 +648,8 @@ def _ranking_section(folder: Path, ranking: Sequence[Ranked]) -> str:
     several = {stage: rows for stage, rows in trained.items() if len(rows) >= 3}
     rows = [
         [
-            str(place), _stage_name(row.stage), str(row.rank), _number(row.reward, ".4f"),
+            str(place), _stage_name(row.stage) + (", given" if row.given else ""),
+            _number(row.rank or None, "d"), _number(row.reward, ".4f"),
             _number(row.AP, ".4f"), _number(row.AP50, ".4f"),
             *_costs_in_words(row.params, row.flops), row.folder,
         ]

@@ -46,7 +46,7 @@ from .select import (
     train_in_full,
     write_ranking,
 )
-from .space import Space, build_space, given_cells
+from .space import Space, build_space, given_cells, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
 from .status import FINISHED, LOCK_FILE, StageStatus, format_status, write_progress
@@ -201,6 +201,7 @@ class _Search:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full = full_config(self.cfg, stage, example, self.folder)
             check_device(full, self.device, tests=True)
+            starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
         class_names(self.cfg)
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
@@ -269,6 +270,7 @@ class _Search:
             seed=cfg.SEED,
         )
         journal = Journal(self.folder / JOURNAL, space, settings.RETRIES, fixed)
+        start = starting_choices(cfg, space)
         self.reports[stage] = StageReport(
             stage, [], space.decisions, [], settings.STRATEGY, trials
         )
@@ -280,7 +282,7 @@ class _Search:
             run_stage(
                 journal,
                 space,
-                build_strategy(cfg, space, cfg.SEED),
+                build_strategy(cfg, space, cfg.SEED, start),
                 executor,
                 trials,
                 settings.BATCH,
@@ -289,6 +291,7 @@ class _Search:
                     tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
                 ),
                 note,
+                start,
             )
         journal.export_csv(self.folder / f"trials_{stage}.csv")
 
@@ -311,10 +314,18 @@ class _Search:
             count,
             train_them,
             note,
+            self._given_decoder(stage) if last else None,
         )
         if not train_them:
             note(rows)
         return rows[0] if not last else self.ranking[0]
+
+    def _given_decoder(self, stage: str) -> Genotype | None:
+        """What the search started from, with the head if `stage` searches that."""
+        if not self.cfg.SEARCH.FROM_GENOTYPE:
+            return None
+        given = Genotype.parse(self.cfg.MODEL.GENOTYPE)
+        return given if stage == "head" else Genotype(given.cells)
 
     def _report(self, force: bool = False) -> None:
         """Refresh the report, unless it is younger than SEARCH.REPORT_PERIOD."""
@@ -343,8 +354,8 @@ class _Search:
             {key: get_setting(settings, key) for key in keys if not key.startswith("SEARCH.")}
         )
         path = self.folder / "best.yaml"
-        found = f"{best.stage} stage, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}"
-        title = f"# Found by a search: {found}.\n"
+        found = "given, and not surpassed" if best.given else f"{best.stage} stage"
+        title = f"# Found by a search: {found}, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}.\n"
         with replacing(path) as temporary:
             text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
             temporary.write_text(title + text, encoding="utf-8")
@@ -482,6 +493,7 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
     names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH", "SEARCH.META_VAL"]
     names += ["DATALOADER.SKIP_EMPTY", "SEARCH.CACHE.SIZE", "SEARCH.CACHE.CROPS"]
+    names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]
     fixed = {name: get_setting(cfg, name) for name in names}
     fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:

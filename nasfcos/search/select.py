@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
 from ..evaluation.files import write_json
-from ..genotype import Genotype
+from ..genotype import Genotype, canonical
 from .prepare import is_run_of, with_overrides
 from .records import TrialRecord
 from .status import StageStatus, write_progress
@@ -40,6 +41,8 @@ class Selected:
         AP, AP50: after full training, on the first of DATASETS.TEST; None: not trained in full.
         folder: of the full training, relative to the search's; "" where it was not trained, or
             not to the end.
+        given: whether the search started from it; where no trial of this stage is the whole of it,
+            its rank is 0, and its objective and reward are nan.
     """
 
     stage: str
@@ -52,6 +55,7 @@ class Selected:
     AP: float | None = None
     AP50: float | None = None
     folder: str = ""
+    given: bool = False
 
 
 def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> CfgNode:
@@ -108,6 +112,7 @@ def select(
     count: int,
     train_them: bool,
     on_progress: Callable[[list[Selected]], None] = lambda rows: None,
+    given: Genotype | None = None,
 ) -> list[Selected]:
     """Rank a stage's best architectures, after full training unless `train_them` is False.
 
@@ -119,6 +124,7 @@ def select(
         records: its finished trials.
         count: how many are looked at.
         on_progress: called after each full training, with those so far, best first.
+        given: what the search started from, to be looked at too.
 
     Returns:
         The best first: by AP where they were trained, else by the search's objective.
@@ -127,31 +133,37 @@ def select(
         ConfigError: no trial of the stage is complete.
         NonFiniteLossError: no full training came to its end.
     """
-    best = StageStatus(stage, records, len(records)).ranked()[:count]
+    ranked = list(enumerate(StageStatus(stage, records, len(records)).ranked(), 1))
+    best = ranked[:count]
     if not best:
         raise ConfigError(
             f"no trial of the {stage} stage is complete: see the reasons in trials_{stage}.csv; "
             "a lower SEARCH.PROXY.LR or a smaller SEARCH.PROXY.BATCH may help"
         )
+    if given is not None and not any(_writes(given, record) for _, record in best):
+        best += [item for item in ranked if _writes(given, item[1])][:1] or [
+            (0, _untried(given, records[0]))
+        ]
     rows = []
-    for rank, record in enumerate(best, 1):
-        found: dict = {}
+    for number, (rank, record) in enumerate(best, 1):
+        found: dict = {"given": given is not None and _writes(given, record)}
         if train_them:
-            place = Path("select") / stage / f"trial_{record.index}"
+            name = f"trial_{record.index}" if rank else "given"
+            place = Path("select") / stage / name
             phase = f"training the best of the {stage} stage in full"
-            write_progress(folder, phase, done=rank - 1, total=len(best))
+            write_progress(folder, phase, done=number - 1, total=len(best))
             logger.info(
-                "full training %d of %d (%s stage, trial %d, reward %.4f):\n%s",
-                rank, len(best), stage, record.index, record.result.reward,
+                "full training %d of %d (%s stage, %s, reward %.4f):\n%s",
+                number, len(best), stage, name.replace("_", " "), record.result.reward,
                 Genotype.parse(record.genotype).describe(),
             )  # fmt: skip
             try:
                 metrics = train_in_full(
                     full_config(cfg, stage, record.genotype, folder / place), device
                 )
-                found = {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
+                found |= {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
             except (NonFiniteLossError, torch.OutOfMemoryError) as error:
-                logger.warning("trial %d is out of the ranking: %s", record.index, error)
+                logger.warning("%s is out of the ranking: %s", name.replace("_", " "), error)
         rows.append(
             Selected(
                 stage,
@@ -176,7 +188,25 @@ def select(
 
 def by_merit(row: Selected) -> tuple[bool, float]:
     """Sorts the best first: by AP what was trained in full, then the rest by objective."""
-    return (True, -row.objective) if row.AP is None else (False, -row.AP)
+    if row.AP is not None:
+        return False, -row.AP
+    return True, math.inf if math.isnan(row.objective) else -row.objective
+
+
+def _writes(genotype: Genotype, record: TrialRecord) -> bool:
+    """Whether a trial's decoder is the same graph."""
+    return canonical(genotype) == canonical(Genotype.parse(record.genotype))
+
+
+def _untried(genotype: Genotype, first: TrialRecord) -> TrialRecord:
+    """In the place of the trial that a decoder has not had: the first one's, which tried the part
+    of it that its stage searches, for its cost."""
+    return replace(
+        first,
+        genotype=genotype.to_list(),
+        result=replace(first.result, reward=math.nan),
+        objective=math.nan,
+    )
 
 
 def write_ranking(path: Path, rows: Sequence[Selected]) -> None:

@@ -342,6 +342,25 @@ def given_cells(cfg: CfgNode) -> tuple[Cell, ...]:
     return Genotype.parse(cfg.MODEL.GENOTYPE).cells
 
 
+def starting_choices(cfg: CfgNode, space: Space) -> Choices | None:
+    """How a space writes MODEL.GENOTYPE, where SEARCH.FROM_GENOTYPE starts from it; else None.
+
+    Raises:
+        ConfigError: the genotype is not in the space.
+    """
+    if not cfg.SEARCH.FROM_GENOTYPE:
+        return None
+    if not cfg.MODEL.GENOTYPE:
+        raise ConfigError("SEARCH.FROM_GENOTYPE is True, but MODEL.GENOTYPE is empty")
+    try:
+        return space.choices(Genotype.parse(cfg.MODEL.GENOTYPE))
+    except ValueError as error:
+        raise ConfigError(
+            f"SEARCH.FROM_GENOTYPE: the {space.stage} stage cannot start from MODEL.GENOTYPE, for "
+            f"{error} (see SEARCH.SPACE)"
+        ) from None
+
+
 @cache
 def _count_fpns(cells: int, step: int, free: int, ops: int, aggregations: int) -> int:
     """Valid ways to make decision number `step` and all after it.

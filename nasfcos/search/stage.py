@@ -19,7 +19,7 @@ from .cost import Objective
 from .executors import Executor, WorkerLost
 from .journal import Journal
 from .records import COMPLETE, FAILED, PRUNED, TrialJob, TrialRecord, TrialResult
-from .space import Space
+from .space import Choices, Space
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def run_stage(
     objective: Objective,
     pruning: Pruning,
     on_progress: Callable[[Journal], None] = lambda journal: None,
+    start: Choices | None = None,
 ) -> None:
     """Run a stage to its end, from wherever the journal says it is.
 
@@ -80,6 +81,7 @@ def run_stage(
         objective: what the strategy learns from.
         pruning: when trials stop early.
         on_progress: called after each finished trial and each lesson.
+        start: what the first trial tries, instead of the strategy's first proposal.
     """
     done = batch = 0
     while done < trials:
@@ -87,7 +89,10 @@ def run_stage(
         # What was proposed stands, whatever another machine's arithmetic would propose.
         proposals = journal.proposed(batch)
         if len(proposals) < size:
-            proposals += strategy.propose(size)[len(proposals) :]
+            proposed = strategy.propose(size)
+            if batch == 0 and start is not None:
+                proposed = [start, *(p for p in proposed if p != start)][:size]
+            proposals += proposed[len(proposals) :]
             journal.propose(batch, proposals)
         before = [
             _objectives(r.result, objective)

@@ -78,18 +78,29 @@ class Evolution(RandomSearch):
     """Regularised evolution (Real et al., 2019): the population dies of age, not of weakness.
 
     Failed trials do not enter it. Of some drawn from it the best is the parent; a child differs
-    from that in one decision, and is a graph not tried before. Until the population is full, and
-    where a parent has no such child left, draws are random.
+    from that in one decision, and is a graph not tried before. Until the population is full, the
+    parent is the architecture to start from; without one, and where a parent has no such child
+    left, draws are random.
 
     Args:
         space: of the architectures.
         seed: of the draws.
         population: the youngest that may be parents.
         tournament: how many are drawn to find a parent.
+        start: the architecture to start from, if there is one.
     """
 
-    def __init__(self, space: Space, seed: int, *, population: int, tournament: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        seed: int,
+        *,
+        population: int,
+        tournament: int,
+        start: Choices | None = None,
+    ) -> None:
         super().__init__(space, seed)
+        self.start = start
         self.tournament = tournament
         self.population: deque[tuple[float, Choices]] = deque(maxlen=population)
 
@@ -109,9 +120,11 @@ class Evolution(RandomSearch):
         }
 
     def _draw(self, rng: random.Random, known: set[str]) -> Choices:
+        parent = self.start
         if len(self.population) == self.population.maxlen:
             rivals = rng.sample(self.population, self.tournament)
             _, parent = max(rivals, key=lambda member: member[0])
+        if parent is not None:
             children = self.space.neighbours(parent)
             for child in rng.sample(children, len(children)):
                 if self.space.key(child) not in known:
@@ -119,15 +132,25 @@ class Evolution(RandomSearch):
         return super()._draw(rng, known)
 
 
-def build_strategy(cfg: CfgNode, space: Space, seed: int) -> Strategy:
-    """The strategy that SEARCH.STRATEGY names, with its settings."""
+def build_strategy(
+    cfg: CfgNode, space: Space, seed: int, start: Choices | None = None
+) -> Strategy:
+    """The strategy that SEARCH.STRATEGY names, with its settings.
+
+    Args:
+        start: the architecture that is tried first (`run_stage`), from which evolution breeds.
+    """
     name = cfg.SEARCH.STRATEGY
     if name == "random":
         return RandomSearch(space, seed)
     if name == "evolution":
         settings = cfg.SEARCH.EVOLUTION
         return Evolution(
-            space, seed, population=settings.POPULATION, tournament=settings.TOURNAMENT
+            space,
+            seed,
+            population=settings.POPULATION,
+            tournament=settings.TOURNAMENT,
+            start=start,
         )
     settings = cfg.SEARCH.PPO
     return PPO(

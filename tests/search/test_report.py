@@ -79,7 +79,7 @@ def ranking(stages, count=5):
         SimpleNamespace(
             stage=s.stage, rank=rank, reward=record.result.reward, params=record.result.params,
             flops=record.result.flops, AP=0.4 - 0.01 * rank, AP50=0.6,
-            folder=f"select/{s.stage}/{rank}",
+            folder=f"select/{s.stage}/{rank}", given=False,
         )
         for s in stages
         for rank, record in enumerate(s.status.ranked()[:count], 1)

@@ -250,6 +250,45 @@ def test_the_configs_below_travel_with_the_best(tmp_path):
     assert load_config(tmp_path / "new/base/demo/both.yaml") == expected
 
 
+@pytest.mark.parametrize("at_last", [9.0, -9.0], ids=["better", "worse"])
+def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, one_thread, at_last):
+    """It is tried first, and trained in full beside what was found, though that has other cells."""
+    cells = [[0, 1, 0, 0, 0], [1, 2, 0, 0, 0], [2, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
+    given = [*([cell] for cell in cells), [1], [1, 2]]
+    settings = (
+        search_file, "MODEL.GENOTYPE", str(given), "SEARCH.FROM_GENOTYPE", True,
+        "SEARCH.STRATEGY", "evolution", "SEARCH.SPACE.HEAD_OPS", "['sep_conv_3x3', 'conv3x3']",
+        "SEARCH.TRIALS.FPN", 3, "SEARCH.TRIALS.HEAD", 3,
+    )  # fmt: skip
+    run_trial, train_in_full = ProxyTask.run, select.train_in_full
+    monkeypatch.setattr(  # the last trial is the best, so that other cells are found
+        ProxyTask, "run", lambda task, job: replace(run_trial(task, job), reward=job.index - 99.0)
+    )
+
+    def judged(cfg, device):
+        found = train_in_full(cfg, device)
+        return found | {"AP": at_last} if cfg.OUTPUT_DIR.endswith("given") else found
+
+    monkeypatch.setattr(select, "train_in_full", judged)
+    go_on(*settings)
+    out = tmp_path / "out"
+    fpn, head = (read_records(out / "search.db", stage) for stage in ("fpn", "head"))
+    assert fpn[0].genotype == given[:4] and head[0].genotype[4:] == given[4:]
+    found = fpn[2].genotype
+    assert found != given[:4] and head[0].genotype[:4] == found
+
+    ranking = json.loads((out / "ranking.json").read_text())
+    assert [row["given"] for row in ranking].count(True) == 1
+    (row,) = (row for row in ranking if row["given"])
+    assert row == ranking[0 if at_last > 0 else 2]
+    assert (row["genotype"], row["rank"], row["folder"]) == (given, 0, "select/head/given")
+    assert row["reward"] is None and row["params"] == head[0].result.params > 0
+    best = load_config(out / "best.yaml").MODEL.GENOTYPE
+    assert best == (given if at_last > 0 else head[2].genotype)
+    assert ("not surpassed" in (out / "best.yaml").read_text()) == (at_last > 0)
+    assert "Head stage, given" in (out / "report/report.html").read_text()
+
+
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
     run_trial = ProxyTask.run
     # The later the better, whatever the machine's arithmetic makes of the rewards.
@@ -399,6 +438,10 @@ def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp
         (("DATASETS.TEST", "('vall',)"), r"vall.*val"),
         (("SEED", -1), r"SEED is -1"),
         (("SEARCH.PREPARE.WEIGHT", "nowhere.pth"), r"nowhere\.pth"),
+        (("SEARCH.FROM_GENOTYPE", True, "SEARCH.SPACE.CELLS", 5),
+         r"FROM_GENOTYPE: the fpn stage .*MODEL\.GENOTYPE.* has 5 cells, not"),
+        (("SEARCH.FROM_GENOTYPE", True, "MODEL.GENOTYPE", "[]", "MODEL.NECK.NAME", "fpn"),
+         r"FROM_GENOTYPE.*MODEL\.GENOTYPE is empty"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_search_begins(search_file, tmp_path, overrides, message):

@@ -156,13 +156,14 @@ class Scripted:
         return self.results[job.index]
 
 
-def run(tmp_path, proposals, task, batch=2, objective=None, pruning=None, executor=InlineExecutor):
+def run(tmp_path, proposals, task, batch=2, objective=None, pruning=None, executor=InlineExecutor,
+        start=None):  # fmt: skip
     strategy = Recorded(proposals)
     journal = Journal(tmp_path / "s.db", table_search.space(), retries=1, settings={})
     with executor(task) as runner:
         run_stage(
             journal, table_search.space(), strategy, runner, len(proposals), batch,
-            objective or Objective(), pruning or Pruning(),
+            objective or Objective(), pruning or Pruning(), start=start,
         )  # fmt: skip
     return journal, strategy
 
@@ -181,6 +182,23 @@ def test_a_graph_written_twice_is_tried_once(tmp_path):
     assert [r.reused for r in records] == [None, 0, 0, None]
     assert [r.objective for r in records] == [-2.0, -2.0, -2.0, -1.0]
     assert [rewards for _, rewards in strategy.lessons] == [[-2.0, -2.0], [-2.0, -1.0]]
+
+
+@pytest.mark.parametrize("first", [(0, 2, 0, 0), (0, 0, 0, 2)])
+def test_what_a_stage_starts_from_is_tried_first_and_learnt_from(tmp_path, first):
+    proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 2, 0), (0, 2, 2, 0)]
+    task = Scripted({i: done(-float(i)) for i in range(4)})
+    journal, strategy = run(tmp_path, proposals, task, batch=2, start=first)
+    tried = [first, *proposals[:1], *proposals[2:]]
+    assert [r.choices for r in journal.records()] == tried
+    lessons = [(tried[:2], [-0.0, -1.0]), (tried[2:], [-2.0, -3.0])]
+    assert strategy.lessons == lessons
+
+    resumed = Recorded(proposals)
+    with InlineExecutor(Scripted({})) as runner:
+        run_stage(journal, table_search.space(), resumed, runner, 4, 2, Objective(), Pruning(),
+                  start=first)  # fmt: skip
+    assert resumed.lessons == lessons
 
 
 def test_a_failed_trial_has_no_reward_and_a_reason(tmp_path):

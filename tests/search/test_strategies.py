@@ -87,6 +87,21 @@ def test_evolution_starts_at_random_then_changes_one_decision_of_the_best():
         assert sum(map(int.__ne__, child, first[2])) == 1
 
 
+def test_evolution_breeds_from_what_it_starts_from():
+    cfg = get_defaults()
+    cfg.SEARCH.STRATEGY = "evolution"
+    cfg.SEARCH.EVOLUTION.POPULATION = cfg.SEARCH.EVOLUTION.TOURNAMENT = 3
+    start = (2, 1, 1, 1)
+    strategy = build_strategy(cfg, HEAD, 0, start)
+    first = strategy.propose(6)
+    assert all(sum(map(int.__ne__, child, start)) == 1 for child in first)
+    assert len({HEAD.key(child) for child in first}) == 6
+    strategy.learn([start, *first[:1]], [0.5, 0.1])  # not full yet
+    assert sum(map(int.__ne__, strategy.propose(1)[0], start)) == 1
+    strategy.learn([(0, 4, 4, 4)], [0.9])
+    assert sum(map(int.__ne__, strategy.propose(1)[0], (0, 4, 4, 4))) == 1
+
+
 def test_evolution_forgets_the_oldest():
     strategy = evolution(HEAD, 0, population=3, tournament=3)
     best = (0, 0, 0, 0)
