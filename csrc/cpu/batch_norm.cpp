@@ -1,10 +1,12 @@
-// Batch norm with the batch's own statistics and what follows it in the searched layers, in training:
+// Batch norm and what follows it in the searched layers, with the batch's own statistics (training):
 //   batch_norm_relu    out[i] = h[i],                                             h = relu(norm(x))
 //   batch_norm_concat  out[c] = factor[2c] * h[2c] + factor[2c + 1] * h[2c + 1],  h = relu(norm(z))
+// and with a given scale and shift (inference):
+//   fused_concat       as batch_norm_concat
 // where z are maps x and y, one's channels after the other's. As each has an even number of them, the
 // first half of the output's channels comes from x and the second from y: nothing is concatenated.
 //
-// Forward reads every map twice (statistics, output) and backward twice (sums, gradient); all maps
+// In training, forward reads every map twice (statistics, output) and backward twice (sums, gradient); all maps
 // are channels-last. Statistics are sums of doubles, those of backward float32 within a block of
 // pixels and double beyond it.
 
@@ -260,7 +262,7 @@ void check(
       "batch_norm_concat: the factor must be [", x.size(1), ", 2, 1, 1], in the weight's dtype");
 }
 
-// The norm of one of the maps by the statistics of its channels. Values of channels are in the order
+// The norm of one of the maps, by the statistics of its channels or by given factors. Values of channels are in the order
 // of the loops: for pairs, the first channels of all, then the second ones.
 template <typename Acc>
 struct Norm {
@@ -271,11 +273,13 @@ struct Norm {
     }
   }
 
-  void use(const Tensor& mean, const Tensor& inverse, const Tensor& weight, const Tensor& bias) {
-    means = of(mean), scale = of(inverse), shift = of(bias);
-    const auto w = of(weight);
+  void use(
+      const Tensor& mean, const Tensor& variance, double eps, const Tensor& weight,
+      const Tensor& bias) {
+    means = of(mean), inverse = of(variance), scale = of(weight), shift = of(bias);
     for (int64_t k = 0; k < n; ++k) {
-      scale[k] = scale[k] * w[k];
+      inverse[k] = static_cast<Acc>(1 / std::sqrt(inverse[k] + eps));
+      scale[k] *= inverse[k];
       shift[k] -= means[k] * scale[k];
     }
   }
@@ -289,19 +293,40 @@ struct Norm {
 
   int64_t n, from;
   std::vector<int64_t> channel;
-  std::vector<Acc> means, scale, shift;
+  std::vector<Acc> means, inverse, scale, shift;  // `inverse` of the standard deviations
 };
+
+// Writes what comes of one of the maps by its scale and shift.
+template <typename scalar_t>
+void apply_norm(
+    const Maps& maps, const Norm<at::opmath_type<scalar_t>>& norm, const Tensor& factor,
+    Tensor& output) {
+  using B = Bits<scalar_t>;
+  using Acc = at::opmath_type<scalar_t>;
+  const int64_t n = norm.n, number = norm.from / n, step = output.size(1);
+  const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
+  B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
+  const auto factors = maps.pairs() ? norm.of(factor) : std::vector<Acc>();
+  const Acc *scale = norm.scale.data(), *shift = norm.shift.data();
+  at::parallel_for(0, pixels_of(output), grain_of(n), [&](int64_t begin, int64_t end) {
+    const B* from = x + begin * n;
+    if (maps.pairs()) {
+      apply(from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
+    } else {
+      apply(from, scale, shift, end - begin, n, out + begin * step);
+    }
+  });
+}
 
 template <typename scalar_t>
 void forward_of(
     const Maps& maps, const Tensor& weight, const Tensor& bias, const Tensor& factor, double eps,
-    Tensor& output, Tensor& mean, Tensor& inverse) {
+    Tensor& output, Tensor& mean, Tensor& variance) {
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
-  const int64_t n = maps.channels(), pixels = pixels_of(output), step = output.size(1);
+  const int64_t n = maps.channels(), pixels = pixels_of(output);
   for (size_t number = 0; number < maps.all.size(); ++number) {
     const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
-    B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
     Norm<Acc> norm(maps, number);
     // The first pixel is near enough to the mean for little to be lost to cancellation.
     std::vector<double> origin(n);
@@ -312,21 +337,12 @@ void forward_of(
         });
     for (int64_t i = 0; i < n; ++i) {
       const double distance = sums[i] / pixels;
-      const Acc variance = std::max(sums[n + i] / pixels - distance * distance, 0.0);
       mean.mutable_data_ptr<Acc>()[norm.from + i] = origin[i] + distance;
-      inverse.mutable_data_ptr<Acc>()[norm.from + i] = 1 / std::sqrt(variance + eps);
+      variance.mutable_data_ptr<Acc>()[norm.from + i] =
+          std::max(sums[n + i] / pixels - distance * distance, 0.0);
     }
-    norm.use(mean, inverse, weight, bias);
-    const auto factors = maps.pairs() ? norm.of(factor) : std::vector<Acc>();
-    const Acc *scale = norm.scale.data(), *shift = norm.shift.data();
-    at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
-      const B* from = x + begin * n;
-      if (maps.pairs()) {
-        apply(from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
-      } else {
-        apply(from, scale, shift, end - begin, n, out + begin * step);
-      }
-    });
+    norm.use(mean, variance, eps, weight, bias);
+    apply_norm<scalar_t>(maps, norm, factor, output);
   }
 }
 
@@ -336,29 +352,28 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   check(x, y, weight, bias, factor);
   Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
   Tensor mean = at::empty(weight.sizes(), weight.options());
-  Tensor inverse = at::empty(weight.sizes(), weight.options());
+  Tensor variance = at::empty(weight.sizes(), weight.options());
   const Maps maps(x, y);
   const Tensor w = weight.contiguous(), b = bias.contiguous();
   const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "batch_norm", [&] {
-    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, inverse);
+    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, variance);
   });
-  return {output.contiguous(format_of(x)), mean, inverse};
+  return {output.contiguous(format_of(x)), mean, variance};
 }
 
 // Writes the gradients of the maps, and those of weight, bias and factor.
 template <typename T>
 void backward_of(
     const Tensor& grad, const Maps& maps, const Tensor& weight, const Tensor& bias,
-    const Tensor& factor, const Tensor& mean, const Tensor& inverse,
+    const Tensor& factor, const Tensor& mean, const Tensor& variance, double eps,
     const std::vector<Tensor>& grads, const std::vector<Tensor>& of_parameters) {
   const int64_t n = maps.channels(), pixels = pixels_of(grad), step = grad.size(1);
   for (size_t number = 0; number < maps.all.size(); ++number) {
     const T* x = maps.all[number].const_data_ptr<T>();
     const T* g = grad.const_data_ptr<T>() + number * n / 2;
     Norm<T> norm(maps, number);
-    norm.use(mean, inverse, weight, bias);
-    const auto inverses = norm.of(inverse);
+    norm.use(mean, variance, eps, weight, bias);
     const auto factors = maps.pairs() ? norm.of(factor) : std::vector<T>();
     std::vector<T> constant(n), linear(n);
     const Channels<T> of{
@@ -373,13 +388,13 @@ void backward_of(
           }
         });
     for (int64_t k = 0; k < n; ++k) {
-      const double product = sums[n + k] * inverses[k];
+      const double product = sums[n + k] * norm.inverse[k];
       const double of_terms[] = {product, sums[k], maps.pairs() ? sums[2 * n + k] : 0};
       for (int64_t i = 0; i < 3; ++i) {
         of_parameters[i].mutable_data_ptr<T>()[norm.channel[k]] = static_cast<T>(of_terms[i]);
       }
       constant[k] = static_cast<T>(-norm.scale[k] * sums[k] / pixels);
-      linear[k] = static_cast<T>(-norm.scale[k] * inverses[k] * product / pixels);
+      linear[k] = static_cast<T>(-norm.scale[k] * norm.inverse[k] * product / pixels);
     }
     T* to = grads[number].mutable_data_ptr<T>();
     at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
@@ -396,12 +411,12 @@ void backward_of(
 // The gradients of the maps, and of weight, bias and factor.
 std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
     const Tensor& grad, const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
-    const Tensor* factor, const Tensor& mean, const Tensor& inverse) {
+    const Tensor* factor, const Tensor& mean, const Tensor& variance, double eps) {
   check(x, y, weight, bias, factor);
   TORCH_CHECK_VALUE(
       grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
-          mean.sizes() == weight.sizes() && inverse.sizes() == weight.sizes() &&
-          mean.scalar_type() == x.scalar_type() && inverse.scalar_type() == x.scalar_type(),
+          mean.sizes() == weight.sizes() && variance.sizes() == weight.sizes() &&
+          mean.scalar_type() == x.scalar_type() && variance.scalar_type() == x.scalar_type(),
       "batch norm: the output's gradient and the statistics must be as the forward pass gave them");
   const Maps maps(x, y);
   std::vector<Tensor> grads, of_parameters(3);
@@ -413,8 +428,8 @@ std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
   const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_backward", [&] {
     backward_of<scalar_t>(
-        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), inverse.contiguous(), grads,
-        of_parameters);
+        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), variance.contiguous(), eps,
+        grads, of_parameters);
   });
   grads[0] = grads[0].contiguous(format_of(x));
   if (y) grads[1] = grads[1].contiguous(format_of(*y));
@@ -428,8 +443,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& bias,
-    const Tensor& mean, const Tensor& inverse) {
-  const auto [maps, terms] = backward(grad, input, nullptr, weight, bias, nullptr, mean, inverse);
+    const Tensor& mean, const Tensor& variance, double eps) {
+  const auto [maps, terms] =
+      backward(grad, input, nullptr, weight, bias, nullptr, mean, variance, eps);
   return {maps[0], terms[0], terms[1]};
 }
 
@@ -441,15 +457,46 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_concat(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_concat_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
-    const Tensor& factor, const Tensor& mean, const Tensor& inverse) {
-  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, inverse);
+    const Tensor& factor, const Tensor& mean, const Tensor& variance, double eps) {
+  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, variance, eps);
   Tensor grad_factor = at::empty_like(factor).copy_(terms[2].view(factor.sizes()));
   return {maps[0], maps[1], terms[0], terms[1], grad_factor};
+}
+
+Tensor fused_concat(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift,
+    const Tensor& weight) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && y.sizes() == x.sizes() && x.size(1) % 2 == 0,
+      "fused_concat: x and y must be [N, C, H, W] of one shape and an even number of channels");
+  TORCH_CHECK_VALUE(
+      y.scalar_type() == x.scalar_type(), "fused_concat: x and y must have one dtype");
+  for (const Tensor& terms : {scale, shift, weight}) {
+    TORCH_CHECK_VALUE(
+        terms.dim() == 1 && terms.size(0) == 2 * x.size(1) &&
+            terms.scalar_type() == at::toOpMathType(x.scalar_type()),
+        "fused_concat: scale, shift and weight must be [2 * C], of the maps' dtype or, if that is "
+        "a half precision, float32");
+  }
+  Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
+  if (output.numel() == 0) return output;
+  const Maps maps(x, &y);
+  const Tensor factor = weight.contiguous(), scales = scale.contiguous(),
+               shifts = shift.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "fused_concat", [&] {
+    for (int64_t number = 0; number < 2; ++number) {
+      Norm<at::opmath_type<scalar_t>> norm(maps, number);
+      norm.scale = norm.of(scales), norm.shift = norm.of(shifts);
+      apply_norm<scalar_t>(maps, norm, factor, output);
+    }
+  });
+  return output;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
+  m.impl("fused_concat", TORCH_FN(fused_concat));
   m.impl("batch_norm_relu", TORCH_FN(batch_norm_relu));
   m.impl("batch_norm_relu_backward", TORCH_FN(batch_norm_relu_backward));
   m.impl("batch_norm_concat", TORCH_FN(batch_norm_concat));

@@ -68,13 +68,12 @@ def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def follow(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor, count: int) -> None:
-    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel
-    (the mean and the inverse standard deviation), as it does itself in training."""
-    var = (inverse.double().square().reciprocal() - norm.eps).clamp(min=0)
+def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel,
+    as it does itself in training."""
     norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(mean.dtype), norm.momentum)
+    norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
@@ -82,8 +81,8 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     is not called, and so are no hooks on it."""
     if x.numel() < _LARGE or not trains_on_cpu(norm, x):
         return F.relu(norm(x), inplace=True)
-    output, mean, inverse = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    follow(norm, mean, inverse, x.numel() // x.shape[1])
+    output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    follow(norm, mean, variance, x.numel() // x.shape[1])
     return output
 
 

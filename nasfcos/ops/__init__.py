@@ -189,16 +189,17 @@ def batch_norm_relu(
 
     Returns:
         [N, C, H, W] in the dtype of ``input``, channels-last where that is; then the
-        means and the inverse standard deviations ``1 / sqrt(variance + eps)`` (variances of the
-        batch as a population) [C], without gradient.
+        means and the variances (of the batch as a population) [C], without gradient.
 
     Raises:
         ValueError: shapes that do not fit, or no pixel.
     """
     _check_norm("batch_norm_relu", (input,), (weight, bias))
     dtype = _cpu_dtype(input)
-    output, mean, inverse = torch.ops.nasfcos.batch_norm_relu(input.to(dtype), weight, bias, eps)
-    return output.to(input.dtype), mean.detach(), inverse.detach()
+    output, mean, variance = torch.ops.nasfcos.batch_norm_relu(
+        input.to(dtype), weight, bias, eps
+    )
+    return output.to(input.dtype), mean.detach(), variance.detach()
 
 
 def batch_norm_concat(
@@ -216,7 +217,7 @@ def batch_norm_concat(
 
     Returns:
         [N, C, H, W] in the dtype of the maps, channels-last where ``x`` is; then means and
-        inverse standard deviations [2 * C] as of :func:`batch_norm_relu`.
+        variances [2 * C] as of :func:`batch_norm_relu`.
 
     Raises:
         ValueError: shapes that do not fit, or no pixel.
@@ -233,10 +234,10 @@ def batch_norm_concat(
     _check_norm("batch_norm_concat", (x, y), (weight, bias))
     wanted = torch.promote_types(x.dtype, y.dtype)
     dtype = torch.promote_types(_cpu_dtype(x), _cpu_dtype(y))
-    output, mean, inverse = torch.ops.nasfcos.batch_norm_concat(
+    output, mean, variance = torch.ops.nasfcos.batch_norm_concat(
         x.to(dtype), y.to(dtype), weight, bias, factor.to(weight.dtype), eps
     )
-    return output.to(wanted), mean.detach(), inverse.detach()
+    return output.to(wanted), mean.detach(), variance.detach()
 
 
 def _check_norm(name: str, maps: tuple[Tensor, ...], parameters: tuple[Tensor, ...]) -> None:

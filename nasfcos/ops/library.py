@@ -37,8 +37,8 @@ _SCHEMAS = {
         "(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)"
     ),
     "batch_norm_relu_backward": (
-        "(Tensor grad, Tensor input, Tensor weight, Tensor bias, Tensor mean, Tensor inverse)"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor input, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+        "float eps) -> (Tensor, Tensor, Tensor)"
     ),
     "batch_norm_concat": (
         "(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor factor, float eps)"
@@ -46,7 +46,7 @@ _SCHEMAS = {
     ),
     "batch_norm_concat_backward": (
         "(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor factor, Tensor mean, "
-        "Tensor inverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor variance, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
@@ -171,7 +171,7 @@ def _(input, weight, bias, eps):
 
 
 @torch.library.register_fake("nasfcos::batch_norm_relu_backward", lib=_lib)
-def _(grad, input, weight, bias, mean, inverse):
+def _(grad, input, weight, bias, mean, variance, eps):
     return plain.like(input), torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -181,7 +181,7 @@ def _(x, y, weight, bias, factor, eps):
 
 
 @torch.library.register_fake("nasfcos::batch_norm_concat_backward", lib=_lib)
-def _(grad, x, y, weight, bias, factor, mean, inverse):
+def _(grad, x, y, weight, bias, factor, mean, variance, eps):
     parameters = (torch.empty_like(t) for t in (weight, bias, factor))
     return plain.like(x), plain.like(y), *parameters
 
@@ -244,18 +244,20 @@ def _pairs_backward(ctx, grad: Tensor):
 
 
 def _norm_context(ctx, inputs, output) -> None:
-    *tensors, _eps = inputs
+    *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 @once_differentiable
 def _norm_relu_backward(ctx, grad: Tensor, *_):
-    return *_gradients(torch.ops.nasfcos.batch_norm_relu_backward, ctx, grad), None
+    operator = torch.ops.nasfcos.batch_norm_relu_backward
+    return *_gradients(operator, ctx, grad, ctx.eps), None
 
 
 @once_differentiable
 def _norm_concat_backward(ctx, grad: Tensor, *_):
-    return *_gradients(torch.ops.nasfcos.batch_norm_concat_backward, ctx, grad), None
+    operator = torch.ops.nasfcos.batch_norm_concat_backward
+    return *_gradients(operator, ctx, grad, ctx.eps), None
 
 
 def _depthwise_context(ctx, inputs, output) -> None:

@@ -118,15 +118,21 @@ def batch_norm_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = input.to(weight.dtype)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    inverse = (var + eps).rsqrt()
-    output = _normed(x, weight, bias, mean, inverse).relu().to(input.dtype)
-    return output.contiguous(memory_format=memory_format(input)), mean, inverse
+    output = _normed(x, weight, bias, mean, var, eps).relu().to(input.dtype)
+    return output.contiguous(memory_format=memory_format(input)), mean, var
 
 
 def batch_norm_relu_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad.masked_fill(_normed(input, weight, bias, mean, inverse) <= 0, 0)
+    grad = grad.masked_fill(_normed(input, weight, bias, mean, variance, eps) <= 0, 0)
+    inverse = (variance + eps).rsqrt()
     centred = (input - mean[:, None, None]) * inverse[:, None, None]
     grad_weight, grad_bias = (grad * centred).sum((0, 2, 3)), grad.sum((0, 2, 3))
     count = input.numel() // len(weight)
@@ -139,9 +145,9 @@ def batch_norm_concat(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1).to(weight.dtype)
-    output, mean, inverse = batch_norm_relu(maps, weight, bias, eps)
+    output, mean, variance = batch_norm_relu(maps, weight, bias, eps)
     output = rectified_pairs(output, factor).to(x.dtype)
-    return output.contiguous(memory_format=memory_format(x)), mean, inverse
+    return output.contiguous(memory_format=memory_format(x)), mean, variance
 
 
 def batch_norm_concat_backward(
@@ -152,12 +158,13 @@ def batch_norm_concat_backward(
     bias: Tensor,
     factor: Tensor,
     mean: Tensor,
-    inverse: Tensor,
+    variance: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     maps = torch.cat((x, y), dim=1)
-    normed = _normed(maps, weight, bias, mean, inverse)
+    normed = _normed(maps, weight, bias, mean, variance, eps)
     grad, grad_factor = rectified_pairs_backward(grad, normed, factor)
-    grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, inverse)
+    grads, *grad_terms = batch_norm_relu_backward(grad, maps, weight, bias, mean, variance, eps)
     grad_x, grad_y = (
         part.contiguous(memory_format=memory_format(map))
         for part, map in zip(grads.split(x.shape[1], dim=1), (x, y), strict=True)
@@ -165,8 +172,10 @@ def batch_norm_concat_backward(
     return grad_x, grad_y, *grad_terms, grad_factor
 
 
-def _normed(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    scale = weight * inverse
+def _normed(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    scale = weight * (variance + eps).rsqrt()
     return x * scale[:, None, None] + (bias - mean * scale)[:, None, None]
 
 

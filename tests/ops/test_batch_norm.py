@@ -79,14 +79,14 @@ def test_agrees_with_torch(operator, name, format, dtype, tolerance):
 @pytest.mark.parametrize("operator", FACES)
 def test_statistics(operator, name):
     tensors = random_case(operator, name, torch.float32)
-    _, mean, inverse = FACES[operator](*tensors, EPS)
+    _, mean, variance = FACES[operator](*tensors, EPS)
     maps = torch.cat([t for t in tensors if t.shape == CASES[name]], dim=1).double()
     check_close(
-        (mean.double(), inverse.double()),
-        (maps.mean((0, 2, 3)), (maps.var((0, 2, 3), correction=0) + EPS).rsqrt()),
+        (mean.double(), variance.double()),
+        (maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=0)),
         1e-7,
     )
-    assert not mean.requires_grad and not inverse.requires_grad
+    assert not mean.requires_grad and not variance.requires_grad
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,10 +101,10 @@ def test_gradcheck(operator, name):
 @pytest.mark.parametrize("format", FORMATS)
 def test_memory_format_of_the_results(format, operators, operator):
     tensors = laid_out(random_case(operator, "many channels", torch.float32), format)
-    output, mean, inverse = getattr(operators, operator)(*tensors, EPS)
+    output, mean, variance = getattr(operators, operator)(*tensors, EPS)
     # The output's gradient may lie in any way.
     grads = getattr(operators, f"{operator}_backward")(
-        output.contiguous(), *tensors, mean, inverse
+        output.contiguous(), *tensors, mean, variance, EPS
     )
     assert output.is_contiguous(memory_format=format)
     # The factor's gradient too lies as the factor does, or DDP would copy it.
@@ -117,7 +117,7 @@ def test_plain_operators_are_the_compiled_ones(operator):
     tensors = random_case(operator, "many channels")
     got = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     torch.testing.assert_close(got, getattr(plain, operator)(*tensors, EPS))
-    backward = (got[0].cos(), *tensors, *got[1:])
+    backward = (got[0].cos(), *tensors, *got[1:], EPS)
     torch.testing.assert_close(
         getattr(torch.ops.nasfcos, f"{operator}_backward")(*backward),
         getattr(plain, f"{operator}_backward")(*backward),
@@ -213,22 +213,22 @@ def test_the_operator_without_its_face_does_not_read_out_of_bounds(operator):
         with pytest.raises((ValueError, RuntimeError)):
             getattr(torch.ops.nasfcos, operator)(*wrong, EPS)
     tensors = random_case(operator, "many channels")
-    output, mean, inverse = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
+    output, mean, variance = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     backward = getattr(torch.ops.nasfcos, f"{operator}_backward")
     for grad, moments in (
-        (output[:1], (mean, inverse)),
-        (output.float(), (mean, inverse)),
-        (output, (mean[1:], inverse)),
+        (output[:1], (mean, variance)),
+        (output.float(), (mean, variance)),
+        (output, (mean[1:], variance)),
     ):
         with pytest.raises((ValueError, RuntimeError)):
-            backward(grad, *tensors, *moments)
+            backward(grad, *tensors, *moments, EPS)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("operator", FACES)
 def test_registration(operator, format):
     tensors = laid_out(random_case(operator, "fewer channels than a vector"), format)
-    output, mean, inverse = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
+    output, mean, variance = getattr(torch.ops.nasfcos, operator)(*tensors, EPS)
     leaves = [t.clone().requires_grad_() for t in tensors]
     # The statistics have no gradient, which opcheck's comparison of gradients would ask for.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -237,7 +237,7 @@ def test_registration(operator, format):
     )
     torch.library.opcheck(
         getattr(torch.ops.nasfcos, f"{operator}_backward"),
-        (output.cos(), *tensors, mean, inverse),
+        (output.cos(), *tensors, mean, variance, EPS),
     )
 
 

@@ -55,10 +55,10 @@ class Concat(nn.Module):
         norm = self.norm
         if x.shape[1] % 2 or not trains_on_cpu(norm, x):
             return rectified_pairs(norm(_Concatenate.apply(x, y)), self.conv.weight)
-        output, mean, inverse = batch_norm_concat(
+        output, mean, variance = batch_norm_concat(
             x, y, norm.weight, norm.bias, self.conv.weight, norm.eps
         )
-        follow(norm, mean, inverse, x.numel() // x.shape[1])
+        follow(norm, mean, variance, x.numel() // x.shape[1])
         return output
 
 
