@@ -6,9 +6,9 @@
 // where z are maps x and y, one's channels after the other's. As each has an even number of them, the
 // first half of the output's channels comes from x and the second from y: nothing is concatenated.
 //
-// In training, forward reads every map twice (statistics, output) and backward twice (sums, gradient); all maps
-// are channels-last. Statistics are sums of doubles, those of backward float32 within a block of
-// pixels and double beyond it.
+// In training, forward reads every map twice (statistics, output) and backward twice (sums,
+// gradient); all maps are channels-last. Statistics are sums of doubles, those of backward float32
+// within a block of pixels and double beyond it.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -262,8 +262,9 @@ void check(
       "batch_norm_concat: the factor must be [", x.size(1), ", 2, 1, 1], in the weight's dtype");
 }
 
-// The norm of one of the maps, by the statistics of its channels or by given factors. Values of channels are in the order
-// of the loops: for pairs, the first channels of all, then the second ones.
+// The norm of one of the maps, by the statistics of its channels or by given factors. Values of
+// channels are in the order of the loops: for pairs, the first channels of all, then the second
+// ones.
 template <typename Acc>
 struct Norm {
   Norm(const Maps& maps, int64_t number) : n(maps.channels()), from(number * n), channel(n) {

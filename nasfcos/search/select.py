@@ -17,9 +17,10 @@ from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
 from ..evaluation.files import write_json
-from ..genotype import Genotype, canonical
+from ..genotype import Genotype
 from .prepare import is_run_of, with_overrides
 from .records import TrialRecord
+from .space import graph_key
 from .status import StageStatus, write_progress
 
 logger = logging.getLogger(__name__)
@@ -140,21 +141,22 @@ def select(
             f"no trial of the {stage} stage is complete: see the reasons in trials_{stage}.csv; "
             "a lower SEARCH.PROXY.LR or a smaller SEARCH.PROXY.BATCH may help"
         )
-    if given is not None and not any(_writes(given, record) for _, record in best):
-        best += [item for item in ranked if _writes(given, item[1])][:1] or [
+    given_key = None if given is None else graph_key(given)
+    if given is not None and all(record.key != given_key for _, record in best):
+        best += [item for item in ranked if item[1].key == given_key][:1] or [
             (0, _untried(given, records[0]))
         ]
     rows = []
     for number, (rank, record) in enumerate(best, 1):
-        found: dict = {"given": given is not None and _writes(given, record)}
+        found: dict = {"given": record.key == given_key}
         if train_them:
-            name = f"trial_{record.index}" if rank else "given"
-            place = Path("select") / stage / name
+            name = f"trial {record.index}" if rank else "given"
+            place = Path("select") / stage / name.replace(" ", "_")
             phase = f"training the best of the {stage} stage in full"
             write_progress(folder, phase, done=number - 1, total=len(best))
             logger.info(
                 "full training %d of %d (%s stage, %s, reward %.4f):\n%s",
-                number, len(best), stage, name.replace("_", " "), record.result.reward,
+                number, len(best), stage, name, record.result.reward,
                 Genotype.parse(record.genotype).describe(),
             )  # fmt: skip
             try:
@@ -163,7 +165,7 @@ def select(
                 )
                 found |= {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
             except (NonFiniteLossError, torch.OutOfMemoryError) as error:
-                logger.warning("%s is out of the ranking: %s", name.replace("_", " "), error)
+                logger.warning("%s is out of the ranking: %s", name, error)
         rows.append(
             Selected(
                 stage,
@@ -193,16 +195,12 @@ def by_merit(row: Selected) -> tuple[bool, float]:
     return True, math.inf if math.isnan(row.objective) else -row.objective
 
 
-def _writes(genotype: Genotype, record: TrialRecord) -> bool:
-    """Whether a trial's decoder is the same graph."""
-    return canonical(genotype) == canonical(Genotype.parse(record.genotype))
-
-
 def _untried(genotype: Genotype, first: TrialRecord) -> TrialRecord:
     """In the place of the trial that a decoder has not had: the first one's, which tried the part
     of it that its stage searches, for its cost."""
     return replace(
         first,
+        key=graph_key(genotype),
         genotype=genotype.to_list(),
         result=replace(first.result, reward=math.nan),
         objective=math.nan,

@@ -58,6 +58,14 @@ class Decision:
         return self.name.rpartition(".")[2].rstrip("0123456789")
 
 
+def graph_key(genotype: Genotype) -> str:
+    """A text that is the same for every way of writing the same graph, and only for those.
+
+    It is the canonical genotype of the whole decoder (`nasfcos.genotype.canonical`) as JSON.
+    """
+    return json.dumps(canonical(genotype).to_list(), separators=(",", ":"))
+
+
 class Space(ABC):
     """The architectures of one stage. `FPNSpace` and `HeadSpace` are the two.
 
@@ -166,11 +174,8 @@ class Space(ABC):
         return found
 
     def key(self, choices: Sequence[int]) -> str:
-        """A text that is the same for every way of writing the same graph, and only for those.
-
-        It is the canonical genotype of the whole decoder (`nasfcos.genotype.canonical`) as JSON.
-        """
-        return json.dumps(canonical(self.genotype(choices)).to_list(), separators=(",", ":"))
+        """The `graph_key` of the architecture that a sequence writes."""
+        return graph_key(self.genotype(choices))
 
     def describe(self) -> str:
         """The space in words, for the log: its size, and what is decided."""
