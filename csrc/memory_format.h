@@ -2,8 +2,14 @@
 
 #include <ATen/core/Tensor.h>
 
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
 // The memory format of maps, of which these may be some channels.
 static inline at::MemoryFormat format_of(const at::Tensor& maps) {
   const bool last = maps.size(1) > 1 && maps.stride(1) == 1 && !maps.is_contiguous();
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+static inline int64_t pixels_of(const at::Tensor& maps) {
+  return maps.size(0) * maps.size(2) * maps.size(3);
 }

@@ -7,8 +7,7 @@
 // first half of the output's channels comes from x and the second from y: nothing is concatenated.
 //
 // In training, forward reads every map twice (statistics, output) and backward twice (sums,
-// gradient); all maps are channels-last. Statistics are sums of doubles, those of backward float32
-// within a block of pixels and double beyond it.
+// gradient); all maps are channels-last.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -25,43 +24,16 @@
 
 #include "../macros.h"
 #include "../memory_format.h"
+#include "norm.h"
 #include "parts.h"
 #include "values.h"
 
 namespace {
 
 using at::Tensor;
-
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-// Of a block: the fewer, the less rounding in sums of values that are much alike.
-constexpr int64_t kPixels = 32;
+using namespace nasfcos;
 
 // ------------------------------------------------------------------------------- loops over pixels
-// Sums of differences from `origin` [n] and of their squares: [2, n].
-template <typename T>
-NASFCOS_INLINE void moments_loop(
-    const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const double difference = load(x + i) - origin[i];
-      sums[i] += difference;
-      sums[n + i] += difference * difference;
-    }
-  }
-}
-
-template <typename T, typename Acc>
-NASFCOS_INLINE void relu_loop(
-    const T* x, const Acc* scale, const Acc* shift, int64_t pixels, int64_t n, T* out) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n, out += n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      store(relu<Acc>(scale[i] * load(x + i) + shift[i]), out + i);
-    }
-  }
-}
-
 // Pairs: the channels' own values, such as `scale`, come with those of all first channels of pairs
 // before those of all second ones, so that only maps are read and written by pairs. Pixels of `out`
 // lie `step` values apart.
@@ -77,41 +49,6 @@ NASFCOS_INLINE void pairs_loop(
       const Acc b = relu<Acc>(scale[half + c] * load(x + 2 * c + 1) + shift[half + c]);
       store(factor[c] * a + factor[half + c] * b, out + c);
     }
-  }
-}
-
-// What the gradient needs to know of each channel, each [n].
-template <typename T>
-struct Channels {
-  const T *mean, *scale, *shift;
-  const T* factor;  // of pairs
-  const T *constant, *linear;
-};
-
-// One value's part of the sums: of the gradient of h where it is not zero, and of that times the
-// difference of x from its mean.
-template <typename T>
-NASFCOS_INLINE void add_slope(
-    T grad, T x, const Channels<T>& of, int64_t i, int64_t n, T* sums) {
-  const T slope = of.scale[i] * x + of.shift[i] <= 0 ? T(0) : grad;
-  sums[i] += slope;
-  sums[n + i] += slope * (x - of.mean[i]);
-}
-
-// The gradient of one value of x.
-template <typename T>
-NASFCOS_INLINE T grad_of(T grad, T x, const Channels<T>& of, int64_t i) {
-  const T slope = of.scale[i] * x + of.shift[i] <= 0 ? T(0) : grad;
-  return of.scale[i] * slope + of.constant[i] + of.linear[i] * (x - of.mean[i]);
-}
-
-// Sums [2, n].
-template <typename T>
-NASFCOS_INLINE void relu_sums_loop(
-    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) add_slope(grad[i], x[i], of, i, n, sums);
   }
 }
 
@@ -134,15 +71,6 @@ NASFCOS_INLINE void pairs_sums_loop(
 }
 
 template <typename T>
-NASFCOS_INLINE void relu_grad_loop(
-    const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* grad_x) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += n, grad_x += n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grad_x[i] = grad_of(grad[i], x[i], of, i);
-  }
-}
-
-template <typename T>
 NASFCOS_INLINE void pairs_grad_loop(
     const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step,
     T* grad_x) {
@@ -159,15 +87,7 @@ NASFCOS_INLINE void pairs_grad_loop(
 
 // The same for each type, by instruction set.
 #define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
-  CLONES void moments(                                                                           \
-      const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {               \
-    moments_loop(x, origin, pixels, n, sums);                                                    \
-  }                                                                                              \
-  CLONES void apply(                                                                             \
-      const T* x, const ACC* scale, const ACC* shift, int64_t pixels, int64_t n, T* out) {       \
-    relu_loop(x, scale, shift, pixels, n, out);                                                  \
-  }                                                                                              \
-  CLONES void apply(                                                                             \
+  CLONES void apply_pairs(                                                                        \
       const T* x, const ACC* scale, const ACC* shift, const ACC* factor, int64_t pixels,         \
       int64_t n, int64_t step, T* out) {                                                         \
     pairs_loop(x, scale, shift, factor, pixels, n, step, out);                                   \
@@ -178,20 +98,12 @@ NASFCOS_FORWARD(, double, double)
 #undef NASFCOS_FORWARD
 
 #define NASFCOS_BACKWARD(CLONES, T)                                                              \
-  CLONES void add_sums(                                                                          \
-      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {    \
-    relu_sums_loop(grad, x, of, pixels, n, sums);                                                \
-  }                                                                                              \
-  CLONES void add_sums(                                                                          \
+  CLONES void add_sums_of_pairs(                                                                \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
       T* sums) {                                                                                 \
     pairs_sums_loop(grad, x, of, pixels, n, step, sums);                                         \
   }                                                                                              \
-  CLONES void write_grad(                                                                        \
-      const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* grad_x) {  \
-    relu_grad_loop(grad, x, of, pixels, n, grad_x);                                              \
-  }                                                                                              \
-  CLONES void write_grad(                                                                        \
+  CLONES void write_grad_of_pairs(                                                              \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
       T* grad_x) {                                                                               \
     pairs_grad_loop(grad, x, of, pixels, n, step, grad_x);                                       \
@@ -199,34 +111,6 @@ NASFCOS_FORWARD(, double, double)
 NASFCOS_BACKWARD(NASFCOS_CLONES, float)
 NASFCOS_BACKWARD(, double)
 #undef NASFCOS_BACKWARD
-
-// --------------------------------------------------------------------------------- sums in parts
-// Pixels that are worth a thread's while.
-int64_t grain_of(int64_t channels) { return (int64_t{1} << 15) / (channels + 1) + 1; }
-
-int64_t pixels_of(const Tensor& maps) { return maps.size(0) * maps.size(2) * maps.size(3); }
-
-// Sums [size] over all pixels of what `add(first pixel, pixels, sums)` adds to its sums.
-template <typename Acc, typename Add>
-std::vector<double> sums_over(int64_t pixels, int64_t channels, int64_t size, const Add& add) {
-  const int64_t parts = parts_of(pixels, grain_of(channels));
-  std::vector<std::vector<double>> found(parts, std::vector<double>(size));
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> sums(size);
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t last = pixels * (part + 1) / parts;
-      for (int64_t first = pixels * part / parts; first < last; first += kPixels) {
-        std::fill(sums.begin(), sums.end(), Acc(0));
-        add(first, std::min(kPixels, last - first), sums.data());
-        for (int64_t i = 0; i < size; ++i) found[part][i] += sums[i];
-      }
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) found[0][i] += found[part][i];
-  }
-  return found[0];
-}
 
 // -------------------------------------------------------------------------------------- operators
 // The maps that are normed: x, and y of a concatenation.
@@ -312,7 +196,8 @@ void apply_norm(
   at::parallel_for(0, pixels_of(output), grain_of(n), [&](int64_t begin, int64_t end) {
     const B* from = x + begin * n;
     if (maps.pairs()) {
-      apply(from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
+      apply_pairs(
+          from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
     } else {
       apply(from, scale, shift, end - begin, n, out + begin * step);
     }
@@ -326,14 +211,15 @@ void forward_of(
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
   const int64_t n = maps.channels(), pixels = pixels_of(output);
+  const Parts parts(1, pixels, n);
   for (size_t number = 0; number < maps.all.size(); ++number) {
     const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
     Norm<Acc> norm(maps, number);
     // The first pixel is near enough to the mean for little to be lost to cancellation.
-    std::vector<double> origin(n);
+    std::vector<Acc> origin(n);
     for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
     const auto sums =
-        sums_over<double>(pixels, n, 2 * n, [&](int64_t first, int64_t count, double* to) {
+        parts.sums<Acc>(2 * n, [&](int64_t, int64_t first, int64_t count, Acc* to) {
           moments(x + first * n, origin.data(), count, n, to);
         });
     for (int64_t i = 0; i < n; ++i) {
@@ -370,6 +256,7 @@ void backward_of(
     const Tensor& factor, const Tensor& mean, const Tensor& variance, double eps,
     const std::vector<Tensor>& grads, const std::vector<Tensor>& of_parameters) {
   const int64_t n = maps.channels(), pixels = pixels_of(grad), step = grad.size(1);
+  const Parts parts(1, pixels, n);
   for (size_t number = 0; number < maps.all.size(); ++number) {
     const T* x = maps.all[number].const_data_ptr<T>();
     const T* g = grad.const_data_ptr<T>() + number * n / 2;
@@ -378,12 +265,12 @@ void backward_of(
     const auto factors = maps.pairs() ? norm.of(factor) : std::vector<T>();
     std::vector<T> constant(n), linear(n);
     const Channels<T> of{
-        norm.means.data(), norm.scale.data(), norm.shift.data(), factors.data(), constant.data(),
-        linear.data()};
-    const auto sums = sums_over<T>(
-        pixels, n, (maps.pairs() ? 3 : 2) * n, [&](int64_t first, int64_t count, T* to) {
+        norm.means.data(), norm.scale.data(), norm.shift.data(), constant.data(), linear.data(),
+        factors.data()};
+    const auto sums = parts.sums<T>(
+        (maps.pairs() ? 3 : 2) * n, [&](int64_t, int64_t first, int64_t count, T* to) {
           if (maps.pairs()) {
-            add_sums(g + first * step, x + first * n, of, count, n, step, to);
+            add_sums_of_pairs(g + first * step, x + first * n, of, count, n, step, to);
           } else {
             add_sums(g + first * step, x + first * n, of, count, n, to);
           }
@@ -401,7 +288,7 @@ void backward_of(
     at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
       const T *grad_here = g + begin * step, *x_here = x + begin * n;
       if (maps.pairs()) {
-        write_grad(grad_here, x_here, of, end - begin, n, step, to + begin * n);
+        write_grad_of_pairs(grad_here, x_here, of, end - begin, n, step, to + begin * n);
       } else {
         write_grad(grad_here, x_here, of, end - begin, n, to + begin * n);
       }

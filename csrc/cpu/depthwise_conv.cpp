@@ -303,8 +303,6 @@ Geometry geometry_of(const Tensor& input, const Tensor& weight, int64_t dilation
   return {input.size(0), input.size(1), input.size(2), input.size(3), weight.size(2), dilation};
 }
 
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
 Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, int64_t dilation) {
   const Geometry g = geometry_of(input, weight, dilation);
   Tensor output = at::empty(input.sizes(), input.options().memory_format(kLast));

@@ -90,10 +90,6 @@ void backward_pixels(
 // Pixels that are worth a thread's while.
 int64_t grain_of(int64_t channels) { return (int64_t{1} << 16) / (channels + 1) + 1; }
 
-int64_t pixels_of(const Tensor& maps) { return maps.size(0) * maps.size(2) * maps.size(3); }
-
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
 void check(const Tensor& input, const Tensor& weight) {
   TORCH_CHECK_VALUE(
       input.dim() == 4 && weight.dim() == 4 && input.size(1) == 2 * weight.size(0) &&

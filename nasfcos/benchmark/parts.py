@@ -17,7 +17,7 @@ from ..models.heads.dense import DenseHead
 from ..models.heads.fcos import FCOSHead
 from ..models.heads.retinanet import RetinaNetHead
 from ..models.heads.towers import plain_tower
-from ..models.necks.nas_fpn import Concat
+from ..models.necks.nas_fpn import Concat, WeightedSum
 from ..ops import (
     batched_nms,
     depthwise_conv2d,
@@ -436,11 +436,20 @@ def concat(backward: bool, setting: Setting) -> Case:
 
 def norm_relu(backward: bool, setting: Setting) -> Case:
     """Batch norm and ReLU, as training computes them, on P3."""
+    return _norm_case("batch norm and ReLU in training", nn.BatchNorm2d, backward, setting)
+
+
+def group_norm_relu(backward: bool, setting: Setting) -> Case:
+    """Group norm and ReLU of the heads, on P3."""
+    return _norm_case("group norm and ReLU", layers.group_norm, backward, setting)
+
+
+def _norm_case(title: str, make: layers.Norm, backward: bool, setting: Setting) -> Case:
     height, width = map_shapes(*setting.image_size())[0]
     x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
-    norm = nn.BatchNorm2d(CHANNELS).to(setting.device).requires_grad_(backward)
+    norm = make(CHANNELS).to(setting.device).requires_grad_(backward)
     return operator_case(
-        "batch norm and ReLU in training",
+        title,
         {
             PYTORCH: lambda: F.relu(norm(x), inplace=True),
             "ours": lambda: layers.norm_relu(norm, x),
@@ -448,6 +457,21 @@ def norm_relu(backward: bool, setting: Setting) -> Case:
         [x, *norm.parameters()],
         grad if backward else None,
         {"map": f"{height}x{width}", "channels": CHANNELS},
+    )
+
+
+def weighted_sum(backward: bool, setting: Setting) -> Case:
+    """The searched sum with a factor for each channel of either map, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
+    y = x.detach().flip(1).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+    block = WeightedSum(CHANNELS, nn.BatchNorm2d).to(setting.device).requires_grad_(backward)
+    return operator_case(
+        "searched weighted sum",
+        {PYTORCH: lambda: block.a * x + block.b * y, "ours": lambda: block(x, y)},
+        [x, y, *block.parameters()],
+        grad if backward else None,
+        {"maps": f"{height}x{width}", "channels": CHANNELS},
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import fused_concat
+from ..ops import fused_concat, group_norm_relu
 from .backbones.mobilenet_v2 import InvertedResidual
 from .backbones.resnet import Bottleneck, Stem
 from .detector import Detector
@@ -220,31 +220,18 @@ class InFloat32(nn.Module):
         return self.layer(x.float())
 
 
-class PreciseNorm(nn.Module):
-    """A group norm whose factors stay float32 whatever its input: training moves them away from
-    one by less than half precision can tell, and all places of a map would be off the same way."""
+class GroupNormRelu(nn.Module):
+    """A group norm and ReLU. The norm's factors stay float32 whatever its input: training moves
+    them away from one by less than half precision can tell, and all places of a map would be off
+    the same way."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # whose kernel takes such a mixture
-            return self.norm(x)
-        return self.norm(x.float()).to(x.dtype)
-
-
-class PreciseSum(nn.Module):
-    """A `WeightedSum` whose factors stay float32 whatever its input, as those of `PreciseNorm`; the
-    result is rounded once, not each product."""
-
-    def __init__(self, block: WeightedSum) -> None:
-        super().__init__()
-        self.sum = block
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # Maps are converted before: together with the product it takes a CPU three times as long.
-        return (x.float() * self.sum.a).addcmul_(y.float(), self.sum.b).to(x.dtype)
+        norm = self.norm
+        return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 # -------------------------------------------------------------------- from layers to fused ones
@@ -276,16 +263,6 @@ def _with_optimized_layers(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, optimized(child))
     return module
-
-
-@optimized.register
-def _(module: nn.GroupNorm) -> nn.Module:
-    return PreciseNorm(module)
-
-
-@optimized.register
-def _(module: WeightedSum) -> nn.Module:
-    return PreciseSum(module)
 
 
 @optimized.register
@@ -332,21 +309,27 @@ def _(module: ConvNormAct) -> nn.Module:
         return FusedConv(folded(module.conv, module.norm), relu=True)
     if isinstance(module.norm, nn.Identity):
         return FusedConv(module.conv, relu=True)
+    if isinstance(module.norm, nn.GroupNorm):
+        return nn.Sequential(module.conv, GroupNormRelu(module.norm))
     return _with_optimized_layers(module)
 
 
 @optimized.register
 def _(module: SeparableConv) -> nn.Module:
-    if not isinstance(module.norm, FIXED_NORMS):
-        return _with_optimized_layers(module)
-    pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
-    return nn.Sequential(module.depthwise, pointwise)
+    if isinstance(module.norm, FIXED_NORMS):
+        pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
+        return nn.Sequential(module.depthwise, pointwise)
+    if isinstance(module.norm, nn.GroupNorm):
+        return nn.Sequential(module.depthwise, module.pointwise, GroupNormRelu(module.norm))
+    return _with_optimized_layers(module)
 
 
 @optimized.register
 def _(module: DeformConv) -> nn.Module:
     if isinstance(module.norm, FIXED_NORMS):
         return FusedDeformConv(module)
+    if isinstance(module.norm, nn.GroupNorm):
+        return nn.Sequential(module.conv, GroupNormRelu(module.norm))
     return _with_optimized_layers(module)
 
 
@@ -376,7 +359,7 @@ def _(module: DenseHead) -> nn.Module:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
     as anchors and statistics, stay float32."""
-    if isinstance(module, (InFloat32, PreciseNorm, WeightedSum, Scale, *FIXED_NORMS)):
+    if isinstance(module, (InFloat32, GroupNormRelu, WeightedSum, Scale, *FIXED_NORMS)):
         return
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)

@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import batch_norm_relu, depthwise_conv2d, memory_format, modulated_deform_conv2d
+from ..ops import (
+    batch_norm_relu,
+    depthwise_conv2d,
+    group_norm_relu,
+    memory_format,
+    modulated_deform_conv2d,
+)
 from ..ops.library import has_compiled
 
-# Whether our operators for the training of batch norms are at hand.
-_OWN_BATCH_NORM = has_compiled("batch_norm_relu", "cpu")
-# Values from which it is faster than PyTorch's batch norm with a ReLU, which has less overhead.
-_LARGE = 2**17
+# Whether our operators for norms are at hand.
+_OWN_NORMS = has_compiled("batch_norm_relu", "cpu")
+# Values from which they are faster than PyTorch's norm with a ReLU, which has less overhead.
+_MANY = {nn.BatchNorm2d: 2**17, nn.GroupNorm: 2**15}
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalisation layer for a number of channels."""
@@ -63,7 +69,19 @@ def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
         and x.device.type == "cpu"
         and memory_format(x) == torch.channels_last
         and x.numel() > x.shape[1]  # else PyTorch has an error for it
-        and _OWN_BATCH_NORM
+        and _OWN_NORMS
+    )
+
+
+def _is_group_norm_on_cpu(norm: nn.Module, x: Tensor) -> bool:
+    """The same of a group norm, in training or not."""
+    return (
+        type(norm) is nn.GroupNorm
+        and norm.affine
+        and norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        and x.device.type == "cpu"
+        and memory_format(x) == torch.channels_last
+        and _OWN_NORMS
     )
 
 
@@ -79,11 +97,14 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, the norm itself
     is not called, and so are no hooks on it."""
-    if x.numel() < _LARGE or not trains_on_cpu(norm, x):
-        return F.relu(norm(x), inplace=True)
-    output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    follow(norm, mean, variance, x.numel() // x.shape[1])
-    return output
+    many = x.numel() >= _MANY.get(type(norm), 0)
+    if many and _is_group_norm_on_cpu(norm, x):
+        return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    if many and trains_on_cpu(norm, x):
+        output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+        follow(norm, mean, variance, x.numel() // x.shape[1])
+        return output
+    return F.relu(norm(x), inplace=True)
 
 
 class ConvNormAct(nn.Module):

@@ -6,6 +6,7 @@ does not serve) a plain PyTorch version of the same operator takes over, see :mo
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import library as _library  # noqa: F401  (defines torch.ops.nasfcos)
@@ -25,11 +26,13 @@ __all__ = [
     "batched_nms",
     "depthwise_conv2d",
     "fused_concat",
+    "group_norm_relu",
     "memory_format",
     "modulated_deform_conv2d",
     "nms",
     "rectified_pairs",
     "sigmoid_focal_loss",
+    "weighted_sum",
 ]
 
 
@@ -238,6 +241,67 @@ def batch_norm_concat(
         x.to(dtype), y.to(dtype), weight, bias, factor.to(weight.dtype), eps
     )
     return output.to(wanted), mean.detach(), variance.detach()
+
+
+def group_norm_relu(
+    input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Group norm and ReLU. On the CPU it is ours, with half as many passes over the maps as
+    PyTorch's operators, elsewhere these.
+
+    Args:
+        input: [N, C, H, W].
+        weight, bias: [C]; in the maps' dtype, or in float32 for maps of half precision.
+        groups: of consecutive channels; they divide C.
+        eps: is added to the variances.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``input``, channels-last where that is.
+
+    Raises:
+        ValueError: shapes that do not fit, or no pixel.
+    """
+    _check_norm("group_norm_relu", (input,), (weight, bias))
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(
+            f"group_norm_relu: {groups} groups do not divide {input.shape[1]} channels"
+        )
+    if input.device.type != "cpu":
+        normed = F.group_norm(input.to(weight.dtype), groups, weight, bias, eps)
+        return F.relu(normed, inplace=True).to(input.dtype)
+    x = input.to(_cpu_dtype(input))
+    return torch.ops.nasfcos.group_norm_relu(x, weight, bias, groups, eps)[0].to(input.dtype)
+
+
+def weighted_sum(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a * x + b * y`` with factors for each channel: the searched aggregation (paper, section
+    3.2). For channels-last maps on the CPU it is one pass of ours, else PyTorch's operators.
+
+    Args:
+        x, y: [N, C, H, W]; in the wider dtype of the two.
+        a, b: [C, 1, 1]; in the maps' dtype, or in float32 for maps of half precision.
+
+    Returns:
+        [N, C, H, W] in the dtype of the maps, rounded once, channels-last where ``x`` is.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 4 or x.shape != y.shape:
+        raise ValueError(
+            "weighted_sum: x and y must be [N, C, H, W] of one shape, "
+            f"got {list(x.shape)} and {list(y.shape)}"
+        )
+    for factor in (a, b):
+        if factor.shape != (x.shape[1], 1, 1):
+            raise ValueError(
+                f"weighted_sum: factors must be [{x.shape[1]}, 1, 1], got {list(factor.shape)}"
+            )
+    wanted = torch.promote_types(x.dtype, y.dtype)
+    if x.device.type != "cpu" or memory_format(x) != torch.channels_last:
+        return _plain.weighted_sum(x.to(wanted), y.to(wanted), a, b)
+    dtype = torch.promote_types(_cpu_dtype(x), _cpu_dtype(y))
+    return torch.ops.nasfcos.weighted_sum(x.to(dtype), y.to(dtype), a, b).to(wanted)
 
 
 def _check_norm(name: str, maps: tuple[Tensor, ...], parameters: tuple[Tensor, ...]) -> None:

@@ -48,6 +48,19 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor factor, Tensor mean, "
         "Tensor variance, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "group_norm_relu": (
+        "(Tensor input, Tensor weight, Tensor bias, int groups, float eps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "group_norm_relu_backward": (
+        "(Tensor grad, Tensor input, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+        "float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "weighted_sum": "(Tensor x, Tensor y, Tensor a, Tensor b) -> Tensor",
+    "weighted_sum_backward": (
+        "(Tensor grad, Tensor x, Tensor y, Tensor a, Tensor b)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
         "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
@@ -186,6 +199,26 @@ def _(grad, x, y, weight, bias, factor, mean, variance, eps):
     return plain.like(x), plain.like(y), *parameters
 
 
+@torch.library.register_fake("nasfcos::group_norm_relu", lib=_lib)
+def _(input, weight, bias, groups, eps):
+    return plain.like(input), *(weight.new_empty(len(input), groups) for _ in range(2))
+
+
+@torch.library.register_fake("nasfcos::group_norm_relu_backward", lib=_lib)
+def _(grad, input, weight, bias, mean, variance, eps):
+    return plain.like(input), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("nasfcos::weighted_sum", lib=_lib)
+def _(x, y, a, b):
+    return plain.like(x)
+
+
+@torch.library.register_fake("nasfcos::weighted_sum_backward", lib=_lib)
+def _(grad, x, y, a, b):
+    return plain.like(x), plain.like(y), torch.empty_like(a), torch.empty_like(b)
+
+
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
     return plain.like(input)
@@ -234,13 +267,18 @@ def _focal_backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
-def _pairs_context(ctx, inputs, output) -> None:
+def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
 @once_differentiable
 def _pairs_backward(ctx, grad: Tensor):
     return _gradients(torch.ops.nasfcos.rectified_pairs_backward, ctx, grad)
+
+
+@once_differentiable
+def _sum_backward(ctx, grad: Tensor):
+    return _gradients(torch.ops.nasfcos.weighted_sum_backward, ctx, grad)
 
 
 def _norm_context(ctx, inputs, output) -> None:
@@ -258,6 +296,17 @@ def _norm_relu_backward(ctx, grad: Tensor, *_):
 def _norm_concat_backward(ctx, grad: Tensor, *_):
     operator = torch.ops.nasfcos.batch_norm_concat_backward
     return *_gradients(operator, ctx, grad, ctx.eps), None
+
+
+def _group_norm_context(ctx, inputs, output) -> None:
+    *tensors, _groups, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+@once_differentiable
+def _group_norm_backward(ctx, grad: Tensor, *_):
+    operator = torch.ops.nasfcos.group_norm_relu_backward
+    return *_gradients(operator, ctx, grad, ctx.eps), None, None
 
 
 def _depthwise_context(ctx, inputs, output) -> None:
@@ -288,13 +337,22 @@ torch.library.register_autograd(
     "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
 )
 torch.library.register_autograd(
-    "nasfcos::rectified_pairs", _pairs_backward, setup_context=_pairs_context, lib=_lib
+    "nasfcos::rectified_pairs", _pairs_backward, setup_context=_save_inputs, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::weighted_sum", _sum_backward, setup_context=_save_inputs, lib=_lib
 )
 torch.library.register_autograd(
     "nasfcos::batch_norm_relu", _norm_relu_backward, setup_context=_norm_context, lib=_lib
 )
 torch.library.register_autograd(
     "nasfcos::batch_norm_concat", _norm_concat_backward, setup_context=_norm_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::group_norm_relu",
+    _group_norm_backward,
+    setup_context=_group_norm_context,
+    lib=_lib,
 )
 torch.library.register_autograd(
     "nasfcos::depthwise_conv2d",

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import nasfcos
-from nasfcos.models.inference import FusedConv, InferenceDetector
-from nasfcos.models.layers import DeformConv, FrozenBatchNorm2d, SeparableConv
+from nasfcos.models.inference import FusedConv, GroupNormRelu, InferenceDetector
+from nasfcos.models.layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, SeparableConv
 from nasfcos.models.necks.nas_fpn import Concat, WeightedSum
 from nasfcos.ops import fused_concat, plain
 from tests.known import ROOT, golden, known_image, known_weights
@@ -163,9 +163,11 @@ def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
     unused = set(range(4)) - fast.neck.genotype.consumed
     assert unused and all(isinstance(fast.neck.adapt[node], nn.Identity) for node in unused)
     fast = nasfcos.optimize_for_inference(lively("other operations"))
-    # Those of the head, which have GroupNorm, stay.
-    assert not any(isinstance(module, SeparableConv) for module in fast.neck.modules())
-    assert any(isinstance(module, SeparableConv) for module in fast.head.modules())
+    searched = (ConvNormAct, SeparableConv, DeformConv)
+    assert not any(isinstance(module, searched) for module in fast.modules())
+    # Group norms cannot be folded; each is one with its ReLU.
+    norms = [sum(isinstance(m, t) for m in fast.modules()) for t in (nn.GroupNorm, GroupNormRelu)]
+    assert norms[0] == norms[1] > 0
 
 
 def test_only_inference():

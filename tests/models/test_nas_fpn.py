@@ -9,6 +9,7 @@ from torch import nn
 from nasfcos.models import layers
 from nasfcos.models.layers import OPERATIONS
 from nasfcos.models.necks.nas_fpn import Concat
+from tests.operators import check_close
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
 
@@ -64,9 +65,9 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
         for _ in range(2 if name == "concat" else 1)
     ]
     found = []
-    compiled = layers._OWN_BATCH_NORM
+    compiled = layers._OWN_NORMS
     for own in (True, False):
-        monkeypatch.setattr(layers, "_OWN_BATCH_NORM", own and compiled)
+        monkeypatch.setattr(layers, "_OWN_NORMS", own and compiled)
         form = copy.deepcopy(block).to(memory_format=torch.channels_last)
         for _ in range(3):
             out = form(*maps)
@@ -76,6 +77,26 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
         assert not torch.allclose(evaluated, out) or momentum == 1
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("side, fused", [(90, True), (6, False)])
+@pytest.mark.parametrize("name", ["conv1x1", "sep_conv_3x3", "def_conv_3x3"])
+def test_group_norms_are_those_of_pytorch(name, side, fused, monkeypatch):
+    """By our operator where maps are large, which is when it is faster."""
+    torch.manual_seed(0)
+    block = OPERATIONS[name](8, functools.partial(nn.GroupNorm, 4))
+    nn.init.normal_(block.norm.weight)
+    block.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, side, side).contiguous(memory_format=torch.channels_last)
+    compiled, found = layers._OWN_NORMS, []
+    for own in (True, False):
+        monkeypatch.setattr(layers, "_OWN_NORMS", own and compiled)
+        out = block(x)
+        assert ("nasfcos_group_norm" in out.grad_fn.name()) == (own and compiled and fused)
+        block.zero_grad()
+        out.cos().sum().backward()
+        found.append([out, *(p.grad.clone() for p in block.parameters())])
+    check_close(*found, 1e-4)
 
 
 def test_one_value_a_channel_has_no_statistics():

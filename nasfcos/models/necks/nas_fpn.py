@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ...genotype import AGGREGATIONS, FPN_OPS, NUM_INPUTS, Cell, Genotype
-from ...ops import batch_norm_concat, memory_format, rectified_pairs
+from ...ops import batch_norm_concat, memory_format, rectified_pairs, weighted_sum
 from ..layers import OPERATIONS, ConvNormAct, Norm, follow, resize_to, trains_on_cpu
 from ..registry import NECKS
 from .top import TopLevels
@@ -24,7 +24,7 @@ class WeightedSum(nn.Module):
         self.b = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.a * x + self.b * y
+        return weighted_sum(x, y, self.a, self.b)
 
 
 class _Concatenate(torch.autograd.Function):
