@@ -1,5 +1,10 @@
+import os
+
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores test at a time
+    torch.set_num_threads(1)
 
 
 def _with_threads(count):
