@@ -287,6 +287,8 @@ _C.SEARCH.SELECT = CN()
 # How many FPNs and heads. One: the best by reward is taken as it is, unless its stage is the last.
 _C.SEARCH.SELECT.FPN = 20
 _C.SEARCH.SELECT.HEAD = 10
+# Full trainings of each, from SEED on; the mean of their APs counts. On small data one says little.
+_C.SEARCH.SELECT.SEEDS = 1
 # KEY VALUE pairs that differ in the full training, as on the command line.
 _C.SEARCH.SELECT.OVERRIDES = []
 

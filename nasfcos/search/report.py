@@ -91,7 +91,8 @@ class Ranked(Protocol):
         stage: in which it was found.
         rank: by the search's objective in its stage.
         reward, params, flops: of its trial.
-        AP, AP50: after full training; None where there was none.
+        AP, AP50: after full training, the means of all seeds; None where there was none.
+        APs: of each seed.
         folder: of the full training, relative to the search's.
         given: whether the search started from it.
     """
@@ -103,6 +104,7 @@ class Ranked(Protocol):
     flops: float
     AP: float | None
     AP50: float | None
+    APs: list[float]
     folder: str
     given: bool
 
@@ -650,7 +652,7 @@ def _ranking_section(folder: Path, ranking: Sequence[Ranked]) -> str:
         [
             str(place), _stage_name(row.stage) + (", given" if row.given else ""),
             _number(row.rank or None, "d"), _number(row.reward, ".4f"),
-            _number(row.AP, ".4f"), _number(row.AP50, ".4f"),
+            _number(row.AP, ".4f") + _range(row.APs), _number(row.AP50, ".4f"),
             *_costs_in_words(row.params, row.flops), row.folder,
         ]
         for place, row in enumerate(ranking, 1)
@@ -687,6 +689,10 @@ def _costs_in_words(params: int, flops: float) -> list[str]:
 def _number(value: float | None, form: str, unit: str = "") -> str:
     """The number in this form; a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else format(value, form) + unit
+
+
+def _range(values: Sequence[float]) -> str:
+    return f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterable[int]) -> str:

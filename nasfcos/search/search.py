@@ -346,16 +346,18 @@ class _Search:
             keys: in which the search's config differs from that.
         """
         best, weights = self._weights(best)
-        cfg = full_config(self.cfg, best.stage, best.genotype, self.folder / "best")
+        cfg = self._full_config(best, self.folder / "best")
         keys = [*keys, *map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
         keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
+        keys += ["SEED"] if best.best_seed else []
         settings = yaml.safe_load(cfg.dump())
         tree = {"_BASE_": base.relative_to(self.folder).as_posix()} | nested(
             {key: get_setting(settings, key) for key in keys if not key.startswith("SEARCH.")}
         )
         path = self.folder / "best.yaml"
         found = "given, and not surpassed" if best.given else f"{best.stage} stage"
-        title = f"# Found by a search: {found}, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}.\n"
+        of = f" (the mean of {len(best.APs)} trainings)" if len(best.APs) > 1 else ""
+        title = f"# Found by a search: {found}, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}{of}.\n"
         with replacing(path) as temporary:
             text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
             temporary.write_text(title + text, encoding="utf-8")
@@ -364,11 +366,15 @@ class _Search:
             torch.save(weights, temporary)
         return path
 
+    def _full_config(self, best: Selected, folder: Path) -> CfgNode:
+        """The config of the best of its full trainings, in this folder."""
+        return full_config(self.cfg, best.stage, best.genotype, folder, best.best_seed)
+
     def _weights(self, best: Selected) -> tuple[Selected, dict[str, Any]]:
         """The content of ``best.pth``: from the full training, or, where its files have been
         deleted, from the ``best.pth`` that is there; trained again where that is gone, too."""
         run = self.folder / best.folder
-        cfg = full_config(self.cfg, best.stage, best.genotype, run)
+        cfg = self._full_config(best, run)
         names = ("model", "classes", "config")
         for path in (run / FINAL, self.folder / "best.pth"):
             saved = read_saved(path)
@@ -376,9 +382,11 @@ class _Search:
                 return best, {name: saved[name] for name in names}
         logger.warning("the weights in %s are gone; they are trained again", run)
         (run / SUMMARY).unlink(missing_ok=True)
-        best = replace(best, **train_in_full(cfg, self.device))
-        self.ranking[0] = best
-        write_ranking(self.folder / "ranking.json", self.ranking)
+        found = train_in_full(cfg, self.device)
+        if len(best.APs) == 1:
+            best = replace(best, **found, APs=[found["AP"]])
+            self.ranking[0] = best
+            write_ranking(self.folder / "ranking.json", self.ranking)
         saved = load_checkpoint(run / FINAL)
         return best, {name: saved[name] for name in names}
 
@@ -497,7 +505,9 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     fixed = {name: get_setting(cfg, name) for name in names}
     fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
-        for name in ("SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"):
+        chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
+        chose += ["SEARCH.SELECT.SEEDS"] if cfg.SEARCH.SELECT.FPN > 1 else []
+        for name in chose:
             fixed[f"{name} (which chose the FPN below the head)"] = get_setting(cfg, name)
     if stage == "head":
         fixed["SEARCH.STAGES"] = list(cfg.SEARCH.STAGES)

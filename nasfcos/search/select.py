@@ -6,8 +6,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from yacs.config import CfgNode
@@ -39,9 +40,11 @@ class Selected:
         genotype: the whole decoder, as a nested list.
         objective, reward: of its trial.
         params, flops: of its trial's decoder (see `TrialResult`).
-        AP, AP50: after full training, on the first of DATASETS.TEST; None: not trained in full.
-        folder: of the full training, relative to the search's; "" where it was not trained, or
-            not to the end.
+        AP, AP50: after full training, on the first of DATASETS.TEST, the means of all seeds; None:
+            not trained in full.
+        APs: of each seed.
+        folder: of the best seed's full training, relative to the search's; "" where it was not
+            trained, or not to the end.
         given: whether the search started from it; where no trial of this stage is the whole of it,
             its rank is 0, and its objective and reward are nan.
     """
@@ -55,11 +58,19 @@ class Selected:
     flops: float
     AP: float | None = None
     AP50: float | None = None
+    APs: list[float] = field(default_factory=list)
     folder: str = ""
     given: bool = False
 
+    @property
+    def best_seed(self) -> int:
+        """Which of the seeds, from 0, came to the highest AP."""
+        return max(range(len(self.APs)), key=self.APs.__getitem__, default=0)
 
-def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> CfgNode:
+
+def full_config(
+    cfg: CfgNode, stage: str, genotype: Sequence, folder: Path, seed: int = 0
+) -> CfgNode:
     """The config of a full training of a genotype, SEARCH.SELECT.OVERRIDES on top.
 
     Args:
@@ -67,13 +78,18 @@ def full_config(cfg: CfgNode, stage: str, genotype: Sequence, folder: Path) -> C
         stage: "fpn" (the head is the plain one) or "head".
         genotype: the decoder.
         folder: of the training run.
+        seed: is added to the config's.
     """
     tower = "searched" if stage == "head" else "plain"
     searched = [
         *("MODEL.NECK.NAME", "nas_fpn", "MODEL.HEAD.TOWER", tower),
         *("MODEL.GENOTYPE", list(genotype), "OUTPUT_DIR", str(folder)),
     ]
-    return with_overrides(cfg, searched, "SEARCH.SELECT.OVERRIDES")
+    full = with_overrides(cfg, searched, "SEARCH.SELECT.OVERRIDES")
+    full.defrost()
+    full.SEED += seed
+    full.freeze()
+    return full
 
 
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
@@ -146,38 +162,44 @@ def select(
         best += [item for item in ranked if item[1].key == given_key][:1] or [
             (0, _untried(given, records[0]))
         ]
+    seeds = cfg.SEARCH.SELECT.SEEDS
     rows = []
     for number, (rank, record) in enumerate(best, 1):
         found: dict = {"given": record.key == given_key}
         if train_them:
             name = f"trial {record.index}" if rank else "given"
-            place = Path("select") / stage / name.replace(" ", "_")
-            phase = f"training the best of the {stage} stage in full"
-            write_progress(folder, phase, done=number - 1, total=len(best))
             logger.info(
-                "full training %d of %d (%s stage, %s, reward %.4f):\n%s",
+                "%d of %d to train in full (%s stage, %s, reward %.4f):\n%s",
                 number, len(best), stage, name, record.result.reward,
                 Genotype.parse(record.genotype).describe(),
             )  # fmt: skip
+            place = Path("select") / stage / name.replace(" ", "_")
+            places = [place, *(place.with_name(f"{place.name}_seed_{i}") for i in range(1, seeds))]
+            metrics = []
             try:
-                metrics = train_in_full(
-                    full_config(cfg, stage, record.genotype, folder / place), device
-                )
-                found |= {"AP": metrics["AP"], "AP50": metrics["AP50"], "folder": str(place)}
+                for seed, place in enumerate(places):
+                    phase = f"training the best of the {stage} stage in full"
+                    done = (number - 1) * seeds + seed
+                    write_progress(folder, phase, done=done, total=len(best) * seeds)
+                    full = full_config(cfg, stage, record.genotype, folder / place, seed)
+                    metrics.append(train_in_full(full, device))
+                found |= {key: mean(each[key] for each in metrics) for key in ("AP", "AP50")}
+                found["APs"] = [each["AP"] for each in metrics]
             except (NonFiniteLossError, torch.OutOfMemoryError) as error:
                 logger.warning("%s is out of the ranking: %s", name, error)
-        rows.append(
-            Selected(
-                stage,
-                rank,
-                record.genotype,
-                record.objective,
-                record.result.reward,
-                record.result.params,
-                record.result.flops,
-                **found,
-            )
+        row = Selected(
+            stage,
+            rank,
+            record.genotype,
+            record.objective,
+            record.result.reward,
+            record.result.params,
+            record.result.flops,
+            **found,
         )
+        if row.APs:
+            row = replace(row, folder=str(places[row.best_seed]))
+        rows.append(row)
         if train_them:
             on_progress(sorted(rows, key=by_merit))
     if train_them and all(row.AP is None for row in rows):

@@ -79,7 +79,7 @@ def ranking(stages, count=5):
         SimpleNamespace(
             stage=s.stage, rank=rank, reward=record.result.reward, params=record.result.params,
             flops=record.result.flops, AP=0.4 - 0.01 * rank, AP50=0.6,
-            folder=f"select/{s.stage}/{rank}", given=False,
+            APs=[], folder=f"select/{s.stage}/{rank}", given=False,
         )
         for s in stages
         for rank, record in enumerate(s.status.ranked()[:count], 1)
@@ -244,6 +244,14 @@ def test_a_ranking_without_full_trainings(tmp_path):
     page = Page(write_report(tmp_path, stages, rows))
     assert "0.3900 0.6000" in page.text and "– –" in page.text
     assert "tau" not in page.text  # of one AP there is none
+
+
+def test_the_range_of_several_seeds(tmp_path):
+    stages = [stage(FPN, 20)]
+    rows = ranking(stages, 2)
+    rows[0].APs = [0.41, 0.37]
+    page = Page(write_report(tmp_path, stages, rows))
+    assert "0.3900 (0.3700 to 0.4100)" in page.text and page.text.count(" to 0.") == 1
 
 
 def test_reasons_are_text_not_markup(tmp_path):

@@ -27,7 +27,7 @@ from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.search import select  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
-from nasfcos.search.proxy import ProxyTask  # noqa: E402
+from nasfcos.search.proxy import ProxyTask, read_saved  # noqa: E402
 from nasfcos.search.records import COMPLETE  # noqa: E402
 from nasfcos.search.search import _copy_with_bases, search, search_status  # noqa: E402
 
@@ -286,6 +286,52 @@ def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, one
         assert best == (ranking[0]["genotype"] if surpassed else given)
         assert ("not surpassed" in (out / "best.yaml").read_text()) != surpassed
         assert "Head stage, given" in (out / "report/report.html").read_text()
+
+
+def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, one_thread):
+    out = tmp_path / "out"
+    settings = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3)
+    settings += ("SEARCH.SELECT.FPN", 2, "SEARCH.SELECT.SEEDS")
+    train_in_full, trained = select.train_in_full, []
+    # The second seed's AP is the better one, the third's makes the other architecture the best.
+    gains = {"": 0.0, "_seed_1": 1.0, "_seed_2": -9.0}
+
+    def judged(cfg, device):
+        found = train_in_full(cfg, device)
+        name, architecture, suffix = re.fullmatch(
+            r".*/((trial_\d)(.*))", cfg.OUTPUT_DIR
+        ).groups()
+        trained.append((name, cfg.SEED))
+        first = architecture == trained[0][0]
+        return found | {"AP": 0.1 * first + gains[suffix] * (first or suffix != "_seed_2")}
+
+    monkeypatch.setattr(select, "train_in_full", judged)
+    go_on(*settings, 2)
+    one, other = trained[0][0], trained[2][0]
+    assert trained == [(one, 0), (f"{one}_seed_1", 1), (other, 0), (f"{other}_seed_1", 1)]
+    ranking = json.loads((out / "ranking.json").read_text())
+    assert [row["folder"] for row in ranking] == [
+        f"select/fpn/{name}_seed_1" for name in (one, other)
+    ]
+    assert ranking[0]["APs"] == pytest.approx([0.1, 1.1]) and ranking[0]["AP"] == pytest.approx(0.6)
+    # The best weights come with the seed that they come from.
+    best = load_config(out / "best.yaml")
+    assert best.SEED == 1 and best.MODEL.GENOTYPE == ranking[0]["genotype"]
+    weights = [
+        read_saved(path)["model"]
+        for path in (out / "best.pth", out / ranking[0]["folder"] / "model_final.pth")
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
+    assert "mean of 2 trainings" in (out / "best.yaml").read_text()
+
+    times = {path: path.stat().st_mtime_ns for path in out.glob("select/fpn/*/model_final.pth")}
+    assert len(times) == 4
+    go_on(*settings, 3)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    ranking = json.loads((out / "ranking.json").read_text())
+    assert [row["folder"] for row in ranking] == [
+        f"select/fpn/{name}_seed_1" for name in (other, one)
+    ]
 
 
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
