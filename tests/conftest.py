@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores test at a time
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that test at a time
     torch.set_num_threads(1)
 
 

@@ -1,13 +1,15 @@
-// Batch norm and what follows it in the searched layers, with the batch's own statistics (training):
+// Batch norm and what follows it in the searched layers, with the batch's own statistics
+// (training):
 //   batch_norm_relu    out[i] = h[i],                                             h = relu(norm(x))
 //   batch_norm_concat  out[c] = factor[2c] * h[2c] + factor[2c + 1] * h[2c + 1],  h = relu(norm(z))
 // and with a given scale and shift (inference):
 //   fused_concat       as batch_norm_concat
-// where z are maps x and y, one's channels after the other's. As each has an even number of them, the
-// first half of the output's channels comes from x and the second from y: nothing is concatenated.
+// where z are maps x and y, one's channels after the other's. As each has an even number of them,
+// the first half of the output's channels comes from x and the second from y: nothing is
+// concatenated.
 //
 // In training, forward reads every map twice (statistics, output) and backward twice (sums,
-// gradient); all maps are channels-last.
+// gradient); all maps are channels-last. Statistics are sums of doubles.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -87,7 +89,7 @@ NASFCOS_INLINE void pairs_grad_loop(
 
 // The same for each type, by instruction set.
 #define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
-  CLONES void apply_pairs(                                                                        \
+  CLONES void apply_pairs(                                                                       \
       const T* x, const ACC* scale, const ACC* shift, const ACC* factor, int64_t pixels,         \
       int64_t n, int64_t step, T* out) {                                                         \
     pairs_loop(x, scale, shift, factor, pixels, n, step, out);                                   \
@@ -98,12 +100,12 @@ NASFCOS_FORWARD(, double, double)
 #undef NASFCOS_FORWARD
 
 #define NASFCOS_BACKWARD(CLONES, T)                                                              \
-  CLONES void add_sums_of_pairs(                                                                \
+  CLONES void add_sums_of_pairs(                                                                 \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
       T* sums) {                                                                                 \
     pairs_sums_loop(grad, x, of, pixels, n, step, sums);                                         \
   }                                                                                              \
-  CLONES void write_grad_of_pairs(                                                              \
+  CLONES void write_grad_of_pairs(                                                               \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
       T* grad_x) {                                                                               \
     pairs_grad_loop(grad, x, of, pixels, n, step, grad_x);                                       \
@@ -216,10 +218,10 @@ void forward_of(
     const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
     Norm<Acc> norm(maps, number);
     // The first pixel is near enough to the mean for little to be lost to cancellation.
-    std::vector<Acc> origin(n);
+    std::vector<double> origin(n);
     for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
     const auto sums =
-        parts.sums<Acc>(2 * n, [&](int64_t, int64_t first, int64_t count, Acc* to) {
+        parts.sums<double>(2 * n, [&](int64_t, int64_t first, int64_t count, double* to) {
           moments(x + first * n, origin.data(), count, n, to);
         });
     for (int64_t i = 0; i < n; ++i) {

@@ -1,6 +1,6 @@
 // Group norm and ReLU of channels-last maps: out = relu(scale * x + shift), scale and shift being
 // those of each sample's channels. Forward reads the maps twice (statistics, output), backward too
-// (sums, gradient). The forward pass takes bfloat16 as well.
+// (sums, gradient). Statistics are sums of doubles. The forward pass takes bfloat16 as well.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -80,12 +80,12 @@ void forward_of(
   B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
   const Parts parts = shape.parts();
   // The first pixel is near enough to the mean for little to be lost to cancellation.
-  std::vector<Acc> origin(shape.samples * n);
+  std::vector<double> origin(shape.samples * n);
   for (int64_t i = 0; i < shape.samples * n; ++i) {
     origin[i] = load(x + i / n * sample_size + i % n);
   }
-  const auto sums =
-      parts.sums<Acc>(2 * n, [&](int64_t sample, int64_t first, int64_t count, Acc* to) {
+  const auto sums = parts.sums<double>(
+      2 * n, [&](int64_t sample, int64_t first, int64_t count, double* to) {
         moments(x + sample * sample_size + first * n, origin.data() + sample * n, count, n, to);
       });
   for (int64_t group = 0; group < shape.samples * shape.groups; ++group) {
@@ -178,15 +178,16 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& bias,
     const Tensor& mean, const Tensor& variance, double eps) {
+  TORCH_CHECK_VALUE(mean.dim() == 2, "group_norm_relu: means must be [N, groups]");
+  check(input, weight, bias, mean.size(1));
   TORCH_CHECK_VALUE(
-      mean.dim() == 2 && mean.sizes() == variance.sizes() && input.dim() == 4 &&
-          mean.size(0) == input.size(0) && mean.scalar_type() == input.scalar_type() &&
+      mean.sizes() == variance.sizes() && mean.size(0) == input.size(0) &&
+          mean.scalar_type() == input.scalar_type() &&
           variance.scalar_type() == input.scalar_type() && grad.sizes() == input.sizes() &&
           grad.scalar_type() == input.scalar_type(),
       "group_norm_relu: the output's gradient and the statistics must be as the forward pass gave "
       "them");
-  const Shape shape(input, std::max<int64_t>(mean.size(1), 1));
-  check(input, weight, bias, mean.size(1));
+  const Shape shape(input, mean.size(1));
   Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
   Tensor grad_weight = at::empty(weight.sizes(), weight.options());
   Tensor grad_bias = at::empty(bias.sizes(), bias.options());

@@ -10,13 +10,13 @@
 namespace nasfcos {
 
 // Sums of differences from `origin` [n] and of their squares: [2, n].
-template <typename T, typename Acc>
+template <typename T>
 NASFCOS_INLINE void moments_loop(
-    const T* x, const Acc* origin, int64_t pixels, int64_t n, Acc* sums) {
+    const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const Acc difference = load(x + i) - origin[i];
+      const double difference = load(x + i) - origin[i];
       sums[i] += difference;
       sums[n + i] += difference * difference;
     }
@@ -81,7 +81,7 @@ NASFCOS_INLINE void relu_grad_loop(
 // The same for each type, by instruction set.
 #define NASFCOS_FORWARD(CLONES, T, ACC)                                                           \
   CLONES static void moments(                                                                     \
-      const T* x, const ACC* origin, int64_t pixels, int64_t n, ACC* sums) {                      \
+      const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {                \
     moments_loop(x, origin, pixels, n, sums);                                                     \
   }                                                                                               \
   CLONES static void apply(                                                                       \

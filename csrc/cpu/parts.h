@@ -14,8 +14,8 @@ static inline int64_t parts_of(int64_t count, int64_t grain) {
 
 namespace nasfcos {
 
-// Sums over pixels are float32 (of doubles: double) within a block of so many, and double beyond it:
-// the fewer, the less rounding in sums of values that are much alike.
+// Sums over pixels are of the values' type within a block of so many, and double beyond it: the
+// fewer, the less rounding in sums of values that are much alike.
 constexpr int64_t kPixels = 32;
 
 // Pixels that are worth a thread's while.
@@ -25,8 +25,8 @@ inline int64_t grain_of(int64_t channels) { return (int64_t{1} << 15) / (channel
 class Parts {
  public:
   Parts(int64_t samples, int64_t pixels, int64_t channels) : samples_(samples), pixels_(pixels) {
-    const int64_t grain = grain_of(channels), threads = at::get_num_threads();
-    per_sample_ = std::min(parts_of(pixels, grain), (threads + samples - 1) / samples);
+    const int64_t grain = grain_of(channels);
+    per_sample_ = parts_of(pixels, grain);
     grain_ = std::max<int64_t>(1, grain * per_sample_ / std::max<int64_t>(1, pixels));
   }
 

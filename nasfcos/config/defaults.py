@@ -288,6 +288,7 @@ _C.SEARCH.SELECT = CN()
 _C.SEARCH.SELECT.FPN = 20
 _C.SEARCH.SELECT.HEAD = 10
 # Full trainings of each, from SEED on; the mean of their APs counts. On small data one says little.
+# One that diverges costs its architecture its place.
 _C.SEARCH.SELECT.SEEDS = 1
 # KEY VALUE pairs that differ in the full training, as on the command line.
 _C.SEARCH.SELECT.OVERRIDES = []

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import fused_concat, group_norm_relu
+from ..ops import fused_concat
 from .backbones.mobilenet_v2 import InvertedResidual
 from .backbones.resnet import Bottleneck, Stem
 from .detector import Detector
 from .heads.dense import DenseHead, Detections
-from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv
+from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv, norm_relu
 from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 
 FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -230,8 +230,9 @@ class GroupNormRelu(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        if x.device.type == "cpu":  # whose kernels take such a mixture
+            return norm_relu(self.norm, x)
+        return norm_relu(self.norm, x.float()).to(x.dtype)
 
 
 # -------------------------------------------------------------------- from layers to fused ones

@@ -21,7 +21,8 @@ from ..ops.library import has_compiled
 # Whether our operators for norms are at hand.
 _OWN_NORMS = has_compiled("batch_norm_relu", "cpu")
 # Values from which they are faster than PyTorch's norm with a ReLU, which has less overhead.
-_MANY = {nn.BatchNorm2d: 2**17, nn.GroupNorm: 2**15}
+_MANY_FOR_BATCH_NORM = 2**17
+_MANY_FOR_GROUP_NORM = 2**15
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalisation layer for a number of channels."""
@@ -97,10 +98,9 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, the norm itself
     is not called, and so are no hooks on it."""
-    many = x.numel() >= _MANY.get(type(norm), 0)
-    if many and _is_group_norm_on_cpu(norm, x):
+    if x.numel() >= _MANY_FOR_GROUP_NORM and _is_group_norm_on_cpu(norm, x):
         return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    if many and trains_on_cpu(norm, x):
+    if x.numel() >= _MANY_FOR_BATCH_NORM and trains_on_cpu(norm, x):
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
         follow(norm, mean, variance, x.numel() // x.shape[1])
         return output

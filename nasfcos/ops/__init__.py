@@ -251,7 +251,7 @@ def group_norm_relu(
 
     Args:
         input: [N, C, H, W].
-        weight, bias: [C]; in the maps' dtype, or in float32 for maps of half precision.
+        weight, bias: [C]; in half precision they are computed with in float32.
         groups: of consecutive channels; they divide C.
         eps: is added to the variances.
 
@@ -266,9 +266,11 @@ def group_norm_relu(
         raise ValueError(
             f"group_norm_relu: {groups} groups do not divide {input.shape[1]} channels"
         )
+    weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (weight, bias))
     if input.device.type != "cpu":
         normed = F.group_norm(input.to(weight.dtype), groups, weight, bias, eps)
-        return F.relu(normed, inplace=True).to(input.dtype)
+        output = F.relu(normed, inplace=True).to(input.dtype)
+        return output.contiguous(memory_format=memory_format(input))
     x = input.to(_cpu_dtype(input))
     return torch.ops.nasfcos.group_norm_relu(x, weight, bias, groups, eps)[0].to(input.dtype)
 
@@ -279,10 +281,12 @@ def weighted_sum(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         x, y: [N, C, H, W]; in the wider dtype of the two.
-        a, b: [C, 1, 1]; in the maps' dtype, or in float32 for maps of half precision.
+        a, b: [C, 1, 1].
 
     Returns:
-        [N, C, H, W] in the dtype of the maps, rounded once, channels-last where ``x`` is.
+        [N, C, H, W] in the dtype of the maps, channels-last where ``x`` is. Of maps of half
+        precision it is computed in float32 and rounded once, if the factors are float32 or the
+        operator is ours.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -299,8 +303,10 @@ def weighted_sum(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
             )
     wanted = torch.promote_types(x.dtype, y.dtype)
     if x.device.type != "cpu" or memory_format(x) != torch.channels_last:
-        return _plain.weighted_sum(x.to(wanted), y.to(wanted), a, b)
+        output = (a * x + b * y).to(wanted)
+        return output.contiguous(memory_format=memory_format(x))
     dtype = torch.promote_types(_cpu_dtype(x), _cpu_dtype(y))
+    a, b = (t.to(torch.promote_types(dtype, torch.float32)) for t in (a, b))
     return torch.ops.nasfcos.weighted_sum(x.to(dtype), y.to(dtype), a, b).to(wanted)
 
 

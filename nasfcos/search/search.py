@@ -356,7 +356,9 @@ class _Search:
         )
         path = self.folder / "best.yaml"
         found = "given, and not surpassed" if best.given else f"{best.stage} stage"
-        of = f" (the mean of {len(best.APs)} trainings)" if len(best.APs) > 1 else ""
+        of = ""
+        if len(best.APs) > 1:
+            of = f" (mean of {len(best.APs)} trainings, the best of which left best.pth)"
         title = f"# Found by a search: {found}, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}{of}.\n"
         with replacing(path) as temporary:
             text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
@@ -383,7 +385,7 @@ class _Search:
         logger.warning("the weights in %s are gone; they are trained again", run)
         (run / SUMMARY).unlink(missing_ok=True)
         found = train_in_full(cfg, self.device)
-        if len(best.APs) == 1:
+        if len(best.APs) == 1:  # else the mean stays: on this machine the training gives the same
             best = replace(best, **found, APs=[found["AP"]])
             self.ranking[0] = best
             write_ranking(self.folder / "ranking.json", self.ranking)

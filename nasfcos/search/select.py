@@ -86,9 +86,10 @@ def full_config(
         *("MODEL.GENOTYPE", list(genotype), "OUTPUT_DIR", str(folder)),
     ]
     full = with_overrides(cfg, searched, "SEARCH.SELECT.OVERRIDES")
-    full.defrost()
-    full.SEED += seed
-    full.freeze()
+    if full.SEED >= 0:  # else each training has a new one
+        full.defrost()
+        full.SEED += seed
+        full.freeze()
     return full
 
 
@@ -148,7 +149,7 @@ def select(
 
     Raises:
         ConfigError: no trial of the stage is complete.
-        NonFiniteLossError: no full training came to its end.
+        NonFiniteLossError: of no architecture did all full trainings come to their end.
     """
     ranked = list(enumerate(StageStatus(stage, records, len(records)).ranked(), 1))
     best = ranked[:count]
@@ -177,11 +178,11 @@ def select(
             places = [place, *(place.with_name(f"{place.name}_seed_{i}") for i in range(1, seeds))]
             metrics = []
             try:
-                for seed, place in enumerate(places):
+                for seed, run in enumerate(places):
                     phase = f"training the best of the {stage} stage in full"
                     done = (number - 1) * seeds + seed
                     write_progress(folder, phase, done=done, total=len(best) * seeds)
-                    full = full_config(cfg, stage, record.genotype, folder / place, seed)
+                    full = full_config(cfg, stage, record.genotype, folder / run, seed)
                     metrics.append(train_in_full(full, device))
                 found |= {key: mean(each[key] for each in metrics) for key in ("AP", "AP50")}
                 found["APs"] = [each["AP"] for each in metrics]

@@ -84,9 +84,23 @@ def test_statistics(operator, name):
     check_close(
         (mean.double(), variance.double()),
         (maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=0)),
-        2e-6,
+        1e-7,
     )
     assert not mean.requires_grad and not variance.requires_grad
+
+
+@pytest.mark.parametrize("operator", FACES)
+def test_an_outlier_does_not_spoil_the_statistics(operator):
+    """Also where it is the first pixel, which sums are taken relative to."""
+    tensors = random_case(operator, "several blocks of pixels", torch.float32)
+    x = tensors[0].sub_(7).mul_(1e-3)
+    x[0, :, 0, 0] = 100.0
+    _, mean, variance = FACES[operator](*tensors, EPS)
+    check_close(
+        (mean[:6].double(), variance[:6].double()),
+        (x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)),
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

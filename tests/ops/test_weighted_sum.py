@@ -107,6 +107,16 @@ def test_maps_of_half_precision(half, format, device):
     check_close([g.float() for g in got[1:]], want[1:], 2e-2)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_all_of_half_precision(format):
+    """As in a whole model in half precision."""
+    tensors = laid_out([t.bfloat16() for t in random_case("several blocks of pixels")], format)
+    got = outcome(weighted_sum, tensors)
+    want = outcome(ordinary, [t.float() for t in tensors])
+    assert all(t.dtype == torch.bfloat16 for t in got)
+    check_close([t.float() for t in got], want, 2e-2)
+
+
 def test_maps_of_two_dtypes():
     x, y, a, b = laid_out(
         random_case("several blocks of pixels", torch.float32), torch.channels_last
