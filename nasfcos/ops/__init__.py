@@ -246,8 +246,8 @@ def batch_norm_concat(
 def group_norm_relu(
     input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """Group norm and ReLU. On the CPU it is ours, with half as many passes over the maps as
-    PyTorch's operators, elsewhere these.
+    """Group norm and ReLU. On the CPU it is ours, with fewer passes over the maps than PyTorch's
+    operators, elsewhere these.
 
     Args:
         input: [N, C, H, W].
