@@ -23,6 +23,11 @@ def needs_compiled(name: str) -> pytest.MarkDecorator:
     )
 
 
+def laid_out(tensors: Sequence[Tensor], format: torch.memory_format) -> list[Tensor]:
+    """Maps in this memory format, beside what has no four dimensions."""
+    return [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
+
+
 def outcome(function: Operator, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients of all tensors for one random gradient of the output."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]

@@ -66,20 +66,15 @@ def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
-        and x.device.type == "cpu"
-        and memory_format(x) == torch.channels_last
         and x.numel() > x.shape[1]  # else PyTorch has an error for it
-        and _OWN_NORMS
+        and _suit_own_norms(norm, x)
     )
 
 
-def _is_group_norm_on_cpu(norm: nn.Module, x: Tensor) -> bool:
-    """The same of a group norm, in training or not."""
+def _suit_own_norms(norm: nn.Module, x: Tensor) -> bool:
+    """Whether our operators take these maps and the parameters of an affine norm."""
     return (
-        type(norm) is nn.GroupNorm
-        and norm.affine
-        and norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
         and x.device.type == "cpu"
         and memory_format(x) == torch.channels_last
         and _OWN_NORMS
@@ -98,8 +93,9 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, the norm itself
     is not called, and so are no hooks on it."""
-    if x.numel() >= _MANY_FOR_GROUP_NORM and _is_group_norm_on_cpu(norm, x):
-        return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    if type(norm) is nn.GroupNorm and norm.affine and x.numel() >= _MANY_FOR_GROUP_NORM:
+        if _suit_own_norms(norm, x):
+            return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     if x.numel() >= _MANY_FOR_BATCH_NORM and trains_on_cpu(norm, x):
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
         follow(norm, mean, variance, x.numel() // x.shape[1])

@@ -12,6 +12,7 @@ from tests.operators import (
     check_compiles,
     check_once_differentiable,
     check_threads,
+    laid_out,
     needs_compiled,
     outcome,
 )
@@ -47,10 +48,6 @@ def random_case(operator, name, dtype=torch.float64):
 
 def ours(operator):
     return lambda *tensors: FACES[operator](*tensors, EPS)[0]
-
-
-def laid_out(tensors, format):
-    return [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
 
 
 def ordinary(operator):

@@ -10,6 +10,7 @@ from tests.operators import (
     check_compiles,
     check_once_differentiable,
     check_threads,
+    laid_out,
     needs_compiled,
     outcome,
 )
@@ -29,10 +30,6 @@ def random_case(name, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     sizes = shape, shape, (shape[1], 1, 1), (shape[1], 1, 1)
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
-
-
-def laid_out(tensors, format):
-    return [t.contiguous(memory_format=format) if t.dim() == 4 else t for t in tensors]
 
 
 def ordinary(x, y, a, b):
