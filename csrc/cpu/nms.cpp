@@ -1,9 +1,8 @@
 // Greedy non-maximum suppression, each class by itself. The plain version is nasfcos/ops/plain.py.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 
 #include "../iou.h"
 #include "../macros.h"
+#include "../nms.h"
 
 // A fused multiply-add rounds once instead of twice, which would decide boxes exactly at the
 // threshold differently on different processors.
@@ -61,33 +61,27 @@ NASFCOS_NO_FMA void suppress(
   suppress_loop(first, n, a, extra, limit, x0, y0, x1, y1, area, suppressed);
 }
 
+// Which of n boxes [n, 4], by descending score, are kept; labels may be null.
 template <typename T>
-Tensor nms_impl(
-    const Tensor& boxes, const Tensor& order, const int64_t* labels, double threshold,
-    bool legacy) {
-  const int64_t n = boxes.size(0);
-  const T* box = boxes.const_data_ptr<T>();
-  const int64_t* by_score = order.const_data_ptr<int64_t>();
-  const T extra = legacy ? 1 : 0;
-  const T limit = exclusive_limit<T>(threshold, legacy);
-
-  // Ranks (positions in the order of scores), brought together by class.
+void keep_unsuppressed(
+    const T* box, const int64_t* labels, int64_t n, T extra, T limit, bool* keep) {
+  // Positions, brought together by class.
   std::vector<int64_t> ranks(n);
   for (int64_t i = 0; i < n; ++i) ranks[i] = i;
   std::vector<int64_t> starts{0};
   if (labels) {
     std::stable_sort(ranks.begin(), ranks.end(), [&](int64_t a, int64_t b) {
-      return labels[by_score[a]] < labels[by_score[b]];
+      return labels[a] < labels[b];
     });
     for (int64_t i = 1; i < n; ++i) {
-      if (labels[by_score[ranks[i]]] != labels[by_score[ranks[i - 1]]]) starts.push_back(i);
+      if (labels[ranks[i]] != labels[ranks[i - 1]]) starts.push_back(i);
     }
   }
   starts.push_back(n);
 
   Boxes<T> b(n);
   for (int64_t i = 0; i < n; ++i) {
-    const Box<T> one = load_box(box + 4 * by_score[ranks[i]], extra);
+    const Box<T> one = load_box(box + 4 * ranks[i], extra);
     b.x0[i] = one.x0;
     b.y0[i] = one.y0;
     b.x1[i] = one.x1;
@@ -107,40 +101,49 @@ Tensor nms_impl(
       }
     }
   });
+  for (int64_t i = 0; i < n; ++i) keep[ranks[i]] = !suppressed[i];
+}
 
-  std::vector<uint8_t> kept(n, 0);
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    kept[ranks[i]] = !suppressed[i];
-    count += !suppressed[i];
-  }
-  Tensor keep = at::empty({count}, order.options());
-  int64_t* out = keep.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i) {
-    if (kept[i]) *out++ = by_score[i];
+template <typename T>
+Tensor keep_mask(
+    const Tensor& boxes, const Tensor& labels, const Tensor& counts, double threshold,
+    bool legacy) {
+  const int64_t images = boxes.size(0), most = boxes.size(1);
+  const T limit = exclusive_limit<T>(threshold, legacy);
+  const Tensor keep = at::zeros({images, most}, boxes.options().dtype(at::kBool));
+  for (int64_t image = 0; image < images; ++image) {
+    const int64_t given = counts.defined() ? counts.const_data_ptr<int64_t>()[image] : most;
+    keep_unsuppressed<T>(
+        boxes.const_data_ptr<T>() + image * most * 4,
+        labels.defined() ? labels.const_data_ptr<int64_t>() + image * most : nullptr,
+        std::clamp<int64_t>(given, 0, most), static_cast<T>(legacy ? 1 : 0), limit,
+        keep.mutable_data_ptr<bool>() + image * most);
   }
   return keep;
+}
+
+Tensor nms_mask(
+    const Tensor& boxes, const std::optional<Tensor>& labels_,
+    const std::optional<Tensor>& counts_, double iou_threshold, bool legacy) {
+  nasfcos::check_nms_mask(boxes, labels_, counts_);
+  const Tensor labels = labels_ ? labels_->to(at::kLong).contiguous() : Tensor();
+  const Tensor counts = counts_ ? counts_->to(at::kLong).contiguous() : Tensor();
+  if (boxes.scalar_type() == at::kDouble) {
+    return keep_mask<double>(boxes.contiguous(), labels, counts, iou_threshold, legacy);
+  }
+  return keep_mask<float>(
+      boxes.to(at::kFloat).contiguous(), labels, counts, iou_threshold, legacy);
 }
 
 Tensor nms(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
     double iou_threshold, bool legacy) {
-  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4]");
-  const int64_t n = boxes.size(0);
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == n, "nms: scores must be [N]");
-  TORCH_CHECK_VALUE(
-      !labels || (labels->dim() == 1 && labels->size(0) == n), "nms: labels must be [N]");
-  const Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
-  const Tensor classes = labels ? labels->to(at::kLong).contiguous() : Tensor();
-  const int64_t* label = labels ? classes.const_data_ptr<int64_t>() : nullptr;
-  if (boxes.scalar_type() == at::kDouble) {
-    return nms_impl<double>(boxes.contiguous(), order, label, iou_threshold, legacy);
-  }
-  return nms_impl<float>(boxes.to(at::kFloat).contiguous(), order, label, iou_threshold, legacy);
+  return nasfcos::nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("nms", TORCH_FN(nms));
+  m.impl("nms_mask", TORCH_FN(nms_mask));
 }

@@ -1,6 +1,6 @@
-// Greedy non-maximum suppression on CUDA, in two steps: every pair of boxes is compared at once,
-// each box getting a bit for each later box that it would suppress; then one block walks through
-// the boxes by score and keeps those that no kept box suppresses.
+// Greedy non-maximum suppression on CUDA, in two steps: every pair of an image's boxes is compared
+// at once, each box getting a bit for each later box that it would suppress; then one block for each
+// image walks through the boxes by score and keeps those that no kept box suppresses.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,9 +11,9 @@
 #include <torch/library.h>
 
 #include <cstdint>
-#include <tuple>
 
 #include "../iou.h"
+#include "../nms.h"
 
 namespace {
 
@@ -27,17 +27,28 @@ using nasfcos::load_box;
 constexpr int kTile = 64;
 constexpr int kWalkThreads = 512;
 
-// Boxes (and labels, or null) by descending score. Bit j of hits[i * tiles + column] says that box
-// i suppresses box 64 * column + j. Words left of box i's own tile are not written.
+// How many of an image's boxes there are; counts may be null.
+__device__ int64_t present(const int64_t* counts, int64_t image, int64_t most) {
+  if (!counts) return most;
+  const int64_t count = counts[image];
+  return count < 0 ? 0 : count < most ? count : most;
+}
+
+// Boxes (and labels, or null) of each image by descending score, `most` of them. Bit j of
+// hits[(image * most + i) * tiles + column] says that box i suppresses box 64 * column + j. Words
+// left of box i's own tile, and those of boxes beyond the image's count, are not written.
 template <typename T>
 __global__ void __launch_bounds__(kTile) compare_kernel(
-    const T* boxes, const int64_t* labels, int64_t n, int64_t tiles, T extra, T limit,
-    uint64_t* hits) {
-  const int64_t row = blockIdx.y, column = blockIdx.x;
-  if (column < row) return;
+    const T* boxes, const int64_t* labels, const int64_t* counts, int64_t most, int64_t tiles,
+    T extra, T limit, uint64_t* hits) {
+  const int64_t row = blockIdx.y, column = blockIdx.x, image = blockIdx.z;
+  const int64_t n = present(counts, image, most), first = column * kTile;
+  if (column < row || first >= n) return;
+  boxes += 4 * image * most;
+  hits += image * most * tiles;
+  if (labels) labels += image * most;
   __shared__ Box<T> others[kTile];
   __shared__ int64_t other_labels[kTile];
-  const int64_t first = column * kTile;
   const int count = static_cast<int>(n - first < kTile ? n - first : kTile);
   if (threadIdx.x < count) {
     others[threadIdx.x] = load_box(boxes + 4 * (first + threadIdx.x), extra);
@@ -57,13 +68,20 @@ __global__ void __launch_bounds__(kTile) compare_kernel(
   hits[i * tiles + column] = word;
 }
 
-// One block. `removed`, zero at first, collects the bits of the boxes suppressed so far; bits of a
-// tile are final once all tiles before it are done.
+// One block for each image. `removed`, zero at first, collects the bits of the boxes suppressed so
+// far; bits of a tile are final once all tiles before it are done. Boxes beyond the image's count
+// are left as they are: not kept.
 __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
-    const uint64_t* hits, int64_t n, int64_t tiles, uint64_t* removed, bool* keep) {
+    const uint64_t* hits, const int64_t* counts, int64_t most, int64_t tiles, uint64_t* removed,
+    bool* keep) {
+  const int64_t image = blockIdx.x, n = present(counts, image, most);
+  const int64_t last = (n + kTile - 1) / kTile;
+  hits += image * most * tiles;
+  removed += image * tiles;
+  keep += image * most;
   __shared__ uint64_t own[kTile];  // what the boxes of the tile suppress within it
   __shared__ uint64_t kept;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  for (int64_t tile = 0; tile < last; ++tile) {
     const int64_t first = tile * kTile;
     const int count = static_cast<int>(n - first < kTile ? n - first : kTile);
     if (threadIdx.x < count) own[threadIdx.x] = hits[(first + threadIdx.x) * tiles + tile];
@@ -81,7 +99,7 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
     __syncthreads();
     const uint64_t alive = kept;
     if (threadIdx.x < count) keep[first + threadIdx.x] = alive >> threadIdx.x & 1;
-    for (int64_t column = tile + 1 + threadIdx.x; column < tiles; column += blockDim.x) {
+    for (int64_t column = tile + 1 + threadIdx.x; column < last; column += blockDim.x) {
       uint64_t gone = removed[column];
       for (uint64_t rest = alive; rest; rest &= rest - 1) {
         const int j = __ffsll(static_cast<long long>(rest)) - 1;
@@ -96,54 +114,55 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
 
 template <typename T>
 Tensor keep_mask(
-    const Tensor& boxes, const Tensor& labels, double iou_threshold, bool legacy) {
+    const Tensor& boxes, const Tensor& labels, const Tensor& counts, double iou_threshold,
+    bool legacy) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t n = boxes.size(0), tiles = (n + kTile - 1) / kTile;
-  TORCH_CHECK(tiles <= 65535, "nms: ", n, " boxes are too many for the CUDA kernel");
+  const int64_t images = boxes.size(0), most = boxes.size(1), tiles = (most + kTile - 1) / kTile;
+  TORCH_CHECK(tiles <= 65535, "nms: ", most, " boxes are too many for the CUDA kernel");
+  TORCH_CHECK(images <= 65535, "nms: ", images, " images are too many for the CUDA kernel");
+  const Tensor keep = at::zeros({images, most}, boxes.options().dtype(at::kBool));
+  if (keep.numel() == 0) return keep;
   const auto words = boxes.options().dtype(at::kLong);
-  const Tensor hits = at::empty({n, tiles}, words);
-  const Tensor removed = at::zeros({tiles}, words);
-  const Tensor keep = at::empty({n}, boxes.options().dtype(at::kBool));
+  const Tensor hits = at::empty({images, most, tiles}, words);
+  const Tensor removed = at::zeros({images, tiles}, words);
   auto* hit_words = reinterpret_cast<uint64_t*>(hits.mutable_data_ptr<int64_t>());
   auto* removed_words = reinterpret_cast<uint64_t*>(removed.mutable_data_ptr<int64_t>());
-  const dim3 grid(static_cast<unsigned int>(tiles), static_cast<unsigned int>(tiles));
-  compare_kernel<T><<<grid, kTile, 0, stream>>>(
-      boxes.const_data_ptr<T>(), labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr, n,
-      tiles, static_cast<T>(legacy ? 1 : 0), exclusive_limit<T>(iou_threshold, legacy), hit_words);
+  const auto* present = counts.defined() ? counts.const_data_ptr<int64_t>() : nullptr;
+  const auto side = static_cast<unsigned int>(tiles), depth = static_cast<unsigned int>(images);
+  compare_kernel<T><<<dim3(side, side, depth), kTile, 0, stream>>>(
+      boxes.const_data_ptr<T>(), labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr,
+      present, most, tiles, static_cast<T>(legacy ? 1 : 0),
+      exclusive_limit<T>(iou_threshold, legacy), hit_words);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  walk_kernel<<<1, kWalkThreads, 0, stream>>>(
-      hit_words, n, tiles, removed_words, keep.mutable_data_ptr<bool>());
+  walk_kernel<<<depth, kWalkThreads, 0, stream>>>(
+      hit_words, present, most, tiles, removed_words, keep.mutable_data_ptr<bool>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return keep;
 }
 
-Tensor nms(
-    const Tensor& boxes_, const Tensor& scores, const std::optional<Tensor>& labels_,
-    double iou_threshold, bool legacy) {
-  TORCH_CHECK_VALUE(boxes_.dim() == 2 && boxes_.size(1) == 4, "nms: boxes must be [N, 4]");
-  const int64_t n = boxes_.size(0);
-  TORCH_CHECK_VALUE(
-      scores.dim() == 1 && scores.size(0) == n && scores.device() == boxes_.device(),
-      "nms: scores must be [N], on the device of boxes");
-  TORCH_CHECK_VALUE(
-      !labels_ || (labels_->dim() == 1 && labels_->size(0) == n &&
-                   labels_->device() == boxes_.device()),
-      "nms: labels must be [N], on the device of boxes");
+Tensor nms_mask(
+    const Tensor& boxes_, const std::optional<Tensor>& labels_,
+    const std::optional<Tensor>& counts_, double iou_threshold, bool legacy) {
+  nasfcos::check_nms_mask(boxes_, labels_, counts_);
   const c10::cuda::CUDAGuard guard(boxes_.device());
-  if (n == 0) return at::empty({0}, boxes_.options().dtype(at::kLong));
-  const Tensor order = std::get<1>(scores.sort(/*stable=*/true, 0, /*descending=*/true));
   const bool wide = boxes_.scalar_type() == at::kDouble;
-  const Tensor boxes =
-      boxes_.to(wide ? at::kDouble : at::kFloat).index_select(0, order).contiguous();
-  const Tensor labels =
-      labels_ ? labels_->to(at::kLong).index_select(0, order).contiguous() : Tensor();
-  const Tensor keep = wide ? keep_mask<double>(boxes, labels, iou_threshold, legacy)
-                           : keep_mask<float>(boxes, labels, iou_threshold, legacy);
-  return order.masked_select(keep);  // the only synchronisation: how many are kept
+  const Tensor boxes = boxes_.to(wide ? at::kDouble : at::kFloat).contiguous();
+  const Tensor labels = labels_ ? labels_->to(at::kLong).contiguous() : Tensor();
+  const Tensor counts = counts_ ? counts_->to(at::kLong).contiguous() : Tensor();
+  return wide ? keep_mask<double>(boxes, labels, counts, iou_threshold, legacy)
+              : keep_mask<float>(boxes, labels, counts, iou_threshold, legacy);
+}
+
+Tensor nms(
+    const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
+    double iou_threshold, bool legacy) {
+  const c10::cuda::CUDAGuard guard(boxes.device());
+  return nasfcos::nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nasfcos, CUDA, m) {
   m.impl("nms", TORCH_FN(nms));
+  m.impl("nms_mask", TORCH_FN(nms_mask));
 }

@@ -26,7 +26,7 @@ from ..config import load_config
 from ..engine.solver import build_optimizer
 from ..engine.train import forward_backward, update
 from ..models import Detector, build_detector, optimize_for_inference
-from ..models.heads.dense import STRIDES
+from ..models.heads.cells import STRIDES
 from ..models.heads.fcos import FCOSHead
 from .inputs import NUM_CLASSES, smooth_image
 from .lifelike import set_candidates, settle

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.heads.dense import STRIDES
+from ..models.heads.cells import STRIDES
 
 NUM_CLASSES = 80
 OBJECTS = 10

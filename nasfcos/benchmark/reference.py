@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..boxes import clip_boxes
-from ..models.heads.dense import STRIDES, Detections, PostProcess
+from ..models.heads.cells import STRIDES
+from ..models.heads.post_process import Detections, PostProcess
 from ..models.heads.retinanet import RetinaNetHead, decode
 from ..ops import nms
 

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from ..genotype import Genotype
 from . import backbones, heads, necks  # noqa: F401  (they register themselves)
 from .detector import Detector, Preprocess
-from .heads.dense import PostProcess
+from .heads.post_process import PostProcess
 from .registry import BACKBONES, HEADS, NECKS
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from ..ops import fused_concat
 from .backbones.mobilenet_v2 import InvertedResidual
 from .backbones.resnet import Bottleneck, Stem
 from .detector import Detector
-from .heads.dense import DenseHead, Detections
+from .heads.dense import DenseHead
+from .heads.post_process import Detections
 from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv, norm_relu
 from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 

@@ -30,6 +30,7 @@ __all__ = [
     "memory_format",
     "modulated_deform_conv2d",
     "nms",
+    "nms_mask",
     "rectified_pairs",
     "sigmoid_focal_loss",
     "weighted_sum",
@@ -78,6 +79,43 @@ def _nms(
                 f"got {list(tensor.shape)}"
             )
     return torch.ops.nasfcos.nms(boxes, scores, labels, float(iou_threshold), legacy)
+
+
+def nms_mask(
+    boxes: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    legacy: bool = False,
+) -> Tensor:
+    """:func:`batched_nms` of several images at once, whose boxes are in order already. The result's
+    shape follows from the shapes alone, so that nothing waits for a GPU.
+
+    Args:
+        boxes: [N, K, 4] floating point, xyxy, pixels; those of each image by descending score.
+        labels: [N, K] integer, or None: all of one class.
+        counts: [N] integer, how many of an image's boxes there are (the others suppress none and
+            are not kept), or None: all K.
+        iou_threshold, legacy: as of :func:`nms`.
+
+    Returns:
+        [N, K] bool, whether a box is kept.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"nms_mask: boxes must be [N, K, 4], got {list(boxes.shape)}")
+    for name, tensor, shape in (
+        ("labels", labels, boxes.shape[:2]),
+        ("counts", counts, boxes.shape[:1]),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"nms_mask: {name} must be {list(shape)} for boxes {list(boxes.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    return torch.ops.nasfcos.nms_mask(boxes, labels, counts, float(iou_threshold), legacy)
 
 
 def sigmoid_focal_loss(

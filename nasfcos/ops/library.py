@@ -22,6 +22,9 @@ _SCHEMAS = {
     "nms": (
         "(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, bool legacy) -> Tensor"
     ),
+    "nms_mask": (
+        "(Tensor boxes, Tensor? labels, Tensor? counts, float iou_threshold, bool legacy) -> Tensor"
+    ),
     "sigmoid_focal_loss": (
         "(Tensor logits, Tensor targets, float gamma, float alpha, bool reduce) -> Tensor"
     ),
@@ -150,6 +153,11 @@ def _(boxes, scores, labels, iou_threshold, legacy):
     return boxes.new_empty(kept, dtype=torch.int64)
 
 
+@torch.library.register_fake("nasfcos::nms_mask", lib=_lib)
+def _(boxes, labels, counts, iou_threshold, legacy):
+    return boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
+
+
 @torch.library.register_fake("nasfcos::sigmoid_focal_loss", lib=_lib)
 def _(logits, targets, gamma, alpha, reduce):
     if not reduce:
@@ -241,17 +249,50 @@ def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_group
     return tuple(plain.like(t) for t in (input, offset, mask, weight))
 
 
-def _gradients(operator, ctx, grad: Tensor, *settings) -> tuple[Tensor, ...]:
+def _in_single(operator, grad: Tensor, saved: tuple[Tensor, ...], *settings) -> list[Tensor]:
     """What a backward operator makes of an output's gradient and the saved tensors: the gradients
     of the first of these, in their dtypes.
 
     Half precision is for the forward pass: gradients of weights are sums over all pixels, those of
     offsets are differences of large numbers.
     """
-    saved = ctx.saved_tensors  # once: checkpointing recomputes them
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grads = operator(grad.to(dtype), *(t.to(dtype) for t in saved), *settings)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, saved, strict=False))
+    return [g.to(t.dtype) for g, t in zip(grads, saved, strict=False)]
+
+
+def _register_gradient(name: str, settings: int = 0) -> None:
+    """The gradient of an operator of tensors and further arguments. ``<name>_backward`` takes the
+    gradient of the first output, the tensors, the other outputs, and the last `settings` arguments;
+    it gives the gradients of the tensors."""
+    operator = getattr(torch.ops.nasfcos, f"{name}_backward")
+
+    def setup_context(ctx, inputs, output) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        others = output[1:] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*tensors, *others)
+        ctx.further = inputs[len(tensors) :]
+
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        taken = ctx.further[len(ctx.further) - settings :]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
+        return *_in_single(operator, grad, saved, *taken), *(None for _ in ctx.further)
+
+    torch.library.register_autograd(
+        f"nasfcos::{name}", backward, setup_context=setup_context, lib=_lib
+    )
+
+
+for _name, _settings in {
+    "rectified_pairs": 0,
+    "batch_norm_relu": 1,
+    "batch_norm_concat": 1,
+    "group_norm_relu": 1,
+    "weighted_sum": 0,
+    "depthwise_conv2d": 1,
+}.items():
+    _register_gradient(_name, _settings)
 
 
 def _focal_context(ctx, inputs, output) -> None:
@@ -267,59 +308,6 @@ def _focal_backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-@once_differentiable
-def _pairs_backward(ctx, grad: Tensor):
-    return _gradients(torch.ops.nasfcos.rectified_pairs_backward, ctx, grad)
-
-
-@once_differentiable
-def _sum_backward(ctx, grad: Tensor):
-    return _gradients(torch.ops.nasfcos.weighted_sum_backward, ctx, grad)
-
-
-def _norm_context(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-@once_differentiable
-def _norm_relu_backward(ctx, grad: Tensor, *_):
-    operator = torch.ops.nasfcos.batch_norm_relu_backward
-    return *_gradients(operator, ctx, grad, ctx.eps), None
-
-
-@once_differentiable
-def _norm_concat_backward(ctx, grad: Tensor, *_):
-    operator = torch.ops.nasfcos.batch_norm_concat_backward
-    return *_gradients(operator, ctx, grad, ctx.eps), None
-
-
-def _group_norm_context(ctx, inputs, output) -> None:
-    *tensors, _groups, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-@once_differentiable
-def _group_norm_backward(ctx, grad: Tensor, *_):
-    operator = torch.ops.nasfcos.group_norm_relu_backward
-    return *_gradients(operator, ctx, grad, ctx.eps), None, None
-
-
-def _depthwise_context(ctx, inputs, output) -> None:
-    input, weight, ctx.dilation = inputs
-    ctx.save_for_backward(input, weight)
-
-
-@once_differentiable
-def _depthwise_backward(ctx, grad: Tensor):
-    operator = torch.ops.nasfcos.depthwise_conv2d_backward
-    return *_gradients(operator, ctx, grad, ctx.dilation), None
-
-
 def _deform_context(ctx, inputs, output) -> None:
     input, offset, mask, weight, _bias, *ctx.geometry = inputs
     ctx.save_for_backward(input, offset, mask, weight)
@@ -328,37 +316,13 @@ def _deform_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _deform_backward(ctx, grad: Tensor):
     operator = torch.ops.nasfcos.modulated_deform_conv2d_backward
-    grads = _gradients(operator, ctx, grad, *ctx.geometry)
+    grads = _in_single(operator, grad, ctx.saved_tensors, *ctx.geometry)
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return *grads, grad_bias, None, None, None, None
 
 
 torch.library.register_autograd(
     "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
-)
-torch.library.register_autograd(
-    "nasfcos::rectified_pairs", _pairs_backward, setup_context=_save_inputs, lib=_lib
-)
-torch.library.register_autograd(
-    "nasfcos::weighted_sum", _sum_backward, setup_context=_save_inputs, lib=_lib
-)
-torch.library.register_autograd(
-    "nasfcos::batch_norm_relu", _norm_relu_backward, setup_context=_norm_context, lib=_lib
-)
-torch.library.register_autograd(
-    "nasfcos::batch_norm_concat", _norm_concat_backward, setup_context=_norm_context, lib=_lib
-)
-torch.library.register_autograd(
-    "nasfcos::group_norm_relu",
-    _group_norm_backward,
-    setup_context=_group_norm_context,
-    lib=_lib,
-)
-torch.library.register_autograd(
-    "nasfcos::depthwise_conv2d",
-    _depthwise_backward,
-    setup_context=_depthwise_context,
-    lib=_lib,
 )
 torch.library.register_autograd(
     "nasfcos::modulated_deform_conv2d", _deform_backward, setup_context=_deform_context, lib=_lib

@@ -17,32 +17,54 @@ _FAR = 1e6
 def nms(
     boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float, legacy: bool
 ) -> Tensor:
+    order = scores.argsort(descending=True, stable=True)
+    labels = None if labels is None else labels[None, order]
+    keep = nms_mask(boxes[None, order], labels, None, iou_threshold, legacy)
+    return order[keep[0]]
+
+
+def nms_mask(
+    boxes: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    legacy: bool,
+) -> Tensor:
     if boxes.device.type != "cpu":
         # One round trip instead of one synchronisation a box.
-        host = (None if t is None else t.cpu() for t in (boxes, scores, labels))
-        return torch.ops.nasfcos.nms(*host, iou_threshold, legacy).to(boxes.device)
+        host = (None if t is None else t.cpu() for t in (boxes, labels, counts))
+        return torch.ops.nasfcos.nms_mask(*host, iou_threshold, legacy).to(boxes.device)
 
+    keep = torch.zeros(boxes.shape[:2], dtype=torch.bool)
+    for image, kept in enumerate(keep):
+        count = len(kept) if counts is None else int(counts[image])
+        own = None if labels is None else labels[image, :count]
+        kept[:count] = _unsuppressed(boxes[image, :count], own, iou_threshold, legacy)
+    return keep
+
+
+def _unsuppressed(
+    boxes: Tensor, labels: Tensor | None, iou_threshold: float, legacy: bool
+) -> Tensor:
+    """`nms_mask` of one image."""
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     extra = 1 if legacy else 0
-    order = scores.argsort(descending=True, stable=True)
-    x0, y0, x1, y1 = boxes[order].unbind(1)
-    labels = None if labels is None else labels[order]
+    x0, y0, x1, y1 = boxes.unbind(1)
     area = (x1 - x0 + extra) * (y1 - y0 + extra)
     # The threshold takes the boxes' precision for the legacy comparison and stays double for the
     # ordinary one: that decides boxes exactly at the threshold as the two origins do.
     threshold = torch.tensor(iou_threshold, dtype=boxes.dtype if legacy else torch.float64)
     suppressed = torch.zeros_like(x0, dtype=torch.bool)
-    keep = []
-    for i in range(len(order)):
+    for i in range(len(boxes)):
         if suppressed[i]:
             continue
-        keep.append(i)
         w = (torch.minimum(x1[i], x1) - torch.maximum(x0[i], x0) + extra).clamp(min=0)
         h = (torch.minimum(y1[i], y1) - torch.maximum(y0[i], y0) + extra).clamp(min=0)
         iou = w * h / (area[i] + area - w * h)
         hit = iou >= threshold if legacy else iou.double() > threshold
+        hit[: i + 1] = False
         suppressed |= hit if labels is None else hit & (labels == labels[i])
-    return order[keep]
+    return ~suppressed
 
 
 def fused_concat(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:

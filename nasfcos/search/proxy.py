@@ -38,10 +38,12 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..engine.distributed import resolve_device
 from ..engine.monitor import NonFiniteLossError
-from ..evaluation.files import replacing
+from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..models import HEADS, NECKS
-from ..models.heads.dense import STRIDES, Assignment, DenseHead, PostProcess
+from ..models.heads.cells import STRIDES
+from ..models.heads.dense import Assignment, DenseHead
+from ..models.heads.post_process import PostProcess
 from ..models.weights import WeightsError, read_torch_file
 from ..transfer import free_gpu_memory, to_device
 from .cache import FeatureCache

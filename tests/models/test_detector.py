@@ -20,8 +20,9 @@ from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.detector import Detector
 from nasfcos.models.heads import retinanet
-from nasfcos.models.heads.dense import STRIDES, Candidates, PostProcess, threshold_logit
+from nasfcos.models.heads.cells import STRIDES
 from nasfcos.models.heads.fcos import WORD, assign_fcos
+from nasfcos.models.heads.post_process import Candidates, PostProcess, threshold_logit
 from nasfcos.models.heads.retinanet import (
     BACKGROUND,
     BETWEEN,
@@ -62,6 +63,17 @@ def searched(split, ops, head="fcos"):
         "MODEL.NECK.NAME", "nas_fpn", "MODEL.HEAD.TOWER", "searched", "MODEL.HEAD.NAME", head,
         "MODEL.GENOTYPE", [*CELLS, [split], ops],
     )  # fmt: skip
+
+
+def as_on_a_cpu(head, outputs, sizes):
+    return head.detect(outputs, sizes)
+
+
+def as_on_a_gpu(head, outputs, sizes):
+    return head.rank(outputs, torch.tensor(sizes)).detections()
+
+
+both_ways = pytest.mark.parametrize("detect", [as_on_a_cpu, as_on_a_gpu])
 
 
 def target(*rows):
@@ -572,12 +584,13 @@ def plain_detections(head, outputs, sizes):
         {"pre_nms_top_n": 40, "detections_per_image": 20},
     ],
 )
-def test_detections_against_a_plain_loop(head, layout, settings):
+@both_ways
+def test_detections_against_a_plain_loop(detect, head, layout, settings):
     head = tiny("MODEL.HEAD.NAME", head).head
     head.post_process = replace(head.post_process, **settings)
     outputs = known_outputs(head, layout)
     for found, expected in zip(
-        head.detect(outputs, SIZES), plain_detections(head, outputs, SIZES), strict=True
+        detect(head, outputs, SIZES), plain_detections(head, outputs, SIZES), strict=True
     ):
         assert found["labels"].tolist() == [label for _, label, _ in expected]
         scores = torch.stack([score for score, _, _ in expected])
@@ -585,22 +598,24 @@ def test_detections_against_a_plain_loop(head, layout, settings):
         assert torch.equal(found["boxes"], torch.stack([box for _, _, box in expected]))
 
 
+@both_ways
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_detections_of_bfloat16_outputs_are_those_of_the_same_numbers_in_float32(head):
+def test_detections_of_bfloat16_outputs_are_those_of_the_same_numbers_in_float32(head, detect):
     head = tiny("MODEL.HEAD.NAME", head).head
     short = known_outputs(head, torch.channels_last, torch.bfloat16)
     long = tuple([x.float() for x in maps] for maps in short)
-    for a, b in zip(head.detect(short, SIZES), head.detect(long, SIZES), strict=True):
+    for a, b in zip(detect(head, short, SIZES), detect(head, long, SIZES), strict=True):
         assert len(a["scores"]) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_an_image_without_detections_beside_one_with():
+@both_ways
+def test_an_image_without_detections_beside_one_with(detect):
     head = tiny().head
     outputs = known_outputs(head)
-    alone = head.detect([[x[1:] for x in maps] for maps in outputs], SIZES[1:])[0]
+    alone = detect(head, [[x[1:] for x in maps] for maps in outputs], SIZES[1:])[0]
     for x in outputs[0]:
         x[0] = -9
-    nothing, found = head.detect(outputs, SIZES)
+    nothing, found = detect(head, outputs, SIZES)
     assert len(nothing["boxes"]) == len(nothing["scores"]) == len(nothing["labels"]) == 0
     assert len(alone["scores"]) and all(torch.equal(found[key], alone[key]) for key in alone)
 
@@ -628,30 +643,58 @@ def test_ties_with_the_last_kept_detection_stay():
     same = torch.ones(5, dtype=torch.int64)
     two = Candidates(*(torch.cat((x, x)) for x in (same, boxes, scores, same)))
     two.image[:5] = 0
-    for found in PostProcess(detections_per_image=2).finish(two, [(200, 200)] * 2):
+    post_process = PostProcess(detections_per_image=2)
+    sizes = torch.tensor([[200, 200]] * 2)
+    mixed = [torch.stack((x[[4, 1, 0, 2, 3]], x)) for x in (boxes, scores, same)]
+    for found in (
+        *post_process.finish(two, sizes.tolist()),
+        *post_process.rank(*mixed, sizes).detections(),
+    ):
         assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
         assert found["boxes"][:, 0].tolist() == [0, 20, 40, 60]
 
 
-def test_the_choice_of_candidates_waits_for_the_gpu_once(monkeypatch):
-    """On a GPU that is not there, which finds nine candidates of level and image 0, four of 2."""
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_detection_waits_for_the_gpu_once(head, monkeypatch):
+    """On a GPU that is not there, which finds three objects in one image and none in another."""
     waits = []
-    monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(x) or [9, 0, 4])
-    with FakeTensorMode(), torch.device("cuda"):
-        scores, group = torch.rand(13), torch.zeros(13, dtype=torch.int64)
-        selected = PostProcess(pre_nms_top_n=5).select(scores, group, 3)
-    assert selected.is_cuda and selected.shape == (5 + 4,)
-    assert len(waits) == 1 and waits[0].shape == (3,)
+    cfg = nasfcos.load_config(None, [*TINY, "MODEL.HEAD.NAME", head])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(x) or [3, 0])
+    images = [torch.zeros(3, 90, 130, dtype=torch.uint8), torch.zeros(3, 128, 100)]
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
+        with torch.device("cuda"):
+            model = build_detector(cfg, 3).eval()
+        copies.waiting.clear()
+        found, nothing = model(images)
+    assert len(waits) == 1 and waits[0].is_cuda and waits[0].shape == (2,)
+    assert copies.all >= 4 and not copies.waiting
+    assert found["boxes"].shape == (3, 4) and nothing["boxes"].shape == (0, 4)
+    assert all(x.is_cuda for result in (found, nothing) for x in result.values())
 
 
-def test_candidates_are_chosen_by_class_probability_and_ranked_by_score():
+@both_ways
+def test_numbers_that_are_not_one_are_not_detected(detect):
+    """Not by way of a class logit, and nothing else is lost by them."""
+    head = tiny().head
+    outputs = known_outputs(head)
+    clean = detect(head, outputs, SIZES)
+    for x in outputs[0]:
+        x[0, 0, 0, 0] = torch.nan
+    spoiled, other = detect(head, outputs, SIZES)
+    assert spoiled["scores"].isfinite().all() and len(spoiled["scores"])
+    assert all(torch.equal(other[key], clean[1][key]) for key in other)
+
+
+@both_ways
+def test_candidates_are_chosen_by_class_probability_and_ranked_by_score(detect):
     head = tiny("MODEL.NUM_CLASSES", 2, "TEST.PRE_NMS_TOP_N", 3).head
     logits = [torch.full((1, 2, 1, 3), -9.0) for _ in STRIDES]
     distances = [torch.ones(1, 4, 1, 3) for _ in STRIDES]
     centerness = [torch.zeros(1, 1, 1, 3) for _ in STRIDES]
     logits[1] = torch.tensor([[0.9, 0.05, 0.3], [0.04, 0.6, 0.2]]).logit()[None, :, None]
     centerness[1] = torch.tensor([0.1, 0.999999, 0.5]).logit()[None, None, None]
-    (found,) = head.detect((logits, distances, centerness), [(100, 100)])
+    (found,) = detect(head, (logits, distances, centerness), [(100, 100)])
     assert found["labels"].tolist() == [2, 1, 2]
     torch.testing.assert_close(found["scores"], torch.tensor([0.6, 0.15, 0.1]))
     assert found["boxes"][:, 0].tolist() == [23, 39, 39]

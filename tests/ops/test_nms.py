@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from nasfcos.ops import batched_nms, nms, plain
+from nasfcos.ops import batched_nms, nms, nms_mask, plain
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,6 +35,28 @@ def test_agrees_with_plain_version(n, grid, legacy, device):
             got = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.5, legacy)
         assert got.device.type == device and got.dtype == torch.int64
         assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mask_of_several_images(dtype, legacy, device):
+    images = [random_boxes(200, seed, dtype=dtype) for seed in range(5)]
+    boxes, scores, labels = (torch.stack(rows) for rows in zip(*images, strict=True))
+    order = scores.argsort(dim=1, descending=True)
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    labels = labels.gather(1, order)
+    counts = torch.tensor([200, 0, 1, 64, 131])
+    for classes, present in ((labels, counts), (labels, None), (None, counts)):
+        given = (None if x is None else x.to(device) for x in (boxes, classes, present))
+        got = nms_mask(*given, 0.5, legacy).cpu()
+        assert torch.equal(got, plain.nms_mask(boxes, classes, present, 0.5, legacy))
+        for image, kept in enumerate(got):
+            count = 200 if present is None else counts[image]
+            falling = torch.arange(int(count), 0, -1)
+            own = torch.zeros(count) if classes is None else labels[image, :count]
+            wanted = batched_nms(boxes[image, :count], falling, own.long(), 0.5, legacy)
+            assert kept.nonzero().flatten().tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,12 +140,23 @@ def test_shapes_that_do_not_fit():
         nms(boxes, scores[:3], 0.5)
     with pytest.raises(ValueError, match="labels must be"):
         batched_nms(boxes, scores, labels[:3], 0.5)
+    with pytest.raises(ValueError, match=r"boxes must be \[N, K, 4\], got \[4, 4\]"):
+        nms_mask(boxes, None, None, 0.5)
+    with pytest.raises(ValueError, match=r"labels must be \[1, 4\]"):
+        nms_mask(boxes[None], labels, None, 0.5)
+    with pytest.raises(ValueError, match=r"counts must be \[1\]"):
+        nms_mask(boxes[None], None, labels, 0.5)
 
 
 def test_registration():
     boxes, scores, labels = random_boxes(20)
     for classes in (None, labels):
         torch.library.opcheck(torch.ops.nasfcos.nms, (boxes, scores, classes, 0.5, True))
+        rows = None if classes is None else classes[None]
+        for counts in (None, torch.tensor([7])):
+            torch.library.opcheck(
+                torch.ops.nasfcos.nms_mask, (boxes[None], rows, counts, 0.5, True)
+            )
 
 
 def test_compiles_into_one_graph():

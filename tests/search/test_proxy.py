@@ -11,7 +11,7 @@ import torch
 from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
-from nasfcos.models.heads.dense import STRIDES
+from nasfcos.models.heads.cells import STRIDES
 from nasfcos.search import proxy
 from nasfcos.search.cache import FeatureCache
 from nasfcos.search.proxy import (

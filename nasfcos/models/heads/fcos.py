@@ -14,21 +14,18 @@ from ...boxes import legacy_areas
 from ...transfer import to_device
 from ..layers import Scale, group_norm
 from ..registry import HEADS
+from .cells import STRIDES, Cells, all_cells, flatten_levels
 from .dense import (
-    STRIDES,
     Assignment,
-    Cells,
     DenseHead,
     LossTerm,
-    PostProcess,
     Targets,
-    all_cells,
     at_least_single,
-    flatten_levels,
     padded_targets,
     prediction_layer,
     prior_bias,
 )
+from .post_process import PostProcess
 from .towers import Tower, build_towers
 
 UNBOUNDED = 1e8
@@ -109,7 +106,7 @@ class FCOSHead(DenseHead):
         # All places take part, those without an object at no weight: how many have one, and which,
         # only the device knows.
         positive = assignment.labels > 0
-        predicted = flatten_levels(distances, 4)
+        predicted = at_least_single(flatten_levels(distances, 4))
         predicted, wanted = (
             torch.where(positive[..., None], x, 1.0)
             for x in (predicted, assignment.wanted.to(predicted.dtype))
@@ -118,7 +115,7 @@ class FCOSHead(DenseHead):
         box_weight, count = weight.sum(), positive.sum()
         loss_box = (iou_loss(predicted, wanted) * weight).sum()
         loss_centerness = F.binary_cross_entropy_with_logits(
-            flatten_levels(centerness, 1).squeeze(2),
+            at_least_single(flatten_levels(centerness, 1)).squeeze(2),
             weight,
             weight=positive.to(weight.dtype),
             reduction="sum",

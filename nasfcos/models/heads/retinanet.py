@@ -12,20 +12,18 @@ from yacs.config import CfgNode
 
 from ...boxes import legacy_iou, legacy_sizes
 from ..registry import HEADS
+from .cells import STRIDES, Cells, all_cells, flatten_levels
 from .dense import (
-    STRIDES,
     Assignment,
-    Cells,
     DenseHead,
     LossTerm,
-    PostProcess,
     Targets,
-    all_cells,
-    flatten_levels,
+    at_least_single,
     padded_targets,
     prediction_layer,
     prior_bias,
 )
+from .post_process import PostProcess
 from .towers import Tower, build_towers
 
 CENTRE_WEIGHT, SIZE_WEIGHT = 10.0, 5.0  # of box codes
@@ -131,7 +129,7 @@ class RetinaNetHead(DenseHead):
         positive = assignment.labels > 0
         # Anchors without an object take part with a difference of zero: how many have one, and
         # which, only the device knows.
-        predicted = flatten_levels(codes, 4)
+        predicted = at_least_single(flatten_levels(codes, 4))
         predicted, wanted = (
             torch.where(positive[..., None], x, 0.0)
             for x in (predicted, assignment.wanted.to(predicted.dtype))

@@ -9,8 +9,7 @@ from yacs.config import CfgNode
 
 from ...genotype import HEAD_OPS, Genotype
 from ..layers import OPERATIONS, ConvNormAct, Norm, group_norm
-
-NUM_LEVELS = 5
+from .cells import STRIDES
 
 
 class PerLevel(nn.Module):
@@ -18,7 +17,7 @@ class PerLevel(nn.Module):
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(make() for _ in range(NUM_LEVELS))
+        self.levels = nn.ModuleList(make() for _ in STRIDES)
 
 
 class Tower(nn.Module):
