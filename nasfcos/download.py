@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import torch
 from tqdm import tqdm
 
-from .evaluation.files import replacing
+from .files import replacing
 from .locks import locked
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data.images import to_rgb
-from .evaluation.files import replacing
+from .files import replacing
 
 logger = logging.getLogger(__name__)
 

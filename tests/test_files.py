@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nasfcos.evaluation.files import replacing, write_json
+from nasfcos.files import replacing, write_json
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

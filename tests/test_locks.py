@@ -11,8 +11,7 @@ import pytest
 from filelock import Timeout
 
 from nasfcos.config import ConfigError
-from nasfcos.engine.lock import only_one
-from nasfcos.locks import locked
+from nasfcos.locks import locked, only_one, unless_held
 
 HOLDER = """
 import sys, time
@@ -39,10 +38,16 @@ def test_a_lock_keeps_others_out_and_ends_with_a_killed_process(tmp_path, holder
         pass
     with pytest.raises(ConfigError, match="busy"), only_one(tmp_path / "lock", "busy", 0.1):
         pass
+    with unless_held(tmp_path / "lock") as free:
+        assert free is False
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     with locked(tmp_path / "lock", timeout=0.1):
         pass
+    with unless_held(tmp_path / "lock") as free:
+        assert free is True
+        with pytest.raises(Timeout), locked(tmp_path / "lock", timeout=0.1):
+            pass
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])
@@ -55,6 +60,8 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, cap
         with only_one(tmp_path / "lock", "busy", 0.1):
             pass
     assert "this file system has no locks" in caplog.text
+    with unless_held(tmp_path / "lock") as free:
+        assert free is None
 
 
 def test_other_errors_are_not_taken_for_want_of_locks(tmp_path):

@@ -18,7 +18,7 @@ from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, 
 from nasfcos.benchmark.suite import BENCHMARKS, choose, failed, run
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
-from nasfcos.evaluation.files import write_json
+from nasfcos.files import write_json
 
 
 def main() -> int:

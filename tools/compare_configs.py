@@ -20,7 +20,7 @@ from nasfcos.engine.distributed import session
 from nasfcos.engine.launch import run
 from nasfcos.engine.logging import log_to_file
 from nasfcos.engine.monitor import NonFiniteLossError
-from nasfcos.evaluation.files import replacing, write_json
+from nasfcos.files import replacing, write_json
 from nasfcos.search.select import train_in_full
 
 logger = logging.getLogger("nasfcos.compare")

@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from nasfcos.config import ConfigError, load_config, override_config
 from nasfcos.engine.launch import argument_parser, run
-from nasfcos.evaluation.files import replacing, write_json
+from nasfcos.files import replacing, write_json
 from nasfcos.search.records import COMPLETE, TrialResult
 from nasfcos.search.simulate import (
     SyntheticRewards,

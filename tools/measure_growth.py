@@ -13,7 +13,7 @@ from nasfcos.benchmark.plots import plot_growth
 from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, set_threads
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
-from nasfcos.evaluation.files import write_json
+from nasfcos.files import write_json
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from ..evaluation.files import replacing
+from ..files import replacing
 from .memory import RESOLUTION
 
 

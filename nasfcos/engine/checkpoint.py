@@ -35,7 +35,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError, is_weight_given
 from ..config.tree import leaves
-from ..evaluation.files import replacing
+from ..files import replacing
 from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
 
 logger = logging.getLogger(__name__)

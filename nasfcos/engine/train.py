@@ -29,7 +29,8 @@ from ..config import ConfigError
 from ..data import build_dataset, build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..download import local_path
-from ..evaluation.files import replacing
+from ..files import replacing
+from ..locks import only_one
 from ..models import build_detector, load_weights
 from ..transfer import to_device
 from ..visualize import plot_training
@@ -50,7 +51,6 @@ from .checkpoint import (
     set_aside,
     set_random_state,
 )
-from .lock import only_one
 from .logging import PERIODIC, on_terminal
 from .metrics import Meter, MetricsWriter, format_duration
 from .monitor import NonFiniteLossError, StepMonitor

@@ -6,20 +6,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..boxes import legacy_to_xywh
+from ..data import DetectionDataset
 from ..data.coco import load_coco
+from ..files import write_json
 from .coco import FIGURES, coco_metrics
-from .files import write_json
 from .voc import Boxes, voc_average_precision
-
-if TYPE_CHECKING:
-    from ..data import DetectionDataset
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
-from ..evaluation.files import replacing, write_json
+from ..files import replacing, write_json
 from .journal import read_records
 from .records import TrialRecord
 from .report import kendall_tau

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -37,8 +37,8 @@ from ..data import DataError, DetectionDataset, build_dataset
 from ..data.build import BatchLoader, collate, start_worker
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration
-from ..evaluation.files import write_json
-from ..locks import locked
+from ..files import write_json
+from ..locks import locked, unless_held
 from ..models import Detector
 from ..transfer import free_gpu_memory, to_device
 from .crops import MIN_VISIBLE, Crops
@@ -619,13 +619,10 @@ def _locked(path: Path) -> Iterator[None]:
 def _remove_partial(folder: Path) -> None:
     """Remove what killed processes left of caches that they were making."""
     for partial in folder.glob(f"*{_PARTIAL}"):
-        try:
-            file = folder / f"{partial.name.split('.')[0]}.lock"
-            with FileLock(file, fallback_to_soft=False).acquire(timeout=0):
+        with unless_held(folder / f"{partial.name.split('.')[0]}.lock") as free:
+            if free:
                 logger.info("removing %s, left by a build that was killed", partial)
                 shutil.rmtree(partial, ignore_errors=True)
-        except (Timeout, OSError):
-            continue  # somebody is at it, or may be: there are no locks here
 
 
 def _fill(

@@ -57,7 +57,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import ConfigError
-from ..evaluation.files import replacing
+from ..files import replacing
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from .space import Space
 

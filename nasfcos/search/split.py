@@ -19,7 +19,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..data import DataError, DetectionDataset, Record, build_dataset, class_names
-from ..evaluation.files import replacing
+from ..files import replacing
 
 logger = logging.getLogger(__name__)
 

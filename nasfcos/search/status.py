@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ..engine.metrics import format_duration
-from ..evaluation.files import write_json
+from ..files import write_json
+from ..locks import unless_held
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord
 
 PROGRESS_FILE = "progress.json"
@@ -90,14 +89,9 @@ def is_running(folder: str | Path, progress: Progress) -> bool | None:
     path = Path(folder) / LOCK_FILE
     if not path.exists():
         return False
-    try:
-        # A lock ends with its process, whose number may soon be that of another one.
-        with FileLock(path, fallback_to_soft=False).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # another user's; a file system without locks
-        return None
+    # A lock ends with its process, whose number may soon be that of another one.
+    with unless_held(path) as free:
+        return None if free is None else not free
 
 
 # ----------------------------------------------------------------------------------------- trials

@@ -17,10 +17,10 @@ from nasfcos import engine
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
-from nasfcos.engine.lock import only_one
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
 from nasfcos.engine.signals import Interrupted
 from nasfcos.engine.train import Run, build_model, forward_backward, update
+from nasfcos.locks import only_one
 from nasfcos.models.weights import WeightsError
 
 # The package's attribute of this name is the function.
