@@ -21,15 +21,15 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import Normal, withStroke
 from matplotlib.textpath import TextPath
 
-from .evaluation.files import replacing
-from .genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS, NUM_INPUTS, Genotype
+from .files import replacing
+from .genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS, NUM_INPUTS, Genotype, node_names
+from .models.heads.cells import STRIDES as LEVEL_STRIDES
 
 FORMATS = (".png", ".svg", ".pdf")
 
 STRIDES = (4, 8, 16, 32)
 """Of C2..C5: pixels of the image a step on the map stands for."""
 
-_LEVEL_STRIDES = (8, 16, 32, 64, 128)  # P3..P7
 _PALETTE = (
     "#8ecae6", "#4f9fd8", "#2f6fb5", "#a9b4c0", "#f4a259", "#a8d8a0", "#5fae6e", "#e8c547",
     "#d98cb3", "#9f86c0", "#e07a5f", "#7fc8c2",
@@ -74,12 +74,6 @@ def node_strides(genotype: Genotype) -> list[int]:
     for cell in genotype.cells:
         strides.append(min(strides[node] for node in cell.inputs))
     return strides
-
-
-def node_names(genotype: Genotype) -> list[str]:
-    """C2..C5, then N4, N5, ... for the outputs of the cells."""
-    nodes = range(NUM_INPUTS, NUM_INPUTS + len(genotype.cells))
-    return [f"C{i + 2}" for i in range(NUM_INPUTS)] + [f"N{node}" for node in nodes]
 
 
 def draw_architecture(genotype: Genotype, title: str | None = None) -> Figure:
@@ -225,7 +219,7 @@ class _PyramidLayout:
 
     def __init__(self, genotype: Genotype) -> None:
         self.genotype = genotype
-        self.names = node_names(genotype)
+        self.names = node_names(len(genotype.cells))
         self.strides = node_strides(genotype)
         self.depth = [0] * NUM_INPUTS
         for cell in genotype.cells:
@@ -251,7 +245,7 @@ class _PyramidLayout:
         def length(order: dict[int, list[list[int]]]) -> float:
             rows, bands = self._stack(order)
             vertical = sum(abs(rows[a] - rows[b]) for a, b in edges)
-            for node, stride in zip(self.genotype.pyramid_nodes, _LEVEL_STRIDES, strict=False):
+            for node, stride in zip(self.genotype.pyramid_nodes, LEVEL_STRIDES, strict=False):
                 vertical += abs(rows[node] - sum(bands[stride]) / 2)
             return vertical
 
@@ -294,7 +288,7 @@ class _PyramidLayout:
                 for row in order[stride]
             ]
             band = sum(rows)
-            if stride in _LEVEL_STRIDES:
+            if stride in LEVEL_STRIDES:
                 band = max(band, _P_SIZE[1] + 0.3)
             bottom = y + (band - sum(rows)) / 2
             for nodes, height in zip(order[stride], rows, strict=True):
@@ -302,7 +296,7 @@ class _PyramidLayout:
                 bottom += height
             bands[stride] = (y, y + band)
             y += band + _BAND_GAP
-        for stride in _LEVEL_STRIDES[3:]:
+        for stride in LEVEL_STRIDES[3:]:
             bands[stride] = (y, y + _P_SIZE[1] + 0.2)
             y = bands[stride][1] + _BAND_GAP
         return heights, bands
@@ -333,7 +327,7 @@ class _PyramidLayout:
             steps = [low + (high - low) * i / 40 for i in range(41)]
             self.level_y.append(min([wanted, *steps], key=cost))
             self.level_ports.append([self.level_y[-1] + offset for offset in offsets])
-        for stride in _LEVEL_STRIDES[3:]:
+        for stride in LEVEL_STRIDES[3:]:
             self.level_y.append(sum(self.bands[stride]) / 2)
 
     # ----- lanes
@@ -491,7 +485,7 @@ def _draw_pyramid(canvas: _Canvas, layout: _PyramidLayout, bottom: float) -> Non
         for net in nets:
             _draw_net(canvas, net, bottom, box_left)
 
-    for i, (y, stride) in enumerate(zip(layout.level_y, _LEVEL_STRIDES, strict=True)):
+    for i, (y, stride) in enumerate(zip(layout.level_y, LEVEL_STRIDES, strict=True)):
         canvas.box(layout.level_x, bottom + y, _P_SIZE, color="#fdf3dc", kind="node")
         canvas.text(layout.level_x, bottom + y + 0.11, f"P{i + 3}", 10.5, weight="bold")
         canvas.text(layout.level_x, bottom + y - 0.12, f"1/{stride}", 8, color=_FAINT)

@@ -122,15 +122,14 @@ class Genotype:
 
     def describe(self) -> str:
         """The architecture in words, a line per cell, level and head layer."""
-        names = [f"C{i + 2}" for i in range(NUM_INPUTS)]
+        names = node_names(len(self.cells))
         lines = []
-        for cell in self.cells:
+        for name, cell in zip(names[NUM_INPUTS:], self.cells, strict=True):
             a, b = (
                 f"{FPN_OPS[op]}({names[node]})"
                 for op, node in zip(cell.ops, cell.inputs, strict=True)
             )
-            names.append(f"N{len(names)}")
-            lines.append(f"{names[-1]} = {AGGREGATIONS[cell.aggregation]}({a}, {b})")
+            lines.append(f"{name} = {AGGREGATIONS[cell.aggregation]}({a}, {b})")
         extra = "".join(f" + {names[node]}" for node in self.extra_nodes)
         for level, node in zip((3, 4, 5), self.pyramid_nodes, strict=True):
             lines.append(f"P{level} = {names[node]}{extra}")
@@ -139,6 +138,12 @@ class Genotype:
                 owner = "per level" if i < self.head_split else "shared"
                 lines.append(f"head layer {i}: {HEAD_OPS[op]} ({owner})")
         return "\n".join(lines)
+
+
+def node_names(cells: int) -> list[str]:
+    """Names of the nodes: C2..C5, then N4, N5, ... for the outputs of so many cells."""
+    made = range(NUM_INPUTS, NUM_INPUTS + cells)
+    return [f"C{i + 2}" for i in range(NUM_INPUTS)] + [f"N{node}" for node in made]
 
 
 def canonical(genotype: Genotype) -> Genotype:

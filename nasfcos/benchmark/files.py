@@ -15,7 +15,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from faster_coco_eval import COCO as FastCOCO
+from faster_coco_eval import COCOeval_faster as FastCOCOeval
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -203,9 +207,11 @@ def evaluation(setting: Setting) -> Case:
         amount=images,
         unit="images",
     )
-    case.add("pycocotools", lambda: _pycocotools(truth, results))
-    case.add("faster-coco-eval", lambda: _faster_coco_eval(truth, results))
-    case.variants.append(Variant("ours", ours))
+    case.variants += [
+        _coco_variant("pycocotools", COCO, COCOeval, truth, results),
+        _coco_variant("faster-coco-eval", FastCOCO, FastCOCOeval, truth, results),
+        Variant("ours", ours),
+    ]
     return case
 
 
@@ -248,24 +254,6 @@ def _coco_variant(name: str, coco: type, evaluator: type, truth: dict, results: 
             evaluation.summarize()
 
     return Variant(name, run, theirs=True)
-
-
-def _pycocotools(truth: dict, results: list) -> Variant:
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise Skip("pycocotools is not installed") from None
-    return _coco_variant("pycocotools", COCO, COCOeval, truth, results)
-
-
-def _faster_coco_eval(truth: dict, results: list) -> Variant:
-    try:
-        import faster_coco_eval
-    except ImportError:
-        raise Skip("faster-coco-eval is not installed") from None
-    classes = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
-    return _coco_variant("faster-coco-eval", *classes, truth, results)
 
 
 # ------------------------------------------------------------------------- checkpoints and start-up

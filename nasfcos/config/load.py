@@ -1,17 +1,16 @@
-"""Reading config files: inheritance, merging with type checks, and the checks of the whole."""
+"""The config tree: merging files and overrides with type checks, and the checks of the whole."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from yacs.config import CfgNode
 
 from ..genotype import (
@@ -24,12 +23,12 @@ from ..genotype import (
 )
 from .defaults import get_defaults
 from .errors import ConfigError, nearest
+from .inheritance import BASE_KEY, read_file
 from .released import is_released, translate_released
 from .tree import get_setting, literal, nested
 
 logger = logging.getLogger(__name__)
 
-BASE_KEY = "_BASE_"
 COMMAND_LINE = "command line"
 WEIGHT = "MODEL.WEIGHT"
 # Where a tree keeps MODEL.WEIGHT as its file has it, which no setting shows.
@@ -168,42 +167,6 @@ INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
 EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_CHANNELS")
 
 
-MERGE_TAG = "tag:yaml.org,2002:merge"
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no, and
-    in which a key that stands twice, or is no word, is an error of the file's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    "in a section", node.start_mark,
-                    "a key is a list or a section (text that begins with [ or { needs quotes)",
-                    key.start_mark,
-                )  # fmt: skip
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    "in a section", node.start_mark, f"the key {key.value!r} stands twice",
-                    key.start_mark,
-                )  # fmt: skip
-            seen.add(key.value)
-            if key.tag != MERGE_TAG:
-                key.tag = "tag:yaml.org,2002:str"  # the name of a data set may look like a number
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
 def load_config(
     file: str | os.PathLike[str] | None = None, overrides: Sequence[Any] = ()
 ) -> CfgNode:
@@ -229,31 +192,26 @@ def load_config(
         _merge(cfg, tree, source, sources)
     cfg.__dict__[_FILES_WEIGHT] = cfg.MODEL.WEIGHT
     _merge_overrides(cfg, overrides, COMMAND_LINE, sources)
-    return _finished(cfg, sources)
+    return _finished(cfg, sources, source="default config")
 
 
-def _finished(cfg: CfgNode, sources: dict[str, str]) -> CfgNode:
+def _finished(cfg: CfgNode, sources: dict[str, str], source: str) -> CfgNode:
     """The tree, checked and frozen."""
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
-    _check(cfg, sources)
+    _check(cfg, sources, source)
     cfg.freeze()
     return cfg
 
 
 def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:
     """The file's tree after those of the files it inherits from, oldest ancestor first."""
-    tree = _read_yaml(path, seen)
+    tree, bases = read_file(path, named_by=seen[-1] if seen else None)
     seen = (*seen, path.resolve())
-    bases = tree.pop(BASE_KEY, [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: {BASE_KEY} must be a file name or a list, not {bases!r}")
-    for base in bases:
-        base_path = path.parent / Path(base).expanduser()
-        if base_path.resolve() in seen:
-            chain = " -> ".join(str(p) for p in (*seen, base_path.resolve()))
+    for base in bases.values():
+        if base.resolve() in seen:
+            chain = " -> ".join(str(p) for p in (*seen, base.resolve()))
             raise ConfigError(f"{path}: {BASE_KEY} inherits in a circle: {chain}")
-        yield from _inheritance_chain(base_path, seen)
+        yield from _inheritance_chain(base, seen)
     if is_released(tree):
         tree, notes = translate_released(tree, str(path))
         logger.info(
@@ -262,28 +220,6 @@ def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tupl
             "\n".join(f"  {note}" for note in notes),
         )
     yield str(path), tree
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
-    named_by = f" (named by {BASE_KEY} of {seen[-1]})" if seen else ""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(
-            f"config file {path} does not exist{named_by}.{nearest(path.name, siblings)}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read{named_by}: {error}") from None
-    try:
-        tree = yaml.load(text, Loader=_YamlLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no calendar has
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
-    return tree
 
 
 def _merge(
@@ -295,6 +231,8 @@ def _merge(
         if key not in node:
             if not node.is_new_allowed():
                 raise ConfigError(_unknown_key(name, value, source))
+            if "." in key:  # it would be taken for a section and a key
+                raise ConfigError(f"{source}: the name {key!r} in {prefix[:-1]} must have no dot")
             node[key] = _free_form(value)
             sources[name] = source
         elif isinstance(node[key], CfgNode):
@@ -323,7 +261,7 @@ def override_config(cfg: CfgNode, overrides: Sequence[Any], source: str) -> CfgN
     cfg.defrost()
     sources: dict[str, str] = {}
     _merge_overrides(cfg, overrides, source, sources)
-    return _finished(cfg, sources)
+    return _finished(cfg, sources, source)
 
 
 def _merge_overrides(
@@ -400,7 +338,8 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float) and isinstance(value, int):
-        value, fits = float(value), True
+        fits = abs(value) <= sys.float_info.max
+        value = float(value) if fits else value
     elif isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         value, fits = type(default)(value), True
     else:
@@ -426,11 +365,11 @@ def _like(item: Any, example: Any) -> bool:
     return isinstance(item, (int, float) if isinstance(example, float) else type(example))
 
 
-def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
-    """What the types alone do not show."""
+def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
+    """What the types alone do not show; `source` is to blame for what none of `sources` set."""
 
-    def fail(name: str, why: str) -> None:
-        raise ConfigError(f"{sources.get(name, 'default config')}: {name} {why}")
+    def fail(name: str, why: str) -> NoReturn:
+        raise ConfigError(f"{sources.get(name, source)}: {name} {why}")
 
     for name, allowed in CHOICES.items():
         value = get_setting(cfg, name)
@@ -478,7 +417,7 @@ def _check(cfg: CfgNode, sources: dict[str, str]) -> None:
     _check_search(cfg, fail)
 
 
-def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
+def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
     name = "MODEL.GENOTYPE"
     searched_neck = cfg.MODEL.NECK.NAME == "nas_fpn"
     searched_head = cfg.MODEL.HEAD.TOWER == "searched"
@@ -495,7 +434,7 @@ def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
         fail(name, "has no head part ([i], [operations]), but MODEL.HEAD.TOWER is 'searched'")
 
 
-def _check_search(cfg: CfgNode, fail: Callable[[str, str], None]) -> None:
+def _check_search(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
     search = cfg.SEARCH
     for name, allowed in SUBSETS.items():
         value = get_setting(cfg, name)

@@ -11,12 +11,15 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..evaluation.files import replacing
+from ..files import replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,9 @@ class MetricsWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
         self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in figures.items():
-                tag = name if "/" in name else f"train/{name}"
-                self._tensorboard.add_scalar(tag, value, iteration)
+        for name, value in figures.items():
+            tag = name if "/" in name else f"train/{name}"
+            self._tensorboard.add_scalar(tag, value, iteration)
 
     def has_evaluation(self, iteration: int) -> bool:
         """Whether the file has figures of an evaluation after `iteration`."""
@@ -67,8 +69,7 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._tensorboard.close()
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
@@ -143,11 +144,8 @@ def format_duration(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
-def tensorboard_writer(folder: Path, start: int) -> Any:
-    """A writer whose curves go on at `start`; None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.info("TensorBoard is not installed: the curves are in metrics.jsonl only")
-        return None
+def tensorboard_writer(folder: Path, start: int) -> SummaryWriter:
+    """A writer whose curves go on at `start`."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
     return SummaryWriter(folder, purge_step=start + 1 if start else None)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 import numpy as np
@@ -23,9 +22,10 @@ from PIL import Image
 
 from ..drawing import draw_architecture, operation_color, short_name
 from ..engine.metrics import format_duration
-from ..evaluation.files import replacing
-from ..genotype import FPN_OPS, HEAD_OPS, Genotype
+from ..files import replacing
+from ..genotype import FPN_OPS, HEAD_OPS, Genotype, node_names
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord
+from .select import Selected
 from .space import Decision
 from .status import StageStatus, trials_per_hour
 
@@ -84,33 +84,8 @@ class StageReport:
         return StageStatus(self.stage, self.records, self.planned)
 
 
-class Ranked(Protocol):
-    """What the report shows of an architecture of the final ranking (see `nasfcos.search.select`).
-
-    Attributes:
-        stage: in which it was found.
-        rank: by the search's objective in its stage.
-        reward, params, flops: of its trial.
-        AP, AP50: after full training, the means of all seeds; None where there was none.
-        APs: of each seed.
-        folder: of the full training, relative to the search's.
-        given: whether the search started from it.
-    """
-
-    stage: str
-    rank: int
-    reward: float
-    params: int
-    flops: float
-    AP: float | None
-    AP50: float | None
-    APs: list[float]
-    folder: str
-    given: bool
-
-
 def write_report(
-    folder: str | Path, stages: Sequence[StageReport], ranking: Sequence[Ranked] = ()
+    folder: str | Path, stages: Sequence[StageReport], ranking: Sequence[Selected] = ()
 ) -> Path:
     """Write `report.html` and its pictures as PNGs, each whole or not at all.
 
@@ -417,7 +392,7 @@ def _draw_places(stage: StageReport) -> Figure:
         axis.tick_params(length=0)
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
         if kind == "in":
-            title = f"cell {number} (makes N{4 + number})"
+            title = f"cell {number} (makes {node_names(number + 1)[-1]})"
         else:
             title = f"layer {number}"
         axis.set_title(title, loc="left", fontsize=10)
@@ -478,7 +453,7 @@ def _draw_architecture(genotype: Genotype) -> bytes:
 
 
 @_with_style
-def _draw_agreement(rows: dict[str, list[Ranked]]) -> Figure:
+def _draw_agreement(rows: dict[str, list[Selected]]) -> Figure:
     """AP of the full training against the proxy reward, for each stage."""
     figure = _figure(4.0, min(WIDTH, 5.8 * len(rows)))
     axes = figure.subplots(1, len(rows), squeeze=False)[0]
@@ -568,22 +543,22 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
 def _cards(stage: StageReport) -> str:
     status = stage.status
     done, own = len(stage.records), status.own()
-    best = "".join(
-        f"{record.result.reward:.4f}|reward of the best, trial {record.index}"
+    best = [
+        (f"{record.result.reward:.4f}", f"reward of the best, trial {record.index}")
         for record in status.ranked()[:1]
-    )
+    ]
     figures = [
-        f"{done:,} of {stage.planned:,}|trials",
-        best or "–|reward of the best",
-        f"{_number(trials_per_hour(own), ',.0f')}|trials per hour",
-        f"{format_duration(sum(r.result.seconds for r in own))}|spent in trials",
-        f"{status.count(PRUNED):,}|pruned",
-        f"{status.count(FAILED):,}|failed",
-        f"{status.reused:,}|reused",
+        (f"{done:,} of {stage.planned:,}", "trials"),
+        *(best or [("–", "reward of the best")]),
+        (_number(trials_per_hour(own), ",.0f"), "trials per hour"),
+        (format_duration(sum(r.result.seconds for r in own)), "spent in trials"),
+        (f"{status.count(PRUNED):,}", "pruned"),
+        (f"{status.count(FAILED):,}", "failed"),
+        (f"{status.reused:,}", "reused"),
     ]
     cards = "".join(
         f'<div class="card"><b>{html.escape(figure)}</b><span>{html.escape(name)}</span></div>'
-        for figure, name in (card.split("|") for card in figures)
+        for figure, name in figures
     )
     share = 100 * min(1.0, done / stage.planned) if stage.planned else 0.0
     return (
@@ -642,8 +617,8 @@ def _failures(status: StageStatus) -> str:
     return "<h3>Failed trials</h3>" + _table(["number", "trials", "reason"], rows, (0,)) + more
 
 
-def _ranking_section(folder: Path, ranking: Sequence[Ranked]) -> str:
-    trained: dict[str, list[Ranked]] = {}
+def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
+    trained: dict[str, list[Selected]] = {}
     for row in ranking:
         if row.AP is not None and math.isfinite(row.AP) and math.isfinite(row.reward):
             trained.setdefault(row.stage, []).append(row)

@@ -16,18 +16,19 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError, load_config
+from ..config.inheritance import copy_with_bases, ordinary_base
 from ..config.tree import get_setting, leaves, nested
 from ..data import build_dataset
 from ..data.catalog import class_names
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
-from ..engine.lock import only_one
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration, tensorboard_writer
 from ..engine.signals import StopRequest
 from ..engine.train import check_device
-from ..evaluation.files import replacing
+from ..files import replacing
 from ..genotype import Cell, Genotype
+from ..locks import only_one
 from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
@@ -150,8 +151,8 @@ class _Search:
             temporary.write_text(cfg.dump(), encoding="utf-8")
         split.write()
         # Now, for these files may be changed as long as the search runs.
-        base, keys = _ordinary_base(self.config_file)
-        base = _copy_with_bases(base, folder / "base")
+        base, keys = ordinary_base(self.config_file)
+        base = copy_with_bases(base, folder / "base")
         proxy_cfg = split.cfg
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
@@ -417,8 +418,7 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        self.board.close()
         self._refresh(self._records(), self.journal.batch_figures())
         self.run._report(force=True)  # also of a search that ends here by an error
 
@@ -434,10 +434,9 @@ class _Progress:
             self._log(records, new)
             self.bar.update(len(new))
         figures = journal.batch_figures()
-        if self.board is not None:
-            for number in range(self.batches, len(figures)):
-                for name, value in figures[number].items():
-                    self.board.add_scalar(f"{self.stage}/{name}", value, number)
+        for number in range(self.batches, len(figures)):
+            for name, value in figures[number].items():
+                self.board.add_scalar(f"{self.stage}/{name}", value, number)
         self.batches = len(figures)
         self._note_phase()
         self._refresh(records, figures)
@@ -456,12 +455,10 @@ class _Progress:
                 format_duration(per_trial * (self.trials - len(records))),
                 extra=PERIODIC,
             )  # fmt: skip
-            if self.board is not None:
-                self.board.add_scalar(f"{self.stage}/reward", result.reward, record.index)
+            self.board.add_scalar(f"{self.stage}/reward", result.reward, record.index)
         if best:
             self.bar.set_postfix(best=f"{best[0].objective:.4f}", refresh=False)
-            if self.board is not None:
-                self.board.add_scalar(f"{self.stage}/best", best[0].objective, len(records) - 1)
+            self.board.add_scalar(f"{self.stage}/best", best[0].objective, len(records) - 1)
 
     def _note_phase(self) -> None:
         phase = f"trials of the {self.stage} stage"
@@ -520,53 +517,3 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
 
 def _names(settings: Sequence[str], caches: Sequence[FeatureCache]) -> dict[str, str]:
     return {name: cache.folder.name for name, cache in zip(settings, caches, strict=True)}
-
-
-def _ordinary_base(path: Path) -> tuple[Path, list[str]]:
-    """The nearest file that a config inherits from and that says nothing of a search, and the keys
-    that those before it set besides; the file itself where there is no such base."""
-    keys: list[str] = []
-    while True:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        base = tree.pop("_BASE_", None)
-        if "SEARCH" not in tree or not isinstance(base, str):
-            return path, keys
-        del tree["SEARCH"]
-        keys += [name for name, _ in leaves(tree)]
-        path = path.parent / Path(base).expanduser()
-
-
-def _copy_with_bases(path: Path, folder: Path) -> Path:
-    """Copy a config and all that it inherits from, so that they travel with what needs them.
-
-    The copies lie to one another as the files do.
-
-    Returns:
-        the copy of `path` in `folder`.
-    """
-    bases: dict[Path, list[str]] = {}
-
-    def place(path: Path) -> Path:
-        return path.parent.resolve() / path.name
-
-    def collect(path: Path) -> None:
-        if place(path) in bases:
-            return
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        named = tree.get("_BASE_", [])
-        bases[place(path)] = [named] if isinstance(named, str) else named
-        for base in bases[place(path)]:
-            collect(path.parent / Path(base).expanduser())
-
-    collect(path)
-    root = os.path.commonpath([file.parent for file in bases])
-    for file, names in bases.items():
-        copy, text = folder / file.relative_to(root), file.read_text(encoding="utf-8")
-        for name in names:
-            base = folder / place(file.parent / Path(name).expanduser()).relative_to(root)
-            relative = Path(os.path.relpath(base, copy.parent)).as_posix()
-            if os.path.normpath(name) != os.path.normpath(relative):  # an absolute path
-                text = text.replace(name, relative)
-        with replacing(copy) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return folder / place(path).relative_to(root)

@@ -17,7 +17,7 @@ from ..config import ConfigError
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import train
-from ..evaluation.files import write_json
+from ..files import write_json
 from ..genotype import Genotype
 from .prepare import is_run_of, with_overrides
 from .records import TrialRecord
@@ -163,32 +163,8 @@ def select(
         best += [item for item in ranked if item[1].key == given_key][:1] or [
             (0, _untried(given, records[0]))
         ]
-    seeds = cfg.SEARCH.SELECT.SEEDS
-    rows = []
-    for number, (rank, record) in enumerate(best, 1):
-        found: dict = {"given": record.key == given_key}
-        if train_them:
-            name = f"trial {record.index}" if rank else "given"
-            logger.info(
-                "%d of %d to train in full (%s stage, %s, reward %.4f):\n%s",
-                number, len(best), stage, name, record.result.reward,
-                Genotype.parse(record.genotype).describe(),
-            )  # fmt: skip
-            place = Path("select") / stage / name.replace(" ", "_")
-            places = [place, *(place.with_name(f"{place.name}_seed_{i}") for i in range(1, seeds))]
-            metrics = []
-            try:
-                for seed, run in enumerate(places):
-                    phase = f"training the best of the {stage} stage in full"
-                    done = (number - 1) * seeds + seed
-                    write_progress(folder, phase, done=done, total=len(best) * seeds)
-                    full = full_config(cfg, stage, record.genotype, folder / run, seed)
-                    metrics.append(train_in_full(full, device))
-                found |= {key: mean(each[key] for each in metrics) for key in ("AP", "AP50")}
-                found["APs"] = [each["AP"] for each in metrics]
-            except (NonFiniteLossError, torch.OutOfMemoryError) as error:
-                logger.warning("%s is out of the ranking: %s", name, error)
-        row = Selected(
+    rows = [
+        Selected(
             stage,
             rank,
             record.genotype,
@@ -196,19 +172,57 @@ def select(
             record.result.reward,
             record.result.params,
             record.result.flops,
-            **found,
+            given=record.key == given_key,
         )
-        if row.APs:
-            row = replace(row, folder=str(places[row.best_seed]))
-        rows.append(row)
-        if train_them:
-            on_progress(sorted(rows, key=by_merit))
-    if train_them and all(row.AP is None for row in rows):
+        for rank, record in best
+    ]
+    if not train_them:
+        return sorted(rows, key=by_merit)
+    for number, (_, record) in enumerate(best):
+        name = f"trial {record.index}" if rows[number].rank else "given"
+        logger.info(
+            "%d of %d to train in full (%s stage, %s, reward %.4f):\n%s",
+            number + 1, len(best), stage, name, record.result.reward,
+            Genotype.parse(record.genotype).describe(),
+        )  # fmt: skip
+        done_before, total = (n * cfg.SEARCH.SELECT.SEEDS for n in (number, len(best)))
+        rows[number] = _train_seeds(cfg, device, folder, rows[number], name, done_before, total)
+        on_progress(sorted(rows[: number + 1], key=by_merit))
+    if all(row.AP is None for row in rows):
         raise NonFiniteLossError(
             f"none of the {len(rows)} full trainings of the {stage} stage came to its end; see the "
             "log, change the solver by SEARCH.SELECT.OVERRIDES, and go on with --resume"
         )
     return sorted(rows, key=by_merit)
+
+
+def _train_seeds(
+    cfg: CfgNode,
+    device: torch.device,
+    folder: Path,
+    row: Selected,
+    name: str,
+    done_before: int,
+    total: int,
+) -> Selected:
+    """An architecture with what its full trainings came to, one with each seed; without, where one
+    of them did not come to its end."""
+    place = Path("select") / row.stage / name.replace(" ", "_")
+    further = range(1, cfg.SEARCH.SELECT.SEEDS)
+    places = [place, *(place.with_name(f"{place.name}_seed_{seed}") for seed in further)]
+    metrics = []
+    try:
+        for seed, run in enumerate(places):
+            phase = f"training the best of the {row.stage} stage in full"
+            write_progress(folder, phase, done=done_before + seed, total=total)
+            full = full_config(cfg, row.stage, row.genotype, folder / run, seed)
+            metrics.append(train_in_full(full, device))
+    except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+        logger.warning("%s is out of the ranking: %s", name, error)
+        return row
+    means = {key: mean(each[key] for each in metrics) for key in ("AP", "AP50")}
+    row = replace(row, APs=[each["AP"] for each in metrics], **means)
+    return replace(row, folder=str(places[row.best_seed]))
 
 
 def by_merit(row: Selected) -> tuple[bool, float]:

@@ -27,6 +27,7 @@ from ..genotype import (
     Cell,
     Genotype,
     canonical,
+    node_names,
 )
 
 Choices = tuple[int, ...]
@@ -214,12 +215,11 @@ class FPNSpace(Space):
         self._ops = _indices(ops, FPN_OPS, "FPN operation")
         self._aggregations = _indices(aggregations, AGGREGATIONS, "aggregation")
         decisions = []
-        nodes = [f"C{i + 2}" for i in range(NUM_INPUTS)]
+        names = tuple(node_names(cells))
         for k in range(cells):
-            decisions += [Decision(f"cell{k}.in{i}", tuple(nodes)) for i in (0, 1)]
+            decisions += [Decision(f"cell{k}.in{i}", names[: NUM_INPUTS + k]) for i in (0, 1)]
             decisions += [Decision(f"cell{k}.op{i}", tuple(ops)) for i in (0, 1)]
             decisions.append(Decision(f"cell{k}.agg", tuple(aggregations)))
-            nodes.append(f"N{len(nodes)}")
         self.decisions = tuple(decisions)
 
     def _count(self, step: int, free: int) -> int:

@@ -5,6 +5,8 @@ import pytest
 import yaml
 
 from nasfcos.config import ConfigError, get_defaults, load_config, override_config
+from nasfcos.config.inheritance import ordinary_base
+from nasfcos.config.tree import get_setting
 from tests.known import GOLDEN, ROOT
 
 RELEASED = json.loads((GOLDEN / "configs.json").read_text())
@@ -133,6 +135,11 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("SEED: 99999999999999999999\n", r"SEED is 9{20}.*-1 or"),
         ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
         ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
+        (f"SOLVER:\n  BASE_LR: 1{400 * '0'}\n", r"file\.yaml: SOLVER\.BASE_LR must be float"),
+        (
+            "DATASETS: {CUSTOM: {parts_v1.2: {FORMAT: coco}}}\n",
+            r"file\.yaml: the name 'parts_v1\.2' in DATASETS\.CUSTOM must have no dot",
+        ),
         ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
         ("SEARCH:\n  STAGES: [head, fpn]\n", r"SEARCH\.STAGES.*on a found FPN"),
         ("SEARCH:\n  STAGES: [neck]\n", r"file\.yaml: SEARCH\.STAGES has 'neck'.*'fpn', 'head'"),
@@ -177,6 +184,21 @@ def test_overriding_a_tree_checks_and_leaves_it_alone():
     assert cfg.SEARCH.SELECT.OVERRIDES == pairs
     with pytest.raises(ConfigError, match=r"there.*MAX_ITR.*SOLVER\.MAX_ITER"):
         override_config(cfg, ["SOLVER.MAX_ITR", 5], "there")
+    cfg = override_config(cfg, ["SEARCH.PRUNING.RUNGS", (10,)], "there")
+    with pytest.raises(ConfigError, match=r"^elsewhere: SEARCH\.PRUNING\.RUNGS ends at 10"):
+        override_config(cfg, ["SEARCH.PROXY.ITERATIONS", 5], "elsewhere")
+
+
+def test_what_a_config_adds_to_the_nearest_one_without_a_search(tmp_path):
+    """Names that another reader of YAML would take for numbers and truths stay names."""
+    write(tmp_path, "plain.yaml", "SOLVER: {MAX_ITER: 3}\n")
+    search = "SEARCH: {BATCH: 2}\nDATASETS: {CUSTOM: {no: {FORMAT: coco}, 0x10: {IMAGES: x}}}\n"
+    write(tmp_path, "search.yaml", f"_BASE_: plain.yaml\n{search}")
+    path = write(tmp_path, "mine.yaml", "_BASE_: search.yaml\nSEARCH: {BATCH: 3}\nSEED: 1\n")
+    base, keys = ordinary_base(path)
+    assert base == tmp_path / "plain.yaml"
+    assert keys == ["SEED", "DATASETS.CUSTOM.no.FORMAT", "DATASETS.CUSTOM.0x10.IMAGES"]
+    assert all(get_setting(load_config(path), key) for key in keys)
 
 
 def test_missing_file_names_the_nearest():

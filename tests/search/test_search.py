@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -22,6 +23,8 @@ from PIL import Image
 pytest.importorskip("optuna")
 
 from nasfcos.config import ConfigError, load_config  # noqa: E402
+from nasfcos.config.inheritance import copy_with_bases  # noqa: E402
+from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
 from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.search import select  # noqa: E402
@@ -29,7 +32,7 @@ from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
 from nasfcos.search.proxy import ProxyTask, read_saved  # noqa: E402
 from nasfcos.search.records import COMPLETE  # noqa: E402
-from nasfcos.search.search import _copy_with_bases, search, search_status  # noqa: E402
+from nasfcos.search.search import search, search_status  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,9 +245,9 @@ def test_the_configs_below_travel_with_the_best(tmp_path):
     (tmp_path / "link").symlink_to(configs / "demo")
     expected = load_config(configs / "demo/both.yaml")
     out = tmp_path / "out"
-    copy = _copy_with_bases(tmp_path / "link/both.yaml", out / "base")
+    copy = copy_with_bases(tmp_path / "link/both.yaml", out / "base")
     assert copy == out / "base/demo/both.yaml" and "# two" in copy.read_text()
-    assert _copy_with_bases(tmp_path / "link/both.yaml", out / "base") == copy
+    assert copy_with_bases(tmp_path / "link/both.yaml", out / "base") == copy
     shutil.rmtree(configs)
     out.rename(tmp_path / "new")
     assert load_config(tmp_path / "new/base/demo/both.yaml") == expected
@@ -292,28 +295,30 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     out = tmp_path / "out"
     settings = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3)
     settings += ("SEARCH.SELECT.FPN", 2, "SEARCH.SELECT.SEEDS")
-    train_in_full, trained = select.train_in_full, []
-    # The second seed's AP is the better one, the third's makes the other architecture the best.
-    gains = {"": 0.0, "_seed_1": 1.0, "_seed_2": -9.0}
+    train_in_full, trained, names = select.train_in_full, [], []
+    # Of the architectures, in the order of their training, with each seed: the first is the better
+    # one with two seeds, the second with three, and the only one with four.
+    APs = [[0.2, 0.6, 0.1, 0.5], [0.1, 0.5, 0.5, math.nan]]
 
     def judged(cfg, device):
         found = train_in_full(cfg, device)
-        name, architecture, suffix = re.fullmatch(
-            r".*/((trial_\d)(.*))", cfg.OUTPUT_DIR
-        ).groups()
-        trained.append((name, cfg.SEED))
-        first = architecture == trained[0][0]
-        return found | {"AP": 0.1 * first + gains[suffix] * (first or suffix != "_seed_2")}
+        run = Path(cfg.OUTPUT_DIR).name
+        name, _, seed = run.partition("_seed_")
+        names.extend([name] * (name not in names))
+        trained.append((run, cfg.SEED))
+        if math.isnan(AP := APs[names.index(name)][int(seed or 0)]):
+            raise NonFiniteLossError("as if it had diverged")
+        return found | {"AP": AP}
 
     monkeypatch.setattr(select, "train_in_full", judged)
     go_on(*settings, 2)
-    one, other = trained[0][0], trained[2][0]
+    one, other = names
     assert trained == [(one, 0), (f"{one}_seed_1", 1), (other, 0), (f"{other}_seed_1", 1)]
     ranking = json.loads((out / "ranking.json").read_text())
     assert [row["folder"] for row in ranking] == [
         f"select/fpn/{name}_seed_1" for name in (one, other)
     ]
-    assert ranking[0]["APs"] == pytest.approx([0.1, 1.1]) and ranking[0]["AP"] == pytest.approx(0.6)
+    assert ranking[0]["APs"] == [0.2, 0.6] and ranking[0]["AP"] == pytest.approx(0.4)
     # The best weights come with the seed that they come from.
     best = load_config(out / "best.yaml")
     assert best.SEED == 1 and best.MODEL.GENOTYPE == ranking[0]["genotype"]
@@ -332,6 +337,10 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     assert [row["folder"] for row in ranking] == [
         f"select/fpn/{name}_seed_1" for name in (other, one)
     ]
+    go_on(*settings, 4)  # one that does not always come to its end is out of the ranking
+    ranking = json.loads((out / "ranking.json").read_text())
+    assert [row["AP"] for row in ranking] == [pytest.approx(0.35), None]
+    assert ranking[0]["folder"] == f"select/fpn/{one}_seed_1" and ranking[1]["folder"] == ""
 
 
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):

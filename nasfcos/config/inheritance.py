@@ -1,0 +1,132 @@
+"""Config files: YAML, and the files that one inherits from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from ..files import replacing
+from .errors import ConfigError, nearest
+from .tree import leaves
+
+BASE_KEY = "_BASE_"
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no, and
+    in which a key that stands twice, or is no word, is an error of the file's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark,
+                    "a key is a list or a section (text that begins with [ or { needs quotes)",
+                    key.start_mark,
+                )  # fmt: skip
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark, f"the key {key.value!r} stands twice",
+                    key.start_mark,
+                )  # fmt: skip
+            seen.add(key.value)
+            if key.tag != MERGE_TAG:
+                key.tag = "tag:yaml.org,2002:str"  # the name of a data set may look like a number
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str, Path]]:
+    """A config file by itself.
+
+    Args:
+        path: of the file.
+        named_by: the file that inherits from it, for messages.
+
+    Returns:
+        what it sets, and the files that it inherits from by the names that it gives them.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    why = f" (named by {BASE_KEY} of {named_by})" if named_by else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"config file {path} does not exist{why}.{nearest(path.name, siblings)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read{why}: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_YamlLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no calendar has
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    names = tree.pop(BASE_KEY, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: {BASE_KEY} must be a file name or a list, not {names!r}")
+    return tree, {name: path.parent / Path(name).expanduser() for name in names}
+
+
+def ordinary_base(path: Path) -> tuple[Path, list[str]]:
+    """The nearest file that a config inherits from and that says nothing of a search, and the keys
+    that those before it set besides; the file itself where there is no such base."""
+    keys: list[str] = []
+    while True:
+        tree, bases = read_file(path)
+        if "SEARCH" not in tree or len(bases) != 1:
+            return path, keys
+        del tree["SEARCH"]
+        keys += [name for name, _ in leaves(tree)]
+        (path,) = bases.values()
+
+
+def copy_with_bases(path: Path, folder: Path) -> Path:
+    """Copy a config and all that it inherits from, so that they travel with what needs them.
+
+    The copies lie to one another as the files do.
+
+    Returns:
+        the copy of `path` in `folder`.
+    """
+    found: dict[Path, dict[str, Path]] = {}
+
+    def place(path: Path) -> Path:
+        return path.parent.resolve() / path.name
+
+    def collect(path: Path) -> None:
+        if place(path) not in found:
+            _, found[place(path)] = read_file(path)
+            for base in found[place(path)].values():
+                collect(base)
+
+    collect(path)
+    root = os.path.commonpath([file.parent for file in found])
+    for file, bases in found.items():
+        copy, text = folder / file.relative_to(root), file.read_text(encoding="utf-8")
+        for name, base in bases.items():
+            target = folder / place(base).relative_to(root)
+            relative = Path(os.path.relpath(target, copy.parent)).as_posix()
+            if os.path.normpath(name) != os.path.normpath(relative):  # an absolute path
+                text = text.replace(name, relative)
+        with replacing(copy) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / place(path).relative_to(root)
