@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from .engine.checkpoint import NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
 from .engine.logging import on_terminal
 from .engine.test import inference_form, to_original_size
-from .evaluation.files import replacing
+from .files import replacing
 from .models.build import build_detector
 from .models.weights import Weights, WeightsError, load_weights, read_weights
 from .transfer import to_cpu
@@ -216,24 +217,29 @@ def predict_files(
     root, files = find_inputs(pattern)
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise DataError(f"the output folder {output_dir} is a file; name a folder")
-    outputs = [Path(output_dir) / _output_name(file.relative_to(root)) for file in files]
+    outputs = [
+        [Path(output_dir) / name for name in _output_names(file.relative_to(root))]
+        for file in files
+    ]
     sheet_file, json_file = (Path(output_dir) / name for name in ("sheet.jpg", "detections.json"))
     pictures = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
-    _check_outputs(files, [*outputs, json_file] + [sheet_file] * (len(pictures) > 1))
+    summaries = [json_file] + [sheet_file] * (len(pictures) > 1)
+    _check_outputs(files, [*itertools.chain(*outputs), *summaries])
 
     summary = Summary()
     entries = []
     sheet: list[tuple[Image.Image, Detections]] = []
     progress = tqdm(files, unit="file", disable=len(files) == 1 or not on_terminal())
     try:
-        for file, output in zip(progress, outputs, strict=True):
+        for file, names in zip(progress, outputs, strict=True):
             try:
                 if file.suffix.lower() in VIDEO_SUFFIXES:
-                    _predict_video(predictor, file, output, score_threshold)
+                    _predict_video(predictor, file, *names, score_threshold)
                     summary.videos += 1
                 else:
                     picture = _open(file)
                     found = predictor(picture)
+                    output = names[-1] if max(picture.size) > JPEG_LIMIT else names[0]
                     entry = _write_picture(predictor, picture, found, output, score_threshold)
                     if len(sheet) < SHEET_PICTURES:
                         sheet.append((picture, found))
@@ -271,11 +277,20 @@ def _check_outputs(inputs: list[Path], outputs: list[Path]) -> None:
         written.add(path)
 
 
-def _output_name(name: Path) -> Path:
+def _output_names(name: Path) -> list[Path]:
+    """What is written for an input: of a video the video and its lines; of a picture one file, the
+    last of the names where it is too large for a JPEG."""
+
+    def added(suffix: str) -> Path:
+        return name.with_name(name.name + suffix)
+
     suffix = name.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
-        return name if suffix == ".mp4" else name.with_name(name.name + ".mp4")
-    return name if suffix in OUTPUT_SUFFIXES else name.with_name(name.name + ".jpg")
+        video = name if suffix == ".mp4" else added(".mp4")
+        return [video, video.with_suffix(".jsonl")]
+    if suffix in (".jpg", ".jpeg"):
+        return [name, added(".png")]
+    return [name] if suffix in OUTPUT_SUFFIXES else [added(".jpg"), added(".jpg.png")]
 
 
 def _write_picture(
@@ -287,8 +302,6 @@ def _write_picture(
 ) -> dict[str, Any]:
     """Write the picture with its boxes; gives the image's entry of detections.json."""
     drawn = draw_detections(picture, found, predictor.class_names, score_threshold)
-    if max(picture.size) > JPEG_LIMIT and output.suffix.lower() in (".jpg", ".jpeg"):
-        output = output.with_name(output.name + ".png")
     with replacing(output) as temporary:
         Image.fromarray(drawn).save(temporary, quality=92)
     return {
@@ -315,7 +328,9 @@ def _describe(
     ]
 
 
-def _predict_video(predictor: Predictor, file: Path, output: Path, score_threshold: float) -> None:
+def _predict_video(
+    predictor: Predictor, file: Path, output: Path, lines_file: Path, score_threshold: float
+) -> None:
     import cv2
 
     capture = cv2.VideoCapture(str(file))
@@ -329,7 +344,7 @@ def _predict_video(predictor: Predictor, file: Path, output: Path, score_thresho
         )  # fmt: skip
         with (
             replacing(output) as temporary,
-            replacing(output.with_suffix(".jsonl")) as temporary_lines,
+            replacing(lines_file) as temporary_lines,
             open(temporary_lines, "w", encoding="utf-8") as lines,
         ):
             writer = None

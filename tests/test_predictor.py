@@ -303,6 +303,19 @@ def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
         predict_files(predictor, str(folder), out)
 
 
+@pytest.mark.parametrize(
+    "names, twice", [(("a.mp4", "a.MP4"), "a.jsonl"), (("a.jpg", "a.jpg.png"), "a.jpg.png")]
+)
+def test_files_that_an_input_may_have_beside_its_own_are_looked_at(
+    predictor, tmp_path, names, twice
+):
+    """A video's lines, and the PNG that a picture too long for a JPEG becomes."""
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"{twice} would be written twice"):
+        predict_files(predictor, str(tmp_path), tmp_path / "out")
+
+
 def test_a_picture_too_long_for_jpeg_becomes_png(predictor, tmp_path):
     Image.new("RGB", (65501, 2)).save(tmp_path / "long.bmp")
     assert predict_files(predictor, str(tmp_path / "long.bmp"), tmp_path / "out").images == 1
