@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..transfer import to_device
-from .heads.dense import DenseHead, Detections, Targets
+from .heads.dense import DenseHead, Targets
+from .heads.post_process import Detections
 
 CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
@@ -53,10 +54,11 @@ class Preprocess(nn.Module):
         )
         batch = self.mean.new_empty(len(images), 3, height, width)
         mean, std = (x.flip(0)[:, None, None] for x in (self.mean, self.std))
-        for image, padded in zip(images, batch, strict=True):
+        for index, image in enumerate(images):
             # Small on its way to the device, and then written once and changed in place.
             image = to_device(image, batch.device)
             _, h, w = image.shape
+            padded = batch[index]  # not by iteration: gradients do not pass through such views
             pixels = padded[:, :h, :w].copy_(image.flip(0))
             if image.is_floating_point():
                 pixels *= 255

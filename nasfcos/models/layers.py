@@ -66,8 +66,8 @@ def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and x.numel() > x.shape[1]  # else PyTorch has an error for it
         and _suit_own_norms(norm, x)
+        and x.numel() > x.shape[1]  # else PyTorch has an error for it
     )
 
 
@@ -91,12 +91,13 @@ def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> 
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, the norm itself
-    is not called, and so are no hooks on it."""
-    if type(norm) is nn.GroupNorm and norm.affine and x.numel() >= _MANY_FOR_GROUP_NORM:
-        if _suit_own_norms(norm, x):
+    """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, neither the
+    norm itself is called nor its hooks are."""
+    # Sizes are asked for last: what is exported must not depend on them without need.
+    if type(norm) is nn.GroupNorm and norm.affine and _suit_own_norms(norm, x):
+        if x.numel() >= _MANY_FOR_GROUP_NORM:
             return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    if x.numel() >= _MANY_FOR_BATCH_NORM and trains_on_cpu(norm, x):
+    if trains_on_cpu(norm, x) and x.numel() >= _MANY_FOR_BATCH_NORM:
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
         follow(norm, mean, variance, x.numel() // x.shape[1])
         return output
