@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ def optimize_for_inference(
         raise ValueError(f"detectors run in float32, bfloat16 or float16, not {dtype}")
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("float16 needs a GPU; take bfloat16 or float32 on the CPU")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # Single precision first: norms are folded in it, and some parts stay in it.
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
     with torch.no_grad():
         for part in (model.backbone, model.neck, model.head):
             optimized(part)
@@ -97,6 +98,18 @@ class InferenceDetector(nn.Module):
     def _compute(self, batch: Tensor) -> tuple[list[Tensor], ...]:
         return self.head(self.neck(self.backbone(batch)))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceDetector:
+        """
+        Raises:
+            RuntimeError: `fn` changes the dtype, which the fused layers are made for.
+        """
+        if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
+            raise RuntimeError(
+                "a detector optimised for inference keeps its dtype; name another one to "
+                "optimize_for_inference(model, dtype=...)"
+            )
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> InferenceDetector:
         """
         Raises:
@@ -123,7 +136,9 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv
-        if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES:
+        # A compiler sees through PyTorch's operators only, and fuses what follows them itself.
+        by_parts = torch.compiler.is_compiling() or x.device.type != "cpu"
+        if by_parts or x.dtype not in _ONEDNN_DTYPES:
             return self._activate(conv(x) if residual is None else conv(x).add_(residual))
         geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if residual is not None:

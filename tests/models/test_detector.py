@@ -254,6 +254,24 @@ def test_preprocessing_written_out(dtype):
     assert dtype != torch.uint8 or torch.equal(images[0], pixels[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_reach_the_images(dtype):
+    """As in torchvision's detectors; they foretell small differences."""
+    model, sizes = tiny().train(), ((64, 96), (50, 70))
+    images = [torch.rand(3, *size, dtype=dtype, requires_grad=True) for size in sizes]
+    targets = [target((5, 5, 40, 40, 1)), target((9, 9, 30, 45, 2))]
+    sum(model(images, targets).values()).backward()
+    for image in images:
+        assert image.grad.abs().sum() > 0
+    direction = torch.randn_like(images[0])
+    with torch.no_grad():
+        step = 1e-3 * direction / direction.norm()
+        moved = [[images[0] + sign * step, images[1]] for sign in (1, -1)]
+        forward, backward = (sum(model(x, targets).values()) for x in moved)
+    slope = (images[0].grad * step).sum() * 2
+    torch.testing.assert_close(slope.float(), forward - backward, rtol=0.1, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
     """On a GPU that is not there: nothing has a shape or takes a turn that depends on values."""

@@ -1,6 +1,7 @@
 """The inference form finds what the model finds."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -181,6 +182,35 @@ def test_only_inference():
         nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float64)
     with pytest.raises(ValueError, match="float16 needs a GPU"):
         nasfcos.optimize_for_inference(lively("R_50_NAS_head"), torch.float16)
+    for change in (fast.double, fast.half, lambda: fast.to(torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="keeps its dtype"):
+            change()
+    assert fast.to(torch.float32) is fast
+
+
+@pytest.mark.parametrize("name", ["R_50_NAS_retinanet", "other operations"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_from_another_precision(name, dtype):
+    model, image = lively(name), torch.rand(3, 96, 128)
+    want = head_outputs(nasfcos.optimize_for_inference(model), image)
+    got = head_outputs(nasfcos.optimize_for_inference(model.to(dtype)), image)
+    error = 1e-5 if dtype == torch.float64 else 0.2
+    for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+        assert a.dtype == torch.float32 and (a - b).abs().mean() / b.abs().mean() < error
+
+
+@pytest.mark.parametrize("name", ["Mobile_NAS_head", "other operations"])
+def test_a_compiler_sees_through_it(name):
+    """One graph, without a break at an operator that it does not know."""
+    fast = nasfcos.optimize_for_inference(lively(name))
+    batch, _ = fast.preprocess([torch.rand(3, 96, 128)])
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(fast._compute, fullgraph=True, backend="aot_eager")(batch)
+        for got, want in zip(compiled, fast._compute(batch), strict=True):
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_detections_are_ordinary_tensors():
