@@ -182,7 +182,8 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
         files = [file for file in path.iterdir() if file.suffix.lower() in suffixes]
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    files = sorted(file for file in files if file.is_file())
+    # A link to nothing is told of when it is opened.
+    files = sorted(file for file in files if file.is_file() or not file.exists())
     if not files:
         reason = "holds no images or videos" if path.is_dir() else "does not exist"
         raise DataError(f"{pattern} {reason}: name an image, a folder, a glob pattern or a video")
@@ -212,7 +213,7 @@ def predict_files(
 
     Raises:
         DataError: there is no input, an output would replace an input or another output, or
-            `output_dir` is a file.
+            `output_dir` is a file or cannot be made.
     """
     root, files = find_inputs(pattern)
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
@@ -225,6 +226,12 @@ def predict_files(
     pictures = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
     summaries = [json_file] + [sheet_file] * (len(pictures) > 1)
     _check_outputs(files, [*itertools.chain(*outputs), *summaries])
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the output folder {output_dir} cannot be made ({error}); name another one"
+        ) from error
 
     summary = Summary()
     entries = []

@@ -290,6 +290,19 @@ def test_inputs_are_never_overwritten(predictor, folder):
     assert {name: (folder / name).read_bytes() for name in files_in(folder)} == before
 
 
+def test_a_link_to_nothing_is_skipped_aloud(predictor, folder, tmp_path, caplog):
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    before = predict_files(predictor, str(folder), tmp_path / "one").skipped
+    (folder / "gone.jpg").unlink()
+    assert "gone.jpg does not exist" in caplog.text
+    assert predict_files(predictor, str(folder), tmp_path / "two").skipped == before - 1
+
+
+def test_an_output_folder_that_cannot_be_made(predictor, folder):
+    with pytest.raises(DataError, match="output folder .* cannot be made.*name another one"):
+        predict_files(predictor, str(folder / "a.jpg"), folder / "a.jpg" / "found")
+
+
 def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
     out = tmp_path / "out"
     (folder / "a.jpg").rename(folder / "sheet.jpg")

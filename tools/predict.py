@@ -30,9 +30,16 @@ def main() -> int:
         "--score", type=float, default=0.3, help="leave out detections below it (default: 0.3)"
     )
     args = parser.parse_intermixed_args()
+    if not 0 <= args.score <= 1:
+        parser.error(f"--score {args.score} does not lie in 0..1")
 
     def job() -> None:
         cfg = load_config(args.config_file, args.overrides)
+        if args.score < cfg.TEST.SCORE_THRESHOLD:
+            logger.warning(
+                "--score %g is below TEST.SCORE_THRESHOLD %g, which leaves out more",
+                args.score, cfg.TEST.SCORE_THRESHOLD,
+            )  # fmt: skip
         predictor = Predictor(cfg)
         remedy = f"the pictures and videos that were finished are in {args.output}"
         with StopRequest(remedy) as stop, stop.heeded_at_once():

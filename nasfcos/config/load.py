@@ -24,7 +24,7 @@ from ..genotype import (
 from .defaults import get_defaults
 from .errors import ConfigError, nearest
 from .inheritance import BASE_KEY, read_file
-from .released import is_released, translate_released
+from .released import is_released, successor_of, translate_released
 from .tree import get_setting, literal, nested
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,8 @@ def _merge(
             node[key] = _free_form(value)
             sources[name] = source
         elif isinstance(node[key], CfgNode):
+            if value is None:  # a section that the file leaves empty
+                continue
             if not isinstance(value, dict):
                 raise ConfigError(
                     f"{source}: {name} is a section with keys of its own, not a value ({value!r})"
@@ -306,7 +308,7 @@ def _unknown_key(name: str, value: Any, source: str) -> str:
     while isinstance(value, dict) and value:  # of a section, the first key that is set in it
         key, value = next(iter(value.items()))
         name = f"{name}.{key}"
-    near = _near_keys(name.upper())
+    near = [successor] if (successor := successor_of(name)) else _near_keys(name.upper())
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{source}: there is no key {name!r} in the config tree.{hint}"
 
@@ -332,9 +334,10 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
-    names = isinstance(default, tuple) and default and isinstance(default[0], str)
-    if names and isinstance(value, str):
-        value = (value,)  # one name where names are wanted
+    if isinstance(default, bool) and value in ("true", "false"):  # as YAML has them
+        value = value == "true"
+    if isinstance(default, tuple) and default and _like(value, default[0]):
+        value = (value,)  # one where several are wanted
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float) and isinstance(value, int):
@@ -368,8 +371,10 @@ def _like(item: Any, example: Any) -> bool:
 def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
     """What the types alone do not show; `source` is to blame for what none of `sources` set."""
 
-    def fail(name: str, why: str) -> NoReturn:
-        raise ConfigError(f"{sources.get(name, source)}: {name} {why}")
+    def fail(name: str, why: str, *others: str) -> NoReturn:
+        """For a setting that is wrong, by itself or beside others."""
+        blamed = next((sources[key] for key in (name, *others) if key in sources), source)
+        raise ConfigError(f"{blamed}: {name} {why}")
 
     for name, allowed in CHOICES.items():
         value = get_setting(cfg, name)
@@ -398,6 +403,10 @@ def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
     if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
+    if not cfg.OUTPUT_DIR:
+        fail("OUTPUT_DIR", "is empty: name a folder ('.' for the current one)")
+    if cfg.MODEL.BACKBONE.NAME == "resnet" and cfg.MODEL.BACKBONE.FREEZE_AT > 5:
+        fail("MODEL.BACKBONE.FREEZE_AT", f"is {cfg.MODEL.BACKBONE.FREEZE_AT}, but must lie in 0..5")
     limits = list(cfg.MODEL.FCOS.SIZE_LIMITS)
     if limits != sorted(limits):
         fail("MODEL.FCOS.SIZE_LIMITS", f"is {limits}, but must rise from P3 to P6")
@@ -408,7 +417,8 @@ def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
     if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
         fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must lie within 0..1")
     if cfg.MODEL.RETINANET.BG_IOU > cfg.MODEL.RETINANET.FG_IOU:
-        fail("MODEL.RETINANET.BG_IOU", f"is above FG_IOU, {cfg.MODEL.RETINANET.FG_IOU}")
+        above = f"is above FG_IOU, {cfg.MODEL.RETINANET.FG_IOU}"
+        fail("MODEL.RETINANET.BG_IOU", above, "MODEL.RETINANET.FG_IOU")
     if not cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.MIN_SIZE_RANGE_TRAIN:
         fail("INPUT.MIN_SIZE_TRAIN", "is empty: name at least one size")
     if not cfg.MODEL.RETINANET.ASPECT_RATIOS:
@@ -417,24 +427,28 @@ def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
     _check_search(cfg, fail)
 
 
-def _check_genotype(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
+def _check_genotype(cfg: CfgNode, fail: Callable[..., NoReturn]) -> None:
     name = "MODEL.GENOTYPE"
     searched_neck = cfg.MODEL.NECK.NAME == "nas_fpn"
     searched_head = cfg.MODEL.HEAD.TOWER == "searched"
     if not cfg.MODEL.GENOTYPE:
         if searched_neck or searched_head:
             part = "MODEL.NECK.NAME nas_fpn" if searched_neck else "MODEL.HEAD.TOWER searched"
-            fail(name, f"is empty, but {part} is built from it")
+            fail(name, f"is empty, but {part} is built from it", part.split()[0])
         return
     try:
         genotype = Genotype.parse(cfg.MODEL.GENOTYPE)
     except GenotypeError as error:
         fail(name, f"is invalid: {error}")
     if searched_head and genotype.head_split is None:
-        fail(name, "has no head part ([i], [operations]), but MODEL.HEAD.TOWER is 'searched'")
+        fail(
+            name,
+            "has no head part ([i], [operations]), but MODEL.HEAD.TOWER is 'searched'",
+            "MODEL.HEAD.TOWER",
+        )
 
 
-def _check_search(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
+def _check_search(cfg: CfgNode, fail: Callable[..., NoReturn]) -> None:
     search = cfg.SEARCH
     for name, allowed in SUBSETS.items():
         value = get_setting(cfg, name)
@@ -455,6 +469,7 @@ def _check_search(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
         fail(
             "SEARCH.OBJECTIVE.WEIGHT",
             f"is 0, so SEARCH.OBJECTIVE.COST {search.OBJECTIVE.COST} would have no effect",
+            "SEARCH.OBJECTIVE.COST",
         )
     rungs = list(search.PRUNING.RUNGS)
     if rungs != sorted(set(rungs)):
@@ -464,10 +479,12 @@ def _check_search(cfg: CfgNode, fail: Callable[[str, str], NoReturn]) -> None:
             "SEARCH.PRUNING.RUNGS",
             f"ends at {rungs[-1]}, but a trial has SEARCH.PROXY.ITERATIONS = "
             f"{search.PROXY.ITERATIONS}: a rung must come before its end",
+            "SEARCH.PROXY.ITERATIONS",
         )
     if search.EVOLUTION.TOURNAMENT > search.EVOLUTION.POPULATION:
         fail(
             "SEARCH.EVOLUTION.TOURNAMENT",
             f"is {search.EVOLUTION.TOURNAMENT}, more than SEARCH.EVOLUTION.POPULATION = "
             f"{search.EVOLUTION.POPULATION}",
+            "SEARCH.EVOLUTION.POPULATION",
         )

@@ -21,7 +21,7 @@ RESNET_BLOCKS = {
 def _body(value: str) -> dict[str, Any]:
     if value == "MobileNetV2":
         return {"MODEL.BACKBONE.NAME": "mobilenet_v2"}
-    blocks = RESNET_BLOCKS.get(value.removesuffix("-NAS"))
+    blocks = RESNET_BLOCKS.get(str(value).removesuffix("-NAS"))
     if blocks is None:
         raise ValueError("known are MobileNetV2, R-50-NAS and R-101-NAS")
     return {"MODEL.BACKBONE.NAME": "resnet", "MODEL.RESNET.BLOCKS": blocks}
@@ -43,6 +43,12 @@ def _only(*allowed: Any) -> Callable[[Any], dict[str, Any]]:
         return {}
 
     return check
+
+
+def _classes(count: int) -> dict[str, Any]:
+    if count < 2:
+        raise ValueError("the background counts as a class, so there are at least 2")
+    return {"MODEL.NUM_CLASSES": count - 1}
 
 
 def _unused(_: Any) -> dict[str, Any]:
@@ -67,7 +73,7 @@ TRANSLATION: dict[str, Callable[[Any], dict[str, Any]]] = {
     "MODEL.RESNETS.NUM_GROUPS": _to("MODEL.RESNET.NUM_GROUPS"),
     "MODEL.RESNETS.WIDTH_PER_GROUP": _to("MODEL.RESNET.WIDTH_PER_GROUP"),
     "MODEL.RESNETS.BACKBONE_OUT_CHANNELS": _unused,
-    "MODEL.RETINANET.NUM_CLASSES": _to("MODEL.NUM_CLASSES", lambda n: n - 1),
+    "MODEL.RETINANET.NUM_CLASSES": _classes,
     "MODEL.RETINANET.NMS_TH": _to("TEST.NMS_IOU"),
     "MODEL.RETINANET.FG_IOU_THRESHOLD": _to("MODEL.RETINANET.FG_IOU"),
     "MODEL.RETINANET.BG_IOU_THRESHOLD": _to("MODEL.RETINANET.BG_IOU"),
@@ -144,6 +150,8 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
     settings: dict[str, Any] = {}
     notes = []
     for name, raw in leaves(tree):
+        if raw is None and any(key.startswith(f"{name}.") for key in TRANSLATION):
+            continue  # a section without keys
         rule = TRANSLATION.get(name)
         if rule is None:
             rule = next((TRANSLATION[s] for s in _sections(name) if s in TRANSLATION), None)
@@ -161,10 +169,24 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
         if made != {name: value}:
             became = ", ".join(f"{k} = {v!r}" for k, v in made.items()) or "not needed"
             notes.append(f"{name} = {value!r}  ->  {became}")
+    heads = ("MODEL.DENSEBOX_ON", "MODEL.RETINANET_ON")
+    if "MODEL.HEAD.NAME" not in settings and any(name in heads for name, _ in leaves(tree)):
+        raise ConfigError(f"{source}: neither {heads[0]} nor {heads[1]} is True: there is no head")
     # The release knows the plain pyramid and tower by the absence of its switches.
     settings.setdefault("MODEL.NECK.NAME", "fpn")
     settings.setdefault("MODEL.HEAD.TOWER", "plain")
     return nested(settings), notes
+
+
+def successor_of(name: str) -> str | None:
+    """The key of this project that a released one of another name became, if one did."""
+    for example in (2, "R-50"):
+        try:
+            made = TRANSLATION[name](example)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            continue
+        return next(iter(made), None)
+    return None
 
 
 def _sections(name: str) -> Iterator[str]:

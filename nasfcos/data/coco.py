@@ -28,6 +28,8 @@ def load_coco(path: Path) -> dict:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a UTF-8 text file ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not a COCO annotation file: it is nested too deep") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(
             f"{path}: not a COCO annotation file (an object with the list 'images'; a list of "
@@ -147,8 +149,12 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
             height, width = side(image.get("height")), side(image.get("width"))
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: image entry without 'id' or 'file_name': {image}") from error
-        if not isinstance(image_id, int) or not isinstance(file_name, str):
-            raise DataError(f"{path}: image id {image_id!r} must be an integer, its name text")
+        if isinstance(image_id, float) and image_id.is_integer():
+            image_id = int(image_id)
+        if not isinstance(image_id, int):
+            raise DataError(f"{path}: the id of an image must be an integer, not {image_id!r}")
+        if not isinstance(file_name, str):
+            raise DataError(f"{path}: the file_name of image {image_id} is no text: {file_name!r}")
         if image_id in records:
             remarks["image ids given twice (the last counts)"] += 1
         if height == 0 or width == 0:

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from ..config.errors import nearest
 from .images import find_size, image_suffixes
 from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_and_count, side
 
@@ -19,12 +20,19 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 def _parse(path: Path) -> ElementTree.Element:
     try:
-        return ElementTree.parse(path).getroot()
+        root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{path}, line {line}, column {column}: not valid XML ({error})") from error
     except (LookupError, ValueError) as error:  # an encoding that it declares
         raise DataError(f"{path}: cannot be decoded ({error}); save it as UTF-8") from error
+    for element in root.iter():  # {namespace}name
+        element.tag = element.tag.rpartition("}")[2]
+    if root.tag != "annotation":
+        raise DataError(
+            f"{path}: not a VOC annotation: its outermost element is <{root.tag}>, not <annotation>"
+        )
+    return root
 
 
 def _names(annotations: Path, split: Path | None) -> list[str]:
@@ -127,7 +135,7 @@ def read_voc(
     """
     labels = {name: label for label, name in enumerate(classes, 1)}
     files = _image_files(images)
-    remarks = Counter()
+    remarks, dropped = Counter(), Counter()
     records, missing = [], []
     for image_id, name in enumerate(_names(annotations, split), 1):
         path = annotations / f"{name}.xml"
@@ -141,7 +149,7 @@ def read_voc(
         height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
         if height == 0 or width == 0:
             height, width = find_size(images / file_name, (0, 0))
-        boxes, found, ignored = _read_objects(root, labels, remarks)
+        boxes, found, ignored = _read_objects(root, labels, dropped)
         if beyond(boxes, height, width).any():
             annotated = height, width
             height, width = find_size(images / file_name, annotated)
@@ -150,6 +158,16 @@ def read_voc(
         boxes, keep = clip_and_count(boxes, height, width, remarks)
         objects = boxes[keep], found[keep], ignored[keep]
         records.append(Record(file_name, image_id, height, width, *objects))
+    if dropped:
+        shown = ", ".join(f"{name!r}: {count}" for name, count in dropped.most_common(5))
+        shown += ", ..." if len(dropped) > 5 else ""
+        remarks[f"boxes of other classes dropped ({shown})"] = dropped.total()
+        # Perhaps one of them is meant by a class that has no object.
+        there = {classes[label - 1] for record in records for label in record.labels}
+        if absent := [name for name in classes if name not in there]:
+            hints = [(name, nearest(name, dropped)) for name in absent]
+            shown = ", ".join(f"{name!r}{hint and '.'}{hint}" for name, hint in hints)
+            remarks[f"classes without an object ({shown})"] = len(absent)
     if missing:
         shown = ", ".join(str(path) for path in missing[:5])
         if len(missing) > max_missing or not records:
@@ -170,14 +188,15 @@ def read_voc(
 
 
 def _read_objects(
-    root: ElementTree.Element | None, labels: dict[str, int], remarks: Counter
+    root: ElementTree.Element | None, labels: dict[str, int], dropped: Counter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes [N, 4] as annotated, labels [N] and difficult flags [N] of one XML file."""
+    """Boxes [N, 4] as annotated, labels [N] and difficult flags [N] of one XML file. Objects of
+    other classes than `labels` has are counted by these."""
     boxes, found, difficult = [], [], []
     for item in root.iterfind("object") if root is not None else ():
         name = _text(item, "name")
         if name not in labels:
-            remarks["boxes of other classes dropped"] += 1
+            dropped[name] += 1
             continue
         try:
             boxes.append([float(_text(item, f"bndbox/{corner}")) - 1 for corner in _CORNERS])

@@ -7,6 +7,7 @@ program; 130 and 143 stopped by Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -110,9 +111,15 @@ def run(job: Callable[[], None]) -> int:
 
 
 def _message(error: Exception) -> str:
-    """The error's own words, without the traceback that a loader's worker puts before them."""
+    """The error's own words, without the traceback that a loader's worker puts before them, and
+    with a remedy where they have none."""
     text = str(error)
     marker = f"{type(error).__name__}: "
     if text.startswith("Caught ") and marker in text:
         text = text.rsplit(marker, 1)[1].strip()
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        text += (
+            ". The disk is full: make room on it, or name an OUTPUT_DIR on another one, and start "
+            "the job again; training and searches go on with --resume"
+        )
     return text

@@ -41,6 +41,14 @@ class _Console(logging.Handler):
             self.handleError(record)
 
 
+class _File(logging.FileHandler):
+    """``log.txt``; where it cannot be written to, on a full disk for one, the console goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def log_to_console() -> None:
     """Show the package's log: all of process 0's, errors of every process."""
     console = _Console()
@@ -64,7 +72,7 @@ def log_to_file(output_dir: str | os.PathLike[str]) -> None:
     rank = distributed.rank()
     path = Path(output_dir) / ("log.txt" if rank == 0 else f"log_rank{rank}.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _File(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     PACKAGE.addHandler(file)
 

@@ -107,11 +107,12 @@ def load_weights(
     """Put weights into a detector.
 
     Args:
-        model: a `Detector`.
+        model: a `Detector`, wrapped (for several devices, by `torch.compile`) or not.
         source: a path, a URL (downloaded once), ``catalog://`` or ``torchvision://`` names of
             ImageNet backbones, or a state dict; in the layout of this project or of the release,
-            with or without a ``module.`` prefix, alone or under ``model``. ImageNet backbones set
-            the backbone and the input normalisation only. Or what `read_weights` gave.
+            with or without a wrapper's prefix (``module.``, ``_orig_mod.``), alone or under
+            ``model``. ImageNet backbones set the backbone and the input normalisation only. Or what
+            `read_weights` gave.
         strict: refuse a source unless every tensor has its counterpart of the same shape. False:
             load what fits (fine-tuning to other classes) and log the rest, but refuse a source
             of which no parameter fits, and an ImageNet backbone without most of the convolutions
@@ -120,11 +121,12 @@ def load_weights(
     Raises:
         WeightsError: unreadable, or not matching; the tensors that do not fit are listed, and the
             model is left as it was.
+        TypeError: the source is none of these.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     name = weights.name
     tensors = weights.tensors
-    own = dict(model.state_dict(keep_vars=True))
+    own = {_unwrapped_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     wanted = own
     if weights.kind == "backbone":
         tensors = _fit_batch_norms(model, tensors)
@@ -181,6 +183,10 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
     Raises:
         WeightsError: missing or unreadable file, or content that is no known kind of weights.
     """
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise TypeError(f"weights are a path, a URL or a state dict, not {type(source).__name__}")
+    if not source:
+        raise WeightsError("no weights are named: the source is empty")
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else _read_file(resolve_source(str(source)))
     classes = content.get("classes") if isinstance(content, Mapping) else None
@@ -345,7 +351,7 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _plain_tensors(content: Any, name: str) -> Tensors:
-    """The content's arrays as tensors, without a ``module.`` prefix."""
+    """The content's arrays as tensors."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"{name} holds {type(content).__name__}, not a dict of tensors")
     tensors = {}
@@ -356,8 +362,17 @@ def _plain_tensors(content: Any, name: str) -> Tensors:
             native = value.dtype.newbyteorder("=")
             value = torch.from_numpy(np.array(value, dtype=native, order="C"))
         if isinstance(value, Tensor):
-            tensors[str(key).removeprefix("module.")] = value.detach()
+            tensors[_unwrapped_name(str(key))] = value.detach()
     return tensors
+
+
+def _unwrapped_name(name: str) -> str:
+    """A tensor's name without what PyTorch's wrappers put before it: those for several devices, and
+    `torch.compile`, of the model or of a part of it."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 # ---------------------------------------------------------------------------------- conversion
@@ -500,6 +515,7 @@ def _fit_batch_norms(model: nn.Module, tensors: Tensors) -> Tensors:
     fitted = dict(tensors)
     torchvision = not torch.equal(tensors["preprocess.std"], torch.ones(3))
     for path, module in model.named_modules():
+        path = _unwrapped_name(path)
         counter = f"{path}.num_batches_tracked"
         if isinstance(module, FrozenBatchNorm2d):
             fitted.pop(counter, None)
@@ -509,8 +525,7 @@ def _fit_batch_norms(model: nn.Module, tensors: Tensors) -> Tensors:
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and path.startswith("backbone."):
             if f"{path}.weight" in fitted:
                 fitted.setdefault(counter, torch.tensor(0))
-    stem = getattr(model, "backbone", None)
-    if torchvision and getattr(stem, "stride_in_1x1", False):
+    if torchvision and any(getattr(module, "stride_in_1x1", False) for module in model.modules()):
         logger.warning(
             "torchvision's ResNets stride in the 3x3 conv: set MODEL.RESNET.STRIDE_IN_1X1 False "
             "for their weights"

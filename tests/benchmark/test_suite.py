@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasfcos import files
 from nasfcos.benchmark import growth, suite
 from nasfcos.benchmark.measure import Case, Skip, Variant
 from nasfcos.benchmark.setting import Setting
 from nasfcos.benchmark.suite import BENCHMARKS, Benchmark, choose, failed, run
-from nasfcos.evaluation import files
 from tests.benchmark import reports
 
 ROOT = Path(__file__).parents[2]

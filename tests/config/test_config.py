@@ -66,6 +66,27 @@ def test_released_file_with_an_unknown_key(tmp_path):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.DENSEBOX_ON", False, "neither MODEL.DENSEBOX_ON nor MODEL.RETINANET_ON is True"),
+        ("MODEL.BACKBONE.CONV_BODY", None, "known are MobileNetV2"),
+        ("MODEL.RETINANET.NUM_CLASSES", 1, "the background counts"),
+    ],
+)
+def test_released_file_with_an_impossible_value(tmp_path, key, value, message):
+    tree = as_released(RELEASED["R_50_NAS_head"])
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    tree["DATALOADER"] = None  # nothing is wrong with an empty section
+    path = write(tmp_path, "released.yaml", yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=rf"released\.yaml.*{message}"):
+        load_config(path)
+
+
 def test_inheritance_and_overrides(tmp_path):
     write(tmp_path, "base.yaml", "SOLVER:\n  BASE_LR: 1e-3\n  MAX_ITER: 7\n  AMP: off\n")
     path = write(tmp_path, "child.yaml", "_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 8\n")
@@ -136,6 +157,9 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
         ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
         (f"SOLVER:\n  BASE_LR: 1{400 * '0'}\n", r"file\.yaml: SOLVER\.BASE_LR must be float"),
+        ("OUTPUT_DIR: ''\n", r"file\.yaml: OUTPUT_DIR is empty"),
+        ("MODEL: {BACKBONE: {FREEZE_AT: 6}}\n", r"file\.yaml: MODEL\.BACKBONE\.FREEZE_AT is 6"),
+        ("MODEL: {RETINANET: {FG_IOU: 0.3}}\n", r"file\.yaml: MODEL\.RETINANET\.BG_IOU is above"),
         (
             "DATASETS: {CUSTOM: {parts_v1.2: {FORMAT: coco}}}\n",
             r"file\.yaml: the name 'parts_v1\.2' in DATASETS\.CUSTOM must have no dot",
@@ -171,6 +195,17 @@ def test_command_line_errors():
         load_config(None, ["SOLVER.MAX_ITER"])
     with pytest.raises(ConfigError, match=r"command line.*MAX_ITR.*SOLVER\.MAX_ITER"):
         load_config(None, ["SOLVER.MAX_ITR", "3"])
+    with pytest.raises(ConfigError, match=r"'MODEL\.RETINANET\.NMS_TH'.*'TEST\.NMS_IOU'"):
+        load_config(None, ["MODEL.RETINANET.NMS_TH", "0.5"])
+
+
+def test_values_as_people_write_them(tmp_path):
+    """A truth as in YAML, one where several may stand, a section with nothing in it."""
+    path = write(tmp_path, "file.yaml", "SOLVER:\nMODEL:\n  NECK:\n")
+    overrides = ["MODEL.SYNC_BN", "true", "SOLVER.STEPS", "600", "INPUT.MIN_SIZE_TRAIN", 640]
+    cfg = load_config(path, overrides)
+    assert cfg.MODEL.SYNC_BN is True
+    assert cfg.SOLVER.STEPS == (600,) and cfg.INPUT.MIN_SIZE_TRAIN == (640,)
 
 
 def test_overriding_a_tree_checks_and_leaves_it_alone():

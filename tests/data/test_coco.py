@@ -189,6 +189,15 @@ def test_byte_order_mark(write_coco, tmp_path):
     assert len(read(tmp_path).records) == 2
 
 
+def test_whole_numbers_written_as_fractions_are_ids_too(write_coco, tmp_path):
+    write_coco([{"image_id": 1.0, "category_id": 3.0}])
+    path = tmp_path / "ann.json"
+    path.write_text(path.read_text().replace('"images": [{"id": 1,', '"images": [{"id": 1.0,'))
+    assert '"id": 1.0' in path.read_text()
+    found = read(tmp_path).records[0]
+    assert type(found.image_id) is int and found.labels.tolist() == [1]
+
+
 def test_malformed_files_name_file_and_line(write_coco, tmp_path):
     path = tmp_path / "ann.json"
     path.write_text('{"images": [\n  {"id": 1,}\n]}')
@@ -205,6 +214,15 @@ def test_malformed_files_name_file_and_line(write_coco, tmp_path):
         read(tmp_path)
     write_coco([], images=[{"id": 1}])
     with pytest.raises(DataError, match="file_name"):
+        read(tmp_path)
+    write_coco([], images=[{"id": 1, "file_name": None}])
+    with pytest.raises(DataError, match="the file_name of image 1 is no text: None"):
+        read(tmp_path)
+    write_coco([], images=[{"id": "1", "file_name": "1.png"}])
+    with pytest.raises(DataError, match="the id of an image must be an integer, not '1'"):
+        read(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="ann.json"):
         read(tmp_path)
     path.write_text('{"images": [], "categories": [{"id": 1}]}')
     with pytest.raises(DataError, match="category"):

@@ -69,8 +69,30 @@ def test_odd_boxes_are_counted(write_voc, tmp_path):
     assert found.remarks == {
         "boxes not finite, without area or outside of their image dropped": 3,
         "boxes clipped to their image": 1,
-        "boxes of other classes dropped": 1,
+        "boxes of other classes dropped ('dog': 1)": 1,
     }
+
+
+def test_a_misspelt_class_is_pointed_out(write_voc, tmp_path):
+    objects = [(name, (1, 1, 9, 9), 0) for name in ("WBC", "Platelets", "Platelets", "RBC", "")]
+    write_voc({"a": objects})
+    found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("WBC", "Plaetlets"))
+    assert found.remarks == {
+        "boxes of other classes dropped ('Platelets': 2, 'RBC': 1, '': 1)": 4,
+        "classes without an object ('Plaetlets'. Did you mean 'Platelets'?)": 1,
+    }
+
+
+def test_name_spaces_and_other_xml(write_voc, tmp_path):
+    write_voc({"a": [("cat", (1, 1, 9, 9), 0)]})
+    file = tmp_path / "xml" / "a.xml"
+    text = file.read_text()
+    file.write_text(text.replace("<annotation>", "<annotation xmlns='http://x.org/voc'>"))
+    args = (tmp_path / "xml", tmp_path / "images", None, ("cat",))
+    assert read_voc(*args).records[0].labels.tolist() == [1]
+    file.write_text(text.replace("annotation>", "project>"))
+    with pytest.raises(DataError, match=r"a\.xml: not a VOC annotation.*<project>"):
+        read_voc(*args)
 
 
 def test_missing_or_zero_size_is_read_from_the_image(write_voc, tmp_path):

@@ -314,6 +314,30 @@ def test_nobody_is_advised_to_execute_a_file(tmp_path, kind):
     assert "weights_only" not in str(error.value)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "module.module."])
+def test_names_that_wrappers_made(prefix):
+    model = build("MODEL.RESNET.BLOCKS", (1, 1, 1, 1))
+    weights = {f"{prefix}{name}": x + 1 for name, x in model.state_dict().items()}
+    assert nasfcos.load_weights(model, weights).complete
+    assert all(torch.equal(x, weights[f"{prefix}{k}"]) for k, x in model.state_dict().items())
+    weights = {name: x - 1 for name, x in model.state_dict().items()}
+    parts = torch.nn.DataParallel(model)
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    assert nasfcos.load_weights(parts, weights).complete
+    assert nasfcos.load_weights(torch.compile(model, backend="eager"), weights).complete
+    assert torch.equal(model.head.cls_logits.bias, weights["head.cls_logits.bias"])
+
+
+def test_what_are_no_weights():
+    model = build("MODEL.RESNET.BLOCKS", (1, 1, 1, 1))
+    for source in (model, b"weights.pth", 3):
+        with pytest.raises(TypeError, match="a path, a URL or a state dict, not"):
+            nasfcos.load_weights(model, source)
+    for source in ("", {}):
+        with pytest.raises(WeightsError, match="no weights are named"):
+            nasfcos.load_weights(model, source)
+
+
 def test_released_file_on_disk(tmp_path):
     """As the release wrote it: the module prefix, and the state of the finished run beside it."""
     weights = {f"module.{k}": v for k, v in known_weights("Mobile_NAS_densebox").items()}
