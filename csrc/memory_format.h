@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
@@ -8,6 +9,10 @@ constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 static inline at::MemoryFormat format_of(const at::Tensor& maps) {
   const bool last = maps.size(1) > 1 && maps.stride(1) == 1 && !maps.is_contiguous();
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+static inline at::Tensor empty_as(const at::Tensor& maps) {
+  return at::empty(maps.sizes(), maps.options().memory_format(format_of(maps)));
 }
 
 static inline int64_t pixels_of(const at::Tensor& maps) {

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data.images import to_rgb
+from .data.transforms import scale_boxes
 from .files import replacing
 
 logger = logging.getLogger(__name__)
@@ -104,13 +105,15 @@ def image_grid(
     pictures = []
     for index, image in enumerate(images):
         picture = to_picture(image)
+        width, height = picture.size
         scale = cell_size / max(picture.size)
-        size = [max(1, round(side * scale)) for side in picture.size]
-        ratios = torch.tensor([new / old for new, old in zip(size, picture.size, strict=True)])
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        new_width, new_height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
         if detections is not None:
             scaled = dict(detections[index])
-            scaled["boxes"] = scaled["boxes"].detach().cpu() * ratios.repeat(2)
+            scaled["boxes"] = scale_boxes(
+                scaled["boxes"].detach().cpu(), (height, width), (new_height, new_width)
+            )
             picture = draw_detections(picture, scaled, class_names, score_threshold)
         pictures.append(np.asarray(picture))
 

@@ -16,12 +16,13 @@ from statistics import mean
 import torch
 
 from nasfcos.config import load_config, override_config
+from nasfcos.data import build_dataset
 from nasfcos.engine.distributed import session
 from nasfcos.engine.launch import run
 from nasfcos.engine.logging import log_to_file
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.files import replacing, write_json
-from nasfcos.search.select import train_in_full
+from nasfcos.search.select import check_full_training, train_in_full
 
 logger = logging.getLogger("nasfcos.compare")
 
@@ -41,6 +42,10 @@ def main() -> int:
         configs = {file: load_config(file, overrides) for file in args.configs}
         with session(configs[args.configs[0]].MODEL.DEVICE) as device:
             log_to_file(output)
+            for cfg in configs.values():
+                check_full_training(cfg, device)
+                for name in cfg.DATASETS.TRAIN:
+                    build_dataset(cfg, name)
             # Seed by seed, so that a machine that gets slower or faster does not favour one.
             for seed in range(args.seeds):
                 for number, (file, cfg) in enumerate(configs.items()):

@@ -58,6 +58,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.seeds < 1 or args.trials < 1:
         parser.error("--seeds and --trials must be at least 1")
+    if not 0 < args.top <= 1:
+        parser.error(f"--top is a share of the graphs, above 0 and up to 1, not {args.top:g}")
     if not args.output.lower().endswith(".png"):
         parser.error(f"--output must end in .png, not {args.output!r}")
 

@@ -405,10 +405,6 @@ Tensor modulated_deform_conv2d(
   return output;
 }
 
-Tensor empty_as(const Tensor& maps) {
-  return at::empty(maps.sizes(), maps.options().memory_format(format_of(maps)));
-}
-
 // How many slices to make of each offset group's channels, so that images * groups * slices units
 // of work occupy the threads evenly. A slice is not narrower than a cache line.
 template <typename T>

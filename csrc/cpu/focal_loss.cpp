@@ -1,6 +1,7 @@
 // Sigmoid focal loss, forward and backward. The plain version is nasfcos/ops/plain.py.
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -64,7 +65,7 @@ void slopes(const double* x, int64_t n, double gamma, double weight, double* y) 
 
 // Half types are computed in float, a block at a time.
 template <typename S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+using Compute = at::opmath_type<S>;
 constexpr int64_t kBlock = 512;
 
 template <typename S>

@@ -6,11 +6,9 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,6 +22,7 @@
 namespace {
 
 using at::Tensor;
+using nasfcos::Parts;
 
 // Some pixels, each of n output channels.
 template <typename T, typename Acc>
@@ -87,9 +86,6 @@ void backward_pixels(
   backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);
 }
 
-// Pixels that are worth a thread's while.
-int64_t grain_of(int64_t channels) { return (int64_t{1} << 16) / (channels + 1) + 1; }
-
 void check(const Tensor& input, const Tensor& weight) {
   TORCH_CHECK_VALUE(
       input.dim() == 4 && weight.dim() == 4 && input.size(1) == 2 * weight.size(0) &&
@@ -116,7 +112,7 @@ Tensor rectified_pairs(const Tensor& input, const Tensor& weight) {
     const Acc* w = factors.const_data_ptr<Acc>();
     const B* x = reinterpret_cast<const B*>(maps.const_data_ptr<scalar_t>());
     B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
-    at::parallel_for(0, pixels_of(input), grain_of(channels), [&](int64_t begin, int64_t end) {
+    Parts(1, pixels_of(input), channels).each([&](int64_t, int64_t, int64_t begin, int64_t end) {
       forward_pixels(
           x + 2 * begin * channels, w, end - begin, channels, out + begin * channels);
     });
@@ -136,25 +132,21 @@ std::tuple<Tensor, Tensor> rectified_pairs_backward(
   const Tensor maps = input.contiguous(kLast), grads = grad.contiguous(kLast);
   const Tensor factors = weight.flatten().contiguous();
   Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
-  // Each part of the pixels has a sum of its own.
-  const int64_t pixels = pixels_of(input), parts = parts_of(pixels, grain_of(channels));
-  Tensor sums = at::zeros({parts, 2 * channels}, weight.options());
+  Tensor grad_factors = at::empty(factors.sizes(), factors.options());
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rectified_pairs_backward", [&] {
     const scalar_t* g = grads.const_data_ptr<scalar_t>();
     const scalar_t* x = maps.const_data_ptr<scalar_t>();
     const scalar_t* w = factors.const_data_ptr<scalar_t>();
     scalar_t* grad_x = grad_input.mutable_data_ptr<scalar_t>();
-    scalar_t* all = sums.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t first = pixels * part / parts, last = pixels * (part + 1) / parts;
-        backward_pixels(
-            g + first * channels, x + 2 * first * channels, w, last - first, channels,
-            grad_x + 2 * first * channels, all + part * 2 * channels);
-      }
-    });
+    const auto sums = Parts(1, pixels_of(input), channels).sums<scalar_t>(
+        2 * channels, [&](int64_t, int64_t first, int64_t pixels, scalar_t* sums) {
+          backward_pixels(
+              g + first * channels, x + 2 * first * channels, w, pixels, channels,
+              grad_x + 2 * first * channels, sums);
+        });
+    std::copy(sums.begin(), sums.end(), grad_factors.mutable_data_ptr<scalar_t>());
   });
-  Tensor grad_weight = at::empty_like(weight).copy_(sums.sum(0).view(weight.sizes()));
+  Tensor grad_weight = at::empty_like(weight).copy_(grad_factors.view(weight.sizes()));
   return {grad_input.contiguous(format_of(input)), grad_weight};
 }
 

@@ -316,10 +316,6 @@ void differentiate(
       });
 }
 
-Tensor empty_as(const Tensor& maps) {
-  return at::empty(maps.sizes(), maps.options().memory_format(format_of(maps)));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
     const Tensor& grad, const Tensor& input, const Tensor& offset, const Tensor& mask,
     const Tensor& weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,

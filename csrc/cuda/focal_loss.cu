@@ -4,6 +4,7 @@
 // checking them before the kernels start would make the host wait for the device.
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -14,7 +15,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "../focal.h"
 
@@ -25,7 +25,7 @@ using nasfcos::loss_of;
 using nasfcos::slope_of;
 
 template <typename S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+using Compute = at::opmath_type<S>;
 
 constexpr int kThreads = 256;
 // Enough blocks for any device; fixed, so that the order of the sum does not depend on the device.

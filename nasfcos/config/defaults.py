@@ -60,7 +60,7 @@ _C.MODEL.NECK.CHANNELS = 256
 _C.MODEL.HEAD = CN()
 # "fcos" or "retinanet".
 _C.MODEL.HEAD.NAME = "fcos"
-# "plain" (four 3x3 convs) or "searched" (the head part of MODEL.GENOTYPE).
+# "plain" (NUM_CONVS 3x3 convs) or "searched" (the head part of MODEL.GENOTYPE).
 _C.MODEL.HEAD.TOWER = "plain"
 # Convs of a plain tower.
 _C.MODEL.HEAD.NUM_CONVS = 4
@@ -254,10 +254,10 @@ _C.SEARCH.EVOLUTION = CN()
 _C.SEARCH.EVOLUTION.POPULATION = 20
 _C.SEARCH.EVOLUTION.TOURNAMENT = 10
 
-# A second objective: reward - WEIGHT * max(0, cost / TARGET - 1), in the head stage with
-# TARGET_HEAD in its place. The cost is that of what a trial
-# trains: in the FPN stage the FPN and the plain head, in the head stage the head alone, at the
-# widths of SEARCH.PROXY and on crops of SEARCH.CACHE.SIZE. Each trial logs it in trials_*.csv.
+# A second objective: reward - WEIGHT * max(0, cost / TARGET - 1); in the head stage TARGET_HEAD
+# stands for TARGET. The cost is that of what a trial trains (in the FPN stage the FPN and the plain
+# head, in the head stage the head alone) at the widths of SEARCH.PROXY and on crops of
+# SEARCH.CACHE.SIZE. The columns `flops` and `latency` of trials_*.csv have it.
 _C.SEARCH.OBJECTIVE = CN()
 # "none", "flops" (multiply-adds, in G) or "latency" (milliseconds), both of one crop.
 _C.SEARCH.OBJECTIVE.COST = "none"

@@ -87,16 +87,23 @@ def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str,
 
 
 def ordinary_base(path: Path) -> tuple[Path, list[str]]:
-    """The nearest file that a config inherits from and that says nothing of a search, and the keys
-    that those before it set besides; the file itself where there is no such base."""
+    """The nearest file that a config inherits from and that, with all below it, says nothing of a
+    search, and the keys that those before it set besides; where there is none, the last that has
+    one base only."""
     keys: list[str] = []
-    while True:
+    while _is_of_search(path):
         tree, bases = read_file(path)
-        if "SEARCH" not in tree or len(bases) != 1:
-            return path, keys
-        del tree["SEARCH"]
+        if len(bases) != 1:
+            break
+        tree.pop("SEARCH", None)
         keys += [name for name, _ in leaves(tree)]
         (path,) = bases.values()
+    return path, keys
+
+
+def _is_of_search(path: Path) -> bool:
+    tree, bases = read_file(path)
+    return "SEARCH" in tree or any(map(_is_of_search, bases.values()))
 
 
 def copy_with_bases(path: Path, folder: Path) -> Path:

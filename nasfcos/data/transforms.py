@@ -44,7 +44,7 @@ def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     Coordinates are multiplied by the ratio of the sizes, as in the release.
     """
     y, x = new[0] / old[0], new[1] / old[1]
-    return boxes * torch.tensor([x, y, x, y], dtype=boxes.dtype)
+    return boxes * boxes.new_tensor([x, y, x, y])
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -145,7 +145,7 @@ def format_duration(seconds: float) -> str:
 
 
 def tensorboard_writer(folder: Path, start: int) -> SummaryWriter:
-    """A writer whose curves go on at `start`."""
+    """A writer whose curves go on after step `start`; 0: they are written anew."""
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    return SummaryWriter(folder, purge_step=start + 1 if start else None)
+    return SummaryWriter(folder, purge_step=start + 1 if start else 0)

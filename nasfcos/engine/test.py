@@ -16,6 +16,7 @@ from ..boxes import clip_boxes
 from ..config import ConfigError
 from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
 from ..data.build import BatchLoader
+from ..data.transforms import scale_boxes
 from ..download import local_path
 from ..evaluation import evaluate, format_metrics
 from ..models import Detector, build_detector, load_weights, optimize_for_inference
@@ -181,9 +182,7 @@ def detect(model: nn.Module, loader: BatchLoader, title: str = "") -> Detections
 
 def to_original_size(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
     """Boxes [N, 4] in an image resized to `size` (h, w), scaled to the `original` and clipped."""
-    ratio_y, ratio_x = original[0] / size[0], original[1] / size[1]
-    scaled = boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-    return clip_boxes(scaled, *original)
+    return clip_boxes(scale_boxes(boxes, size, original), *original)
 
 
 def merge(shares: list[Detections]) -> Detections:

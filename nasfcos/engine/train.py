@@ -398,8 +398,8 @@ def _save(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
 def _set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
     """Clear the folder for a run that starts from scratch: what an earlier one left is moved away.
 
-    That is all of it if `newest_checkpoint` found nothing to read, and what a run killed before its
-    first checkpoint has noted: no figure is lost.
+    No figure is lost, not even where `newest_checkpoint` found nothing that can be read, or a run
+    was killed before its first checkpoint.
 
     Where the weights that this run starts from are among the files to be moved, MODEL.WEIGHT leads
     nowhere from then on, and a run killed before its first checkpoint could neither go on nor start

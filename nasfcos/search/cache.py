@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from ..data import DataError, DetectionDataset, build_dataset
+from ..data import DataError, DetectionDataset, build_dataset, class_names
 from ..data.build import BatchLoader, collate, start_worker
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration
@@ -366,8 +366,28 @@ def build_caches(
         )
         for part, crops in parts.items()
     )
+    names = class_names(cfg)
+    _check_boxes("meta-train", train, names, "more of them (SEARCH.CACHE.CROPS)")
+    _check_boxes("meta-val", val, names, "more images (SEARCH.META_VAL) or another split (SEED)")
     _mention_unused(folder, lambda meta: {meta["key"], meta["source"]} & set(keys.values()))
     return train, val
+
+
+def _check_boxes(part: str, cache: FeatureCache, names: Sequence[str], remedy: str) -> None:
+    """Refuse crops without a box, of which a loss says nothing; tell of classes without one."""
+    labels = torch.cat([target["labels"] for target in cache.targets])
+    counts = torch.bincount(labels, minlength=len(names) + 1)[1:].tolist()
+    absent = [name for name, count in zip(names, counts, strict=True) if not count]
+    if len(absent) == len(names):
+        raise DataError(
+            f"no crop of {part} has a box, so trials would learn nothing of objects: crops are "
+            f"squares of the short side of an image. Take {remedy}, or cut long images up"
+        )
+    if absent:
+        logger.warning(
+            "cache %s: no crop has a box of %s; take %s, if they matter",
+            part, ", ".join(map(repr, absent)), remedy,
+        )  # fmt: skip
 
 
 def cache_features(

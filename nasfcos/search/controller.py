@@ -24,7 +24,6 @@ from .space import Choices, Space
 ROUNDS, WARMING = 40, 1.2
 """Batches that are sampled at most to fill one with new graphs, each at a higher temperature."""
 
-
 FARTHEST = 5.0
 """Deviations from the baseline beyond which a reward is no better and no worse."""
 

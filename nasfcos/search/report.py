@@ -238,7 +238,7 @@ def _plot_rewards(
         last = max(r.index for r in records)
         axis.step(
             [*index, last], [*best, best[-1]], where="post", color=GREEN, linewidth=1.8,
-            label=f"best so far ({best[-1]:.4f})",
+            label=f"best reward so far ({best[-1]:.4f})",
         )  # fmt: skip
     if below:
         axis.plot([], [], " ", label=f"{below:,} lower: at the edge,\nnot in the mean")
@@ -437,6 +437,7 @@ def _draw_costs(records: Sequence[TrialRecord]) -> Figure:
             label="Pareto front",
         )  # fmt: skip
         axis.set_xlabel(name)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_title(f"Reward against {name.rpartition(' ')[0]}", loc="left")
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes[0].set_ylabel("reward")
@@ -461,6 +462,7 @@ def _draw_agreement(rows: dict[str, list[Selected]]) -> Figure:
         rewards, precisions = [row.reward for row in trained], [row.AP for row in trained]
         axis.scatter(rewards, precisions, s=34, color=BLUE, linewidths=0)
         axis.margins(0.08)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_xlabel("proxy reward")
         axis.set_ylabel("AP after full training")
         tau = kendall_tau(rewards, precisions)
@@ -658,7 +660,7 @@ def _stage_name(stage: str) -> str:
 
 
 def _costs_in_words(params: int, flops: float) -> list[str]:
-    return [f"{params / 1e6:.2f} M", _number(flops, ".2f", " G")]
+    return [f"{params / 1e6:.3g} M", _number(flops, ".3g", " G")]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from yacs.config import CfgNode
 from ..config import ConfigError, load_config
 from ..config.inheritance import copy_with_bases, ordinary_base
 from ..config.tree import get_setting, leaves, nested
-from ..data import build_dataset
 from ..data.catalog import class_names
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
@@ -42,6 +42,7 @@ from .select import (
     SUMMARY,
     Selected,
     by_merit,
+    check_full_training,
     full_config,
     select,
     train_in_full,
@@ -50,7 +51,14 @@ from .select import (
 from .space import Space, build_space, given_cells, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
-from .status import FINISHED, LOCK_FILE, StageStatus, format_status, write_progress
+from .status import (
+    FINISHED,
+    LOCK_FILE,
+    StageStatus,
+    best_in_words,
+    format_status,
+    write_progress,
+)
 from .strategies import build_strategy
 
 logger = logging.getLogger(__name__)
@@ -188,20 +196,12 @@ class _Search:
         """Find mistakes in the settings of later stages now, not after days."""
         if self.cfg.SEED < 0:
             raise ConfigError("SEED is -1, but a search that can be resumed needs one of its own")
-        if not self.cfg.DATASETS.TEST:
-            raise ConfigError("DATASETS.TEST is empty: the selection needs data to compare on")
-        for name in self.cfg.DATASETS.TEST:
-            dataset = build_dataset(self.cfg, name)
-            if not any((~record.ignored).any() for record in dataset.records):
-                raise ConfigError(
-                    f"DATASETS.TEST {name} has no object to find: the selection needs annotations"
-                )
         prepared = prepare_config(self.cfg, self.folder)
         check_device(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full = full_config(self.cfg, stage, example, self.folder)
-            check_device(full, self.device, tests=True)
+            check_full_training(full, self.device)
             starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
         class_names(self.cfg)
 
@@ -294,7 +294,6 @@ class _Search:
                 note,
                 start,
             )
-        journal.export_csv(self.folder / f"trials_{stage}.csv")
 
     def _select(self, stage: str, last: bool) -> Selected:
         count = self.cfg.SEARCH.SELECT[TRIALS[stage]]
@@ -328,15 +327,16 @@ class _Search:
         given = Genotype.parse(self.cfg.MODEL.GENOTYPE)
         return given if stage == "head" else Genotype(given.cells)
 
-    def _report(self, force: bool = False) -> None:
-        """Refresh the report, unless it is younger than SEARCH.REPORT_PERIOD."""
+    def _report(self, force: bool = False) -> bool:
+        """Refresh the report, unless it is younger than SEARCH.REPORT_PERIOD; says whether."""
         if not force and time.monotonic() - self._reported < self.cfg.SEARCH.REPORT_PERIOD:
-            return
+            return False
         try:
             write_report(self.folder / "report", list(self.reports.values()), self.ranking)
         except Exception:  # a picture is no reason to end a search
             logger.exception("the report could not be written")
         self._reported = time.monotonic()
+        return True
 
     def _write_best(self, best: Selected, base: Path, keys: Sequence[str]) -> Path:
         """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work.
@@ -395,7 +395,7 @@ class _Search:
 
 
 class _Progress:
-    """Shows a stage's progress: bar, log, TensorBoard, progress.json and the report."""
+    """Shows a stage's progress: bar, log, TensorBoard, progress.json, the report and the table."""
 
     def __init__(self, run: _Search, journal: Journal, stage: str, trials: int) -> None:
         self.run = run
@@ -403,16 +403,19 @@ class _Progress:
         self.stage = stage
         self.trials = trials
         self.shown: set[int] = set()
-        self.batches = 0
+        self.plotted = self.batches = 0
+        self.best = -math.inf
 
     def __enter__(self) -> _Progress:
-        self.shown = {record.index for record in self._records()}
-        self.batches = len(self.journal.batch_figures())
+        records = self._records()
+        self.shown = {record.index for record in records}
         self.began, self.before = time.monotonic(), len(self.shown)
         self.bar = tqdm(
             total=self.trials, initial=self.before, unit="trial", disable=not on_terminal()
         )
-        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, self.before)
+        # From the beginning: an earlier run may have been killed before its curves were written.
+        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, start=0)
+        self._plot(records, self.journal.batch_figures())
         self._note_phase()
         return self
 
@@ -420,7 +423,7 @@ class _Progress:
         self.bar.close()
         self.board.close()
         self._refresh(self._records(), self.journal.batch_figures())
-        self.run._report(force=True)  # also of a search that ends here by an error
+        self._publish(force=True)  # also of a search that ends here by an error
 
     def _records(self) -> list[TrialRecord]:
         """Those of the planned trials; an earlier run may have planned more."""
@@ -434,13 +437,10 @@ class _Progress:
             self._log(records, new)
             self.bar.update(len(new))
         figures = journal.batch_figures()
-        for number in range(self.batches, len(figures)):
-            for name, value in figures[number].items():
-                self.board.add_scalar(f"{self.stage}/{name}", value, number)
-        self.batches = len(figures)
+        self._plot(new, figures)
         self._note_phase()
         self._refresh(records, figures)
-        self.run._report()
+        self._publish()
 
     def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
         best = StageStatus(self.stage, records, self.trials).ranked()[:1]
@@ -450,19 +450,41 @@ class _Progress:
             logger.info(
                 "%s trial %d  reward %.4f%s  best %s  %.1f s  (%d/%d done, %.0f/h, %s to go)",
                 self.stage, record.index, result.reward, _remark(record),
-                f"{best[0].objective:.4f} ({best[0].index})" if best else "-",
+                best_in_words(best[0]) if best else "-",
                 result.seconds, len(records), self.trials, 3600 / per_trial,
                 format_duration(per_trial * (self.trials - len(records))),
                 extra=PERIODIC,
             )  # fmt: skip
-            self.board.add_scalar(f"{self.stage}/reward", result.reward, record.index)
         if best:
             self.bar.set_postfix(best=f"{best[0].objective:.4f}", refresh=False)
-            self.board.add_scalar(f"{self.stage}/best", best[0].objective, len(records) - 1)
+
+    def _plot(self, new: Sequence[TrialRecord], figures: Sequence[dict[str, float]]) -> None:
+        """Add trials, and what the strategy tells of batches, to TensorBoard's curves."""
+        for record in sorted(new, key=lambda record: record.finished):
+            self.board.add_scalar(f"{self.stage}/reward", record.result.reward, record.index)
+            for ranked in StageStatus(self.stage, [record], self.trials).ranked():
+                self.best = max(self.best, ranked.objective)
+            if math.isfinite(self.best):
+                self.board.add_scalar(f"{self.stage}/best", self.best, self.plotted)
+            self.plotted += 1
+        for number in range(self.batches, len(figures)):
+            for name, value in figures[number].items():
+                self.board.add_scalar(f"{self.stage}/{name}", value, number)
+        self.batches = len(figures)
 
     def _note_phase(self) -> None:
         phase = f"trials of the {self.stage} stage"
         write_progress(self.run.folder, phase, done=len(self.shown), total=self.trials)
+
+    def _publish(self, force: bool = False) -> None:
+        """Refresh the report and, with it, the table."""
+        if not self.run._report(force):
+            return
+        path = self.run.folder / f"trials_{self.stage}.csv"
+        try:
+            self.journal.export_csv(path)
+        except OSError as error:  # nor is a table a reason to end a search
+            logger.error("%s could not be written: %s", path, error)
 
     def _refresh(self, records: list[TrialRecord], figures: list[dict[str, float]]) -> None:
         report = self.run.reports[self.stage]

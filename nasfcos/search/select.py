@@ -14,9 +14,10 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..data import build_dataset
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
-from ..engine.train import train
+from ..engine.train import check_device, train
 from ..files import write_json
 from ..genotype import Genotype
 from .prepare import is_run_of, with_overrides
@@ -91,6 +92,24 @@ def full_config(
         full.SEED += seed
         full.freeze()
     return full
+
+
+def check_full_training(cfg: CfgNode, device: torch.device) -> None:
+    """Find what would stop a full training or its test now, not after other trainings.
+
+    Raises:
+        ConfigError: nothing to test on, or the device does not suit.
+        DataError: a data set cannot be read.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: what is trained is compared on data")
+    for name in cfg.DATASETS.TEST:
+        dataset = build_dataset(cfg, name)
+        if not any((~record.ignored).any() for record in dataset.records):
+            raise ConfigError(
+                f"DATASETS.TEST {name} has no object to find: comparing needs annotations"
+            )
+    check_device(cfg, device, tests=True)
 
 
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:

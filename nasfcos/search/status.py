@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ LOCK_FILE = "lock"
 """Held by the process of a search as long as it runs."""
 
 RECENT = 20
-"""Trials that the rate is taken from."""
+"""Trials at least that the rate is taken from."""
 
 FINISHED = "finished"
 """The phase of a search that has come to its end."""
@@ -131,19 +132,36 @@ class StageStatus:
 
 
 def trials_per_hour(records: Sequence[TrialRecord]) -> float:
-    """Pace of the last trials, nan for fewer than two.
+    """Pace of the last whole batches with `RECENT` trials or more in them, of the first batch that
+    of its trials until now; nan where no time has passed.
 
-    A gap between two ends that is more than twice as long as the longest of these trials was a stop
-    of the search: it counts as one such trial.
+    Parallel workers begin a batch together, and their trials may end together: only over whole
+    batches is the time that they took the time between some of their ends. Time in which no trial
+    ran counts unless it is longer than the longest of these trials: then the search had stopped.
     """
-    recent = sorted(records, key=lambda record: record.finished)[-RECENT:]
-    if len(recent) < 2:
-        return math.nan
-    longest = max(record.result.seconds for record in recent)
-    gaps = [after.finished - before.finished
-            for before, after in zip(recent, recent[1:], strict=False)]  # fmt: skip
-    elapsed = sum(gap if gap <= 2 * longest else longest for gap in gaps)
-    return 3600 * len(gaps) / elapsed if elapsed > 0 else math.nan
+    newest = max((record.batch for record in records), default=0)
+    ended = Counter(record.batch for record in records if record.batch != newest)
+    chosen: list[int] = [] if ended else [newest]
+    for batch in sorted(ended, reverse=True):
+        if sum(ended[other] for other in chosen) < RECENT:
+            chosen.append(batch)
+    recent = [record for record in records if record.batch in chosen]
+    # A reused result took no time.
+    seconds = [record.result.seconds if record.reused is None else 0.0 for record in recent]
+    spans = sorted((r.finished - took, r.finished) for r, took in zip(recent, seconds, strict=True))
+    elapsed, until = 0.0, spans[0][0] if spans else 0.0
+    for start, end in spans:
+        idle = max(0.0, start - until)
+        elapsed += (idle if idle <= max(seconds) else 0.0) + max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 3600 * len(recent) / elapsed if elapsed > 0 else math.nan
+
+
+def best_in_words(record: TrialRecord) -> str:
+    """The trial that is best by the search's objective, with its reward where that is another."""
+    reward = record.result.reward
+    other = f", reward {reward:.4f}" if not math.isclose(reward, record.objective) else ""
+    return f"{record.objective:.4f} (trial {record.index}{other})"
 
 
 def format_stage(stage: StageStatus, ended: bool = False) -> str:
@@ -151,12 +169,12 @@ def format_stage(stage: StageStatus, ended: bool = False) -> str:
     done = len(stage.records)
     parts = [f"{stage.stage}: {done:,} of {stage.planned:,} trials"]
     if ranked := stage.ranked():
-        parts.append(f"best {ranked[0].result.reward:.4f} (trial {ranked[0].index})")
+        parts.append(f"best {best_in_words(ranked[0])}")
     if done < stage.planned and not ended:
         # Reused ones take no time, but they are a part of the way.
         rate, pace = trials_per_hour(stage.own()), trials_per_hour(stage.records)
         if math.isfinite(rate):
-            parts.append(f"{rate:.3g} trials/h")
+            parts.append(f"{rate:{',.0f' if rate >= 100 else '.3g'}} trials/h")
         if math.isfinite(pace):
             parts.append(f"{format_duration(3600 * (stage.planned - done) / pace)} left")
     counts = (

@@ -76,8 +76,7 @@ def test_a_report_of_good_missing_and_broken_work(tmp_path, capsys):
     assert ours["unit"] == "numbers/s" and ours["limit"] == "rival"
     seconds = ours["seconds"]["median"]
     assert ours["rate"]["median"] == pytest.approx(5 / seconds)
-    ratio = ours["ratios"]["rival"]["median"]
-    assert ratio > 0
+    assert ours["ratios"].keys() == {"rival"}
     assert ours["share"]["count"] == ours["seconds"]["count"]
     assert fault["status"] == "failed" and "ZeroDivisionError" in fault["reason"]
     assert other["reason"] == "not installed"
@@ -125,7 +124,7 @@ def test_from_the_command_line_to_a_comparison(tmp_path, monkeypatch, capsys):
     assert [case["name"] for case in report["cases"]] == ["assignment/fcos", "nms/1000"]
     assert report["machine"]["threads"] == 1 and "--quick" in report["machine"]["command"]
     ours = report["cases"][1]["variants"][1]
-    assert ours["ratios"]["torchvision"]["median"] > 0
+    assert ours["ratios"].keys() == {"torchvision"}
 
     def compare(*arguments):
         code = main_of("compare_benchmarks", monkeypatch, *arguments)

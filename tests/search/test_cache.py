@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nasfcos.config import load_config
-from nasfcos.data import DataError, build_dataset
+from nasfcos.data import DataError, build_dataset, class_names
 from nasfcos.genotype import Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.necks.nas_fpn import NASFPN
@@ -278,6 +278,25 @@ def test_a_finished_cache_is_found_again(cfg, model, folder, caplog):
     assert before.items() <= stamps(folder).items()
     (line,) = [r.getMessage() for r in caplog.records if "may be deleted" in r.getMessage()]
     assert train.folder.name in line and val.folder.name in line and "MB)" in line
+
+
+def test_crops_without_a_box(cfg, model, folder, monkeypatch, caplog):
+    """Of one class, which is told; and of all, which is refused."""
+    dropped = [1]
+    crop = Crops._crop
+
+    def cropped(crops, *args):
+        picture, target = crop(crops, *args)
+        keep = torch.tensor([int(label) not in dropped for label in target["labels"]]).bool()
+        return picture, target | {name: target[name][keep] for name in ("boxes", "labels")}
+
+    monkeypatch.setattr(Crops, "_crop", cropped)
+    names = class_names(cfg)
+    build_caches(cfg, model, folder / "one")
+    assert f"meta-val: no crop has a box of {names[0]!r}" in caplog.text
+    dropped += range(2, len(names) + 1)
+    with pytest.raises(DataError, match=r"no crop of meta-train has a box.*SEARCH\.CACHE\.CROPS"):
+        build_caches(cfg, model, folder / "none")
 
 
 def shorten(folder):

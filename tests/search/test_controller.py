@@ -204,7 +204,6 @@ def test_it_learns_the_best_choice():
     assert figures["entropy"] < 1.2  # of log 6 = 1.79 at first
     assert figures.keys() == {"policy_loss", "entropy", "kl", "clipped", "baseline"}
     assert all(math.isfinite(value) for value in figures.values())
-    assert figures["kl"] >= 0 and 0 <= figures["clipped"] <= 1
 
 
 @pytest.mark.parametrize("when, failed", [(0, 0), (2, 0), (0, 6)])

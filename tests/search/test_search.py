@@ -1,6 +1,7 @@
 """Whole searches through the command line: to best.yaml, killed and resumed, with bad settings."""
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytest.importorskip("optuna")
 
@@ -356,6 +358,14 @@ def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_
     records = read_records(tmp_path / "out/search.db", "fpn")
     assert len(records) == 12
     assert max(r.objective for r in records) > max(r.objective for r in records[:3])
+    # The curves of both runs are one, though the first one's end of writing does not show.
+    board = EventAccumulator(str(tmp_path / "out/tensorboard/fpn")).Reload()
+    for curve in ("reward", "best"):
+        assert [event.step for event in board.Scalars(f"fpn/{curve}")] == list(range(12))
+    rewards = [event.value for event in board.Scalars("fpn/reward")]
+    assert rewards == [record.result.reward for record in records]
+    best = list(itertools.accumulate(rewards, max))
+    assert [event.value for event in board.Scalars("fpn/best")] == best
     go_on(*given, 3)
     assert json.loads((tmp_path / "out/ranking.json").read_text()) == first
     assert "fpn: 3 of 3 trials" in search_status(load_config(search_file))

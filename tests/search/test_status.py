@@ -108,12 +108,15 @@ def test_whether_the_search_runs(said, running, tmp_path):
 
 
 def test_the_rate_is_that_of_the_last_twenty_trials():
-    slow_then_fast = steady(30, every=600) + [
-        trial(30 + i, finished=1000 + 600 * 29 + 30 * (i + 1)) for i in range(20)
+    slow_then_fast = steady(30, every=600, seconds=600.0) + [
+        trial(30 + i, finished=18_400 + 30 * (i + 1), seconds=30.0, batch=1 + i // 20)
+        for i in range(23)
     ]
     assert trials_per_hour(slow_then_fast) == pytest.approx(120)
     assert trials_per_hour(list(reversed(slow_then_fast))) == pytest.approx(120)
-    assert math.isnan(trials_per_hour([])) and math.isnan(trials_per_hour(steady(1)))
+    assert trials_per_hour(slow_then_fast[:31]) == pytest.approx(6)
+    assert math.isnan(trials_per_hour([])) and math.isnan(trials_per_hour([trial(0, seconds=0.0)]))
+    assert trials_per_hour(steady(1)) == pytest.approx(60)
 
 
 def test_a_stop_over_night_does_not_count_for_the_rate():
@@ -125,8 +128,14 @@ def test_a_stop_over_night_does_not_count_for_the_rate():
 def test_parallel_workers_add_up():
     # Four workers, each trial takes a minute, and four end at the same moment.
     records = [trial(i, finished=1000 + 60 * (i // 4)) for i in range(20)]
-    assert 220 < trials_per_hour(records) < 300
-    assert math.isnan(trials_per_hour(records[:4]))  # no time has passed between them
+    for some in (records[:4], records):
+        assert trials_per_hour(some) == pytest.approx(240)
+    # Of many that end at nearly the same moment, in batches of two waves, half of the third done.
+    records = [
+        trial(i, finished=1000 + 60 * (i // 32) + 0.05 * (i % 32), batch=i // 64)
+        for i in range(144)
+    ]
+    assert trials_per_hour(records) == pytest.approx(32 * 60, rel=0.03)
 
 
 def test_a_stage_in_a_line():
@@ -137,7 +146,7 @@ def test_a_stage_in_a_line():
     records[6] = trial(6, -1.5, finished=1360, reused=3)
     line = format_stage(StageStatus("fpn", records, 40))
     assert line == (
-        "fpn: 10 of 40 trials, best -1.5000 (trial 3), 53.3 trials/h, 00:30:00 left, "
+        "fpn: 10 of 40 trials, best -1.5000 (trial 3), 54 trials/h, 00:30:00 left, "
         "1 failed, 1 pruned, 1 reused"
     )
 
@@ -147,6 +156,8 @@ def test_the_best_is_that_of_the_objective():
     stage = StageStatus("head", records, 2)
     assert [record.index for record in stage.ranked()] == [1, 0]
     assert format_stage(stage) == "head: 2 of 2 trials, best -2.0000 (trial 1)"
+    stage = StageStatus("head", [trial(0, -1.0, objective=-3.0)], 2)
+    assert "best -3.0000 (trial 0, reward -1.0000)" in format_stage(stage)
 
 
 @pytest.mark.parametrize(
