@@ -1,12 +1,9 @@
-"""Pictures: boxes on images, sheets of them, and the curves of a training run."""
+"""Pictures: boxes on images, and sheets of them."""
 
 import colorsys
 import functools
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +12,9 @@ from torch import Tensor
 
 from .data.images import to_rgb
 from .data.transforms import scale_boxes
-from .files import replacing
-
-logger = logging.getLogger(__name__)
 
 AnyImage = np.ndarray | Tensor | Image.Image
 
-
-# ----------------------------------------------------------------------------------------- boxes
 
 
 def draw_detections(
@@ -234,141 +226,3 @@ def _place_tag(
     inside = [y for y in candidates if 0 <= y <= image_height - height]
     y = min(inside or [min(max(0, top), image_height - height)], key=covered)
     return left, y, left + width, y + height
-
-
-# ---------------------------------------------------------------------------------------- curves
-
-
-def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
-    """The lines of a `metrics.jsonl`, by iteration.
-
-    Lines of the same iteration are joined. A line that goes back to an earlier iteration is that of
-    a resumed run: it replaces what came after that iteration. Lines that do not parse (the last one
-    of a killed run) are skipped, and counted in the log.
-    """
-    history: dict[int, dict[str, float]] = {}
-    broken = 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                iteration = int(entry["iteration"])
-            except (ValueError, TypeError, KeyError):
-                broken += 1
-                continue
-            while history and (last := next(reversed(history))) > iteration:  # the keys rise
-                del history[last]
-            history.setdefault(iteration, {}).update(
-                (name, float(value))
-                for name, value in entry.items()
-                if isinstance(value, (int, float)) and math.isfinite(value)
-            )
-    if broken:
-        logger.warning("%s: %d lines that are not JSON skipped", path, broken)
-    return history
-
-
-def plot_training(metrics_jsonl: str | Path, output_png: str | Path) -> None:
-    """Draw the losses, the learning rate and the AP of a run over its iterations.
-
-    Args:
-        metrics_jsonl: what training wrote: a JSON object per line with `iteration`, and `loss`,
-            `loss_...`, `lr`, `eval/<data set>/AP`, `eval/<data set>/AP50`.
-        output_png: the picture, written whole or not at all.
-
-    Raises:
-        ValueError: the file has no such line.
-    """
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    history = read_metrics(metrics_jsonl)
-    series = _series(history)
-    losses = sorted(
-        (name for name in series if name.startswith("loss")), key=lambda n: (n != "loss", n)
-    )
-    figures = [name for name in series if name.startswith("eval/")]
-    figures = [name for name in figures if name.rsplit("/", 1)[1] in ("AP", "AP50")]
-    panels = [
-        kind
-        for kind, present in (("loss", losses), ("lr", "lr" in series), ("AP", figures))
-        if present
-    ]
-    if not panels:
-        raise ValueError(f"{metrics_jsonl} has no line with a loss, a learning rate or an AP")
-
-    figure = Figure(figsize=(5.2 * len(panels), 3.9), dpi=130, layout="constrained")
-    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
-    if losses:
-        _plot_losses(axes["loss"], {name: series[name] for name in losses})
-    if "lr" in series:
-        axes["lr"].plot(*series["lr"], color="#444444", linewidth=1.8)
-        axes["lr"].set_title("learning rate")
-        axes["lr"].set_ylim(bottom=0)
-        axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    if figures:
-        _plot_average_precision(axes["AP"], {name: series[name] for name in figures})
-    last = max(history)
-    for axis in axes.values():
-        axis.set_xlabel("iteration")
-        axis.set_xlim(0, last)
-        axis.grid(alpha=0.3, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    with replacing(output_png) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _series(history: Mapping[int, Mapping[str, float]]) -> dict[str, tuple[list, list]]:
-    """(iterations, values) of each name."""
-    series: dict[str, tuple[list, list]] = {}
-    for iteration in sorted(history):
-        for name, value in history[iteration].items():
-            iterations, values = series.setdefault(name, ([], []))
-            iterations.append(iteration)
-            values.append(value)
-    return series
-
-
-def _plot_losses(axis, losses: Mapping[str, tuple[list, list]]) -> None:
-    top = 0.0
-    for name, (iterations, values) in losses.items():
-        smoothed = _smooth(np.array(values))
-        (line,) = axis.plot(
-            iterations, smoothed, linewidth=2.2 if name == "loss" else 1.6,
-            color="#222222" if name == "loss" else None, label=name, zorder=3,
-        )  # fmt: skip
-        axis.plot(iterations, values, linewidth=0.7, alpha=0.3, color=line.get_color())
-        # The first steps can be a hundred times what follows; they may leave the picture.
-        top = max(top, np.percentile(values, 98))
-    axis.set_ylim(0, top * 1.15 or 1)
-    axis.set_title("losses")
-    axis.legend(frameon=False)
-
-
-def _plot_average_precision(axis, figures: Mapping[str, tuple[list, list]]) -> None:
-    datasets = sorted({name.split("/", 1)[1].rsplit("/", 1)[0] for name in figures})
-    for name, (iterations, values) in sorted(figures.items()):
-        dataset, figure = name.split("/", 1)[1].rsplit("/", 1)
-        axis.plot(
-            iterations, values, color=f"C{datasets.index(dataset)}", linewidth=1.8,
-            linestyle="-" if figure == "AP" else "--", marker="o", markersize=4, clip_on=False,
-            label=f"{figure} {dataset}" if len(datasets) > 1 else figure,
-        )  # fmt: skip
-        axis.annotate(
-            f"{values[-1]:.3f}", (iterations[-1], values[-1]), xytext=(-4, 5),
-            textcoords="offset points", ha="right", fontsize=8,
-        )  # fmt: skip
-    axis.set_ylim(0, 1)
-    axis.set_title(f"AP on {datasets[0]}" if len(datasets) == 1 else "AP")
-    axis.legend(frameon=False)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the run, narrower at its ends."""
-    half = len(values) // 40
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, len(values) - 1 - index), half)
-    low, high = index - reach, index + reach + 1
-    return (sums[high] - sums[low]) / (high - low)

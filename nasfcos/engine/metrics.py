@@ -72,6 +72,37 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
+def read_metrics(path: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
+    """The lines of a `metrics.jsonl`, by iteration.
+
+    Lines of the same iteration are joined. A line that goes back to an earlier iteration is that of
+    a resumed run: it replaces what came after that iteration. Lines that do not parse (the last one
+    of a killed run) are skipped, and counted in the log.
+    """
+    history: dict[int, dict[str, float]] = {}
+    broken = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                iteration = int(entry["iteration"])
+            except (ValueError, TypeError, KeyError):
+                broken += 1
+                continue
+            while history and (last := next(reversed(history))) > iteration:  # the keys rise
+                del history[last]
+            history.setdefault(iteration, {}).update(
+                (name, float(value))
+                for name, value in entry.items()
+                if isinstance(value, (int, float)) and math.isfinite(value)
+            )
+    if broken:
+        logger.warning("%s: %d lines that are not JSON skipped", path, broken)
+    return history
+
+
 def truncate_metrics(path: Path, iteration: int) -> None:
     """Drop the lines beyond `iteration`, and any that a killed process left incomplete."""
     if not path.exists():

@@ -33,7 +33,6 @@ from ..files import replacing
 from ..locks import only_one
 from ..models import build_detector, load_weights
 from ..transfer import to_device
-from ..visualize import plot_training
 from . import distributed
 from .checkpoint import (
     FINAL,
@@ -51,6 +50,7 @@ from .checkpoint import (
     set_aside,
     set_random_state,
 )
+from .curves import plot_training
 from .logging import PERIODIC, on_terminal
 from .metrics import Meter, MetricsWriter, format_duration
 from .monitor import NonFiniteLossError, StepMonitor

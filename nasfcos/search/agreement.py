@@ -15,10 +15,9 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .journal import read_records
-from .records import TrialRecord
+from .records import TrialRecord, ranked
 from .report import kendall_tau
 from .select import full_config, train_in_full
-from .status import StageStatus
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +27,16 @@ def spread(records: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
 
     The range is that of the middle 98 % of the trials, so that no outlier takes half of it.
     """
-    ranked = StageStatus("", records, 0).ranked()[::-1]
-    if len(ranked) < count:
-        raise ConfigError(f"only {len(ranked)} architectures were tried to the end, not {count}")
-    rewards = np.array([record.result.reward for record in ranked])
-    free = np.ones(len(ranked), dtype=bool)
+    rising = ranked(records)[::-1]
+    if len(rising) < count:
+        raise ConfigError(f"only {len(rising)} architectures were tried to the end, not {count}")
+    rewards = np.array([record.result.reward for record in rising])
+    free = np.ones(len(rising), dtype=bool)
     chosen = []
     for wanted in np.linspace(*np.quantile(rewards, (0.01, 0.99)), count):
         place = np.where(free, np.abs(rewards - wanted), np.inf).argmin()
         free[place] = False
-        chosen.append(ranked[place])
+        chosen.append(rising[place])
     return sorted(chosen, key=lambda record: record.result.reward)
 
 

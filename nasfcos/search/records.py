@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
@@ -83,3 +84,25 @@ class TrialRecord:
     objective: float
     reused: int | None = None
     finished: float = 0.0
+
+
+def own_trials(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that were run, not reused."""
+    return [record for record in records if record.reused is None]
+
+
+def ended_as(records: Sequence[TrialRecord], status: str) -> int:
+    """How many of the trials of their own ended so."""
+    return sum(record.result.status == status for record in own_trials(records))
+
+
+def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials of their own that were trained to the end, by objective, best first."""
+    complete = [
+        record
+        for record in own_trials(records)
+        if record.result.status == COMPLETE
+        and math.isfinite(record.result.reward)
+        and math.isfinite(record.objective)
+    ]
+    return sorted(complete, key=lambda record: (-record.objective, record.index))

@@ -24,10 +24,10 @@ from ..drawing import draw_architecture, operation_color, short_name
 from ..engine.metrics import format_duration
 from ..files import replacing
 from ..genotype import FPN_OPS, HEAD_OPS, Genotype, node_names
-from .records import COMPLETE, FAILED, PRUNED, TrialRecord
+from .records import COMPLETE, FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
 from .select import Selected
 from .space import Decision
-from .status import StageStatus, trials_per_hour
+from .status import trials_per_hour
 
 BINS = 60
 """Most steps in which what is chosen is followed over time."""
@@ -78,10 +78,6 @@ class StageReport:
     planned: int = 0
     # What was written last, and for what; a stage that has ended is not drawn again and again.
     _section: tuple[tuple, str] = field(default=((), ""), init=False, repr=False, compare=False)
-
-    @property
-    def status(self) -> StageStatus:
-        return StageStatus(self.stage, self.records, self.planned)
 
 
 def write_report(
@@ -511,7 +507,6 @@ def _page(sections: Sequence[str]) -> str:
 
 
 def _stage_section(folder: Path, stage: StageReport) -> str:
-    status = stage.status
     parts = [f"<h2>{html.escape(_stage_name(stage.stage))}</h2>", _cards(stage)]
     if not stage.records:
         return "\n".join([*parts, "<p>No trial has finished yet.</p>"])
@@ -530,33 +525,32 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
         what = "The connections: the nodes that each cell takes" if inputs else "Layer by layer"
         parts.append(f"<h3>{what}</h3>")
         picture("places", _draw_places(stage), what)
-    ranked = status.ranked()
-    if ranked:
+    best = ranked(stage.records)
+    if best:
         parts.append("<h3>Reward and cost</h3>")
-        picture("costs", _draw_costs(ranked), "Reward against the costs")
+        picture("costs", _draw_costs(best), "Reward against the costs")
         parts.append("<h3>The best architectures so far</h3>")
-        parts.append(_best_table(ranked[:BEST]))
-        for place, record in enumerate(ranked[:BEST], 1):
+        parts.append(_best_table(best[:BEST]))
+        for place, record in enumerate(best[:BEST], 1):
             parts.append(_best_architecture(folder, stage.stage, place, record))
-    parts.append(_failures(status))
+    parts.append(_failures(stage.records))
     return "\n".join(parts)
 
 
 def _cards(stage: StageReport) -> str:
-    status = stage.status
-    done, own = len(stage.records), status.own()
+    done, own = len(stage.records), own_trials(stage.records)
     best = [
         (f"{record.result.reward:.4f}", f"reward of the best, trial {record.index}")
-        for record in status.ranked()[:1]
+        for record in ranked(stage.records)[:1]
     ]
     figures = [
         (f"{done:,} of {stage.planned:,}", "trials"),
         *(best or [("–", "reward of the best")]),
         (_number(trials_per_hour(own), ",.0f"), "trials per hour"),
         (format_duration(sum(r.result.seconds for r in own)), "spent in trials"),
-        (f"{status.count(PRUNED):,}", "pruned"),
-        (f"{status.count(FAILED):,}", "failed"),
-        (f"{status.reused:,}", "reused"),
+        (f"{ended_as(own, PRUNED):,}", "pruned"),
+        (f"{ended_as(own, FAILED):,}", "failed"),
+        (f"{done - len(own):,}", "reused"),
     ]
     cards = "".join(
         f'<div class="card"><b>{html.escape(figure)}</b><span>{html.escape(name)}</span></div>'
@@ -600,9 +594,9 @@ def _best_architecture(folder: Path, stage: str, place: int, record: TrialRecord
     )
 
 
-def _failures(status: StageStatus) -> str:
+def _failures(records: Sequence[TrialRecord]) -> str:
     reasons: dict[str, list[int]] = {}
-    for record in status.own():
+    for record in own_trials(records):
         if record.result.status == FAILED:
             reasons.setdefault(record.result.reason or "unknown", []).append(record.index)
     if not reasons:

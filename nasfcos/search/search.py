@@ -36,7 +36,7 @@ from .executors import build_executor
 from .journal import Journal, check_settings, read_records, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
-from .records import COMPLETE, TrialRecord
+from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
 from .select import (
     SUMMARY,
@@ -54,7 +54,6 @@ from .stage import Pruning, run_stage
 from .status import (
     FINISHED,
     LOCK_FILE,
-    StageStatus,
     best_in_words,
     format_status,
     write_progress,
@@ -443,7 +442,7 @@ class _Progress:
         self._publish()
 
     def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
-        best = StageStatus(self.stage, records, self.trials).ranked()[:1]
+        best = ranked(records)[:1]
         per_trial = (time.monotonic() - self.began) / max(1, len(records) - self.before)
         for record in new:
             result = record.result
@@ -462,8 +461,7 @@ class _Progress:
         """Add trials, and what the strategy tells of batches, to TensorBoard's curves."""
         for record in sorted(new, key=lambda record: record.finished):
             self.board.add_scalar(f"{self.stage}/reward", record.result.reward, record.index)
-            for ranked in StageStatus(self.stage, [record], self.trials).ranked():
-                self.best = max(self.best, ranked.objective)
+            self.best = max([self.best, *(one.objective for one in ranked([record]))])
             if math.isfinite(self.best):
                 self.board.add_scalar(f"{self.stage}/best", self.best, self.plotted)
             self.plotted += 1

@@ -21,9 +21,9 @@ from ..engine.train import check_device, train
 from ..files import write_json
 from ..genotype import Genotype
 from .prepare import is_run_of, with_overrides
-from .records import TrialRecord
+from .records import TrialRecord, ranked
 from .space import graph_key
-from .status import StageStatus, write_progress
+from .status import write_progress
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,8 @@ def select(
         ConfigError: no trial of the stage is complete.
         NonFiniteLossError: of no architecture did all full trainings come to their end.
     """
-    ranked = list(enumerate(StageStatus(stage, records, len(records)).ranked(), 1))
-    best = ranked[:count]
+    every = list(enumerate(ranked(records), 1))
+    best = every[:count]
     if not best:
         raise ConfigError(
             f"no trial of the {stage} stage is complete: see the reasons in trials_{stage}.csv; "
@@ -179,7 +179,7 @@ def select(
         )
     given_key = None if given is None else graph_key(given)
     if given is not None and all(record.key != given_key for _, record in best):
-        best += [item for item in ranked if item[1].key == given_key][:1] or [
+        best += [item for item in every if item[1].key == given_key][:1] or [
             (0, _untried(given, records[0]))
         ]
     rows = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..engine.metrics import format_duration
 from ..files import write_json
 from ..locks import unless_held
-from .records import COMPLETE, FAILED, PRUNED, TrialRecord
+from .records import FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
 
 PROGRESS_FILE = "progress.json"
 
@@ -98,39 +98,6 @@ def is_running(folder: str | Path, progress: Progress) -> bool | None:
 # ----------------------------------------------------------------------------------------- trials
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """A stage of a search: its name ("fpn" or "head"), its finished and its planned trials."""
-
-    stage: str
-    records: Sequence[TrialRecord]
-    planned: int
-
-    def own(self) -> list[TrialRecord]:
-        """The trials that were run, not reused."""
-        return [record for record in self.records if record.reused is None]
-
-    def count(self, status: str) -> int:
-        """Trials of their own that ended so."""
-        return sum(record.result.status == status for record in self.own())
-
-    @property
-    def reused(self) -> int:
-        """Proposals of a graph that had been tried."""
-        return len(self.records) - len(self.own())
-
-    def ranked(self) -> list[TrialRecord]:
-        """The trials of their own that were trained to the end, by objective, best first."""
-        complete = [
-            record
-            for record in self.own()
-            if record.result.status == COMPLETE
-            and math.isfinite(record.result.reward)
-            and math.isfinite(record.objective)
-        ]
-        return sorted(complete, key=lambda record: (-record.objective, record.index))
-
-
 def trials_per_hour(records: Sequence[TrialRecord]) -> float:
     """Pace of the last whole batches with `RECENT` trials or more in them, of the first batch that
     of its trials until now; nan where no time has passed.
@@ -164,23 +131,25 @@ def best_in_words(record: TrialRecord) -> str:
     return f"{record.objective:.4f} (trial {record.index}{other})"
 
 
-def format_stage(stage: StageStatus, ended: bool = False) -> str:
+def format_stage(
+    stage: str, records: Sequence[TrialRecord], planned: int, ended: bool = False
+) -> str:
     """A stage in a line: trials, best so far, pace (unless `ended`) and how the trials ended."""
-    done = len(stage.records)
-    parts = [f"{stage.stage}: {done:,} of {stage.planned:,} trials"]
-    if ranked := stage.ranked():
-        parts.append(f"best {best_in_words(ranked[0])}")
-    if done < stage.planned and not ended:
+    done, own = len(records), own_trials(records)
+    parts = [f"{stage}: {done:,} of {planned:,} trials"]
+    if best := ranked(records):
+        parts.append(f"best {best_in_words(best[0])}")
+    if done < planned and not ended:
         # Reused ones take no time, but they are a part of the way.
-        rate, pace = trials_per_hour(stage.own()), trials_per_hour(stage.records)
+        rate, pace = trials_per_hour(own), trials_per_hour(records)
         if math.isfinite(rate):
             parts.append(f"{rate:{',.0f' if rate >= 100 else '.3g'}} trials/h")
         if math.isfinite(pace):
-            parts.append(f"{format_duration(3600 * (stage.planned - done) / pace)} left")
+            parts.append(f"{format_duration(3600 * (planned - done) / pace)} left")
     counts = (
-        ("failed", stage.count(FAILED)),
-        ("pruned", stage.count(PRUNED)),
-        ("reused", stage.reused),
+        ("failed", ended_as(records, FAILED)),
+        ("pruned", ended_as(records, PRUNED)),
+        ("reused", done - len(own)),
     )
     parts += [f"{count:,} {name}" for name, count in counts if count]
     return ", ".join(parts)
@@ -206,7 +175,7 @@ def format_status(
         lines = [_format_process(folder, progress, time.time() if now is None else now)]
         if not ended:
             lines.append(f"phase: {_format_phase(progress)}")
-    return "\n".join(lines + [format_stage(StageStatus(*stage), ended) for stage in stages])
+    return "\n".join(lines + [format_stage(*stage, ended) for stage in stages])
 
 
 def _format_process(folder: str | Path, progress: Progress, now: float) -> str:

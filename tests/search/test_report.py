@@ -17,7 +17,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
 from nasfcos.search import report
-from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
+from nasfcos.search.records import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    TrialRecord,
+    TrialResult,
+    ended_as,
+    own_trials,
+    ranked,
+)
 from nasfcos.search.report import (
     StageReport,
     kendall_tau,
@@ -83,7 +92,7 @@ def ranking(stages, count=5):
             APs=[], folder=f"select/{s.stage}/{rank}", given=False,
         )
         for s in stages
-        for rank, record in enumerate(s.status.ranked()[:count], 1)
+        for rank, record in enumerate(ranked(s.records)[:count], 1)
     ]  # fmt: skip
     return sorted(rows, key=lambda row: -row.AP)
 
@@ -198,14 +207,14 @@ def test_the_report_has_it_all_and_needs_no_network(tmp_path):
 
     assert "60 of 60" in page.text and "40 of 80" in page.text
     for s in stages:
-        best = s.status.ranked()[0]
+        best = ranked(s.records)[0]
         assert f"{best.result.reward:.4f} reward of the best, trial {best.index}" in page.text
         assert PUBLISHED.describe().splitlines()[0] in page.text  # the head stage's FPN
         assert str(best.genotype) in page.text
-        assert f"{s.status.count(FAILED)} failed" in page.text
-        assert f"{s.status.count(PRUNED)} pruned" in page.text
-        assert f"{s.status.reused} reused" in page.text
-        assert f"{trials_per_hour(s.status.own()):,.0f} trials per hour" in page.text
+        assert f"{ended_as(s.records, FAILED)} failed" in page.text
+        assert f"{ended_as(s.records, PRUNED)} pruned" in page.text
+        assert f"{len(s.records) - len(own_trials(s.records))} reused" in page.text
+        assert f"{trials_per_hour(own_trials(s.records)):,.0f} trials per hour" in page.text
     assert "out of memory" in page.text
     assert "select/head/2" in page.text
     # The rewards fall with the rank, as the AP does.
@@ -230,7 +239,7 @@ def test_any_state_of_a_search_has_a_report(tmp_path, records):
     page = Page(write_report(tmp_path, [s]))
     assert f"{len(records)} of 100 trials" in page.text
     assert ("No trial has finished yet" in page.text) == (not records)
-    assert ("The best architectures" in page.text) == bool(s.status.ranked())
+    assert ("The best architectures" in page.text) == bool(ranked(s.records))
 
 
 def test_no_stage_yet(tmp_path):
@@ -326,7 +335,7 @@ FIGURES = {
     "strategy": lambda s: report._draw_strategy.__wrapped__(s.batch_figures),
     "choices": lambda s: report._draw_choices.__wrapped__(s),
     "places": lambda s: report._draw_places.__wrapped__(s),
-    "costs": lambda s: report._draw_costs.__wrapped__(s.status.ranked()),
+    "costs": lambda s: report._draw_costs.__wrapped__(ranked(s.records)),
     "agreement": lambda s: report._draw_agreement.__wrapped__({s.stage: ranking([s], 9)}),
 }
 

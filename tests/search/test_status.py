@@ -9,12 +9,11 @@ import sys
 
 import pytest
 
-from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
+from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult, ranked
 from nasfcos.search.status import (
     FINISHED,
     LOCK_FILE,
     PROGRESS_FILE,
-    StageStatus,
     format_stage,
     format_status,
     is_running,
@@ -144,7 +143,7 @@ def test_a_stage_in_a_line():
     records[4] = trial(4, -1.0, status=PRUNED, finished=1240)
     records[5] = trial(5, -9.0, status=FAILED, finished=1300)
     records[6] = trial(6, -1.5, finished=1360, reused=3)
-    line = format_stage(StageStatus("fpn", records, 40))
+    line = format_stage("fpn", records, 40)
     assert line == (
         "fpn: 10 of 40 trials, best -1.5000 (trial 3), 54 trials/h, 00:30:00 left, "
         "1 failed, 1 pruned, 1 reused"
@@ -153,11 +152,9 @@ def test_a_stage_in_a_line():
 
 def test_the_best_is_that_of_the_objective():
     records = [trial(0, -1.0, objective=-3.0), trial(1, -2.0, objective=-2.0)]
-    stage = StageStatus("head", records, 2)
-    assert [record.index for record in stage.ranked()] == [1, 0]
-    assert format_stage(stage) == "head: 2 of 2 trials, best -2.0000 (trial 1)"
-    stage = StageStatus("head", [trial(0, -1.0, objective=-3.0)], 2)
-    assert "best -3.0000 (trial 0, reward -1.0000)" in format_stage(stage)
+    assert [record.index for record in ranked(records)] == [1, 0]
+    assert format_stage("head", records, 2) == "head: 2 of 2 trials, best -2.0000 (trial 1)"
+    assert "best -3.0000 (trial 0, reward -1.0000)" in format_stage("head", records[:1], 2)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +164,8 @@ def test_the_best_is_that_of_the_objective():
     ids=["none", "failed", "nan", "all failed"],
 )  # fmt: skip
 def test_a_stage_without_a_reward(records):
-    stage = StageStatus("fpn", records, 5)
-    assert stage.ranked() == []
-    assert format_stage(stage).startswith(f"fpn: {len(records)} of 5 trials")
+    assert ranked(records) == []
+    assert format_stage("fpn", records, 5).startswith(f"fpn: {len(records)} of 5 trials")
 
 
 # --------------------------------------------------------------------------------------- together
