@@ -1,7 +1,7 @@
 """Box arithmetic. Boxes are xyxy in pixels.
 
 The released models count both corners as inside a box: its width is ``x1 - x0 + 1`` ("legacy
-width"). That convention lives here and nowhere else in Python.
+width"). Sizes, areas and overlaps by that convention are computed here.
 """
 
 from __future__ import annotations

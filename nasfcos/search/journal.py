@@ -536,7 +536,7 @@ def _result_attributes(result: TrialResult) -> dict[str, Any]:
 def _record(trial: FrozenTrial) -> TrialRecord:
     """A finished trial as the search knows it; the only reading of what `finish` writes."""
     attributes = trial.user_attrs
-    names = ("reward", "losses", "params", "flops", "latency", "seconds", "reason", "status")
+    names = [field.name for field in fields(TrialResult) if field.name != "curve"]
     return TrialRecord(
         index=attributes["index"],
         batch=attributes["batch"],

@@ -64,9 +64,6 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "search.db"
 
-TRIALS = {"fpn": "FPN", "head": "HEAD"}
-"""Keys of SEARCH.TRIALS and SEARCH.SELECT by stage."""
-
 # Of the sections on which a stage's trials depend, what matters to the other stage alone.
 OF_OTHERS = {
     "fpn": (
@@ -255,7 +252,7 @@ class _Search:
         if self.device.type == "cuda":  # the trials may run in other processes
             free_gpu_memory()
         settings = cfg.SEARCH
-        trials = settings.TRIALS[TRIALS[stage]]
+        trials = settings.TRIALS[stage.upper()]
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
                     space.describe())  # fmt: skip
         train, val = caches
@@ -295,7 +292,7 @@ class _Search:
             )
 
     def _select(self, stage: str, last: bool) -> Selected:
-        count = self.cfg.SEARCH.SELECT[TRIALS[stage]]
+        count = self.cfg.SEARCH.SELECT[stage.upper()]
         train_them = last or count > 1
         before = self.ranking
 
@@ -505,7 +502,7 @@ def search_status(cfg: CfgNode) -> str:
         settings = cfg.SEARCH
     stages = []
     for stage in settings["STAGES"]:
-        trials = settings["TRIALS"][TRIALS[stage]]
+        trials = settings["TRIALS"][stage.upper()]
         records = read_records(path, stage) if path.exists() else []
         stages.append((stage, [record for record in records if record.index < trials], trials))
     return format_status(folder, stages)
