@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from .config import ConfigError
 from .data import DataError, class_names, num_classes, resized_shape
-from .data.images import image_suffixes, load_image
+from .data.images import find_size, image_suffixes, load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
 from .engine.checkpoint import NEEDS_DETECTOR, find_weights
@@ -219,7 +219,10 @@ def predict_files(
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise DataError(f"the output folder {output_dir} is a file; name a folder")
     outputs = [
-        [Path(output_dir) / name for name in _output_names(file.relative_to(root))]
+        [
+            Path(output_dir) / name
+            for name in _output_names(file.relative_to(root), max(find_size(file, (0, 0))))
+        ]
         for file in files
     ]
     sheet_file, json_file = (Path(output_dir) / name for name in ("sheet.jpg", "detections.json"))
@@ -246,8 +249,7 @@ def predict_files(
                 else:
                     picture = _open(file)
                     found = predictor(picture)
-                    output = names[-1] if max(picture.size) > JPEG_LIMIT else names[0]
-                    entry = _write_picture(predictor, picture, found, output, score_threshold)
+                    entry = _write_picture(predictor, picture, found, *names, score_threshold)
                     if len(sheet) < SHEET_PICTURES:
                         sheet.append((picture, found))
                     entries.append({"file": file.relative_to(root).as_posix(), **entry})
@@ -284,9 +286,9 @@ def _check_outputs(inputs: list[Path], outputs: list[Path]) -> None:
         written.add(path)
 
 
-def _output_names(name: Path) -> list[Path]:
-    """What is written for an input: of a video the video and its lines; of a picture one file, the
-    last of the names where it is too large for a JPEG."""
+def _output_names(name: Path, longest: int) -> list[Path]:
+    """What is written for an input: of a video the video and its lines, of a picture (whose longest
+    side is given) one file."""
 
     def added(suffix: str) -> Path:
         return name.with_name(name.name + suffix)
@@ -295,9 +297,10 @@ def _output_names(name: Path) -> list[Path]:
     if suffix in VIDEO_SUFFIXES:
         video = name if suffix == ".mp4" else added(".mp4")
         return [video, video.with_suffix(".jsonl")]
-    if suffix in (".jpg", ".jpeg"):
-        return [name, added(".png")]
-    return [name] if suffix in OUTPUT_SUFFIXES else [added(".jpg"), added(".jpg.png")]
+    output = name if suffix in OUTPUT_SUFFIXES else added(".jpg")
+    if longest > JPEG_LIMIT and output.suffix.lower() != ".png":
+        output = output.with_name(output.name + ".png")
+    return [output]
 
 
 def _write_picture(

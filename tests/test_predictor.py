@@ -316,17 +316,21 @@ def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
         predict_files(predictor, str(folder), out)
 
 
-@pytest.mark.parametrize(
-    "names, twice", [(("a.mp4", "a.MP4"), "a.jsonl"), (("a.jpg", "a.jpg.png"), "a.jpg.png")]
-)
-def test_files_that_an_input_may_have_beside_its_own_are_looked_at(
-    predictor, tmp_path, names, twice
-):
+def test_what_an_input_leaves_besides_is_looked_at(predictor, tmp_path):
     """A video's lines, and the PNG that a picture too long for a JPEG becomes."""
-    for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(DataError, match=f"{twice} would be written twice"):
-        predict_files(predictor, str(tmp_path), tmp_path / "out")
+    for folder in ("videos", "short", "long"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.mp4", "a.MP4"):
+        (tmp_path / "videos" / name).touch()
+    with pytest.raises(DataError, match="a.jsonl would be written twice"):
+        predict_files(predictor, str(tmp_path / "videos"), tmp_path / "out")
+    for folder, width in (("short", 90), ("long", 65501)):
+        Image.new("RGB", (90, 60)).save(tmp_path / folder / "a.jpg.png")
+        Image.new("RGB", (width, 2)).save(tmp_path / folder / "a.bmp")
+        (tmp_path / folder / "a.bmp").rename(tmp_path / folder / "a.jpg")
+    assert predict_files(predictor, str(tmp_path / "short"), tmp_path / "out").images == 2
+    with pytest.raises(DataError, match="a.jpg.png would be written twice"):
+        predict_files(predictor, str(tmp_path / "long"), tmp_path / "out")
 
 
 def test_a_picture_too_long_for_jpeg_becomes_png(predictor, tmp_path):

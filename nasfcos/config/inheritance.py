@@ -10,6 +10,7 @@ import yaml
 
 from ..files import replacing
 from .errors import ConfigError, nearest
+from .released import is_released
 from .tree import leaves
 
 BASE_KEY = "_BASE_"
@@ -88,22 +89,23 @@ def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str,
 
 def ordinary_base(path: Path) -> tuple[Path, list[str]]:
     """The nearest file that a config inherits from and that, with all below it, says nothing of a
-    search, and the keys that those before it set besides; where there is none, the last that has
-    one base only."""
+    search, and the keys that those before it set besides. The way there ends at a file that has not
+    exactly one base, or is the release's."""
     keys: list[str] = []
     while _is_of_search(path):
         tree, bases = read_file(path)
-        if len(bases) != 1:
+        if len(bases) != 1 or is_released(tree):
             break
         tree.pop("SEARCH", None)
-        keys += [name for name, _ in leaves(tree)]
+        keys += [name for name, value in leaves(tree) if value is not None]  # an empty section
         (path,) = bases.values()
     return path, keys
 
 
 def _is_of_search(path: Path) -> bool:
     tree, bases = read_file(path)
-    return "SEARCH" in tree or any(map(_is_of_search, bases.values()))
+    searches = "SEARCH" in tree and not is_released(tree)  # whose section says what was found
+    return searches or any(map(_is_of_search, bases.values()))
 
 
 def copy_with_bases(path: Path, folder: Path) -> Path:

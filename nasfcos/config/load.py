@@ -334,8 +334,8 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
-    if isinstance(default, bool) and value in ("true", "false"):  # as YAML has them
-        value = value == "true"
+    if isinstance(default, bool) and str(value).lower() in ("true", "false"):  # as YAML has them
+        value = str(value).lower() == "true"
     if isinstance(default, tuple) and default and _like(value, default[0]):
         value = (value,)  # one where several are wanted
     if isinstance(default, bool) or isinstance(value, bool):

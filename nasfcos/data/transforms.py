@@ -44,7 +44,8 @@ def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     Coordinates are multiplied by the ratio of the sizes, as in the release.
     """
     y, x = new[0] / old[0], new[1] / old[1]
-    return boxes * boxes.new_tensor([x, y, x, y])
+    dtype = torch.promote_types(boxes.dtype, torch.float32)  # they may be whole numbers
+    return boxes * boxes.new_tensor([x, y, x, y], dtype=dtype)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

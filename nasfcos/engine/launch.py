@@ -112,7 +112,7 @@ def run(job: Callable[[], None]) -> int:
 
 def _message(error: Exception) -> str:
     """The error's own words, without the traceback that a loader's worker puts before them, and
-    with a remedy where they have none."""
+    with a remedy where the disk is full."""
     text = str(error)
     marker = f"{type(error).__name__}: "
     if text.startswith("Caught ") and marker in text:

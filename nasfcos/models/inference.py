@@ -103,7 +103,8 @@ class InferenceDetector(nn.Module):
         Raises:
             RuntimeError: `fn` changes the dtype, which the fused layers are made for.
         """
-        if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
+        held = {self.dtype, torch.float32}  # of which some parts stay
+        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in held):
             raise RuntimeError(
                 "a detector optimised for inference keeps its dtype; name another one to "
                 "optimize_for_inference(model, dtype=...)"

@@ -185,8 +185,8 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
     """
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(f"weights are a path, a URL or a state dict, not {type(source).__name__}")
-    if not source:
-        raise WeightsError("no weights are named: the source is empty")
+    if source == "":
+        raise WeightsError("no weights are named: the source is an empty text")
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else _read_file(resolve_source(str(source)))
     classes = content.get("classes") if isinstance(content, Mapping) else None

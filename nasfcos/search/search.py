@@ -197,8 +197,8 @@ class _Search:
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full = full_config(self.cfg, stage, example, self.folder)
-            check_full_training(full, self.device)
             starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
+        check_full_training(full, self.device)
         class_names(self.cfg)
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
@@ -478,8 +478,8 @@ class _Progress:
         path = self.run.folder / f"trials_{self.stage}.csv"
         try:
             self.journal.export_csv(path)
-        except OSError as error:  # nor is a table a reason to end a search
-            logger.error("%s could not be written: %s", path, error)
+        except Exception:  # nor is a table a reason to end a search
+            logger.exception("%s could not be written", path)
 
     def _refresh(self, records: list[TrialRecord], figures: list[dict[str, float]]) -> None:
         report = self.run.reports[self.stage]

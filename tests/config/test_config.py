@@ -236,6 +236,11 @@ def test_what_a_config_adds_to_the_nearest_one_without_a_search(tmp_path):
     custom = ["DATASETS.CUSTOM.no.FORMAT", "DATASETS.CUSTOM.0x10.IMAGES"]
     assert keys == ["SEED", "TEST.NMS_IOU", *custom]
     assert all(get_setting(load_config(path), key) for key in keys)
+    released = yaml.safe_dump(as_released(RELEASED["R_50_NAS_head"]))
+    write(tmp_path, "released.yaml", f"_BASE_: plain.yaml\n{released}")
+    write(tmp_path, "child.yaml", "_BASE_: released.yaml\nSOLVER:\nSEED: 4\n")
+    path = write(tmp_path, "of_child.yaml", "_BASE_: child.yaml\nTEST:\nSEARCH: {BATCH: 3}\n")
+    assert ordinary_base(path) == (tmp_path / "child.yaml", [])
     alone = write(tmp_path, "alone.yaml", "SEARCH: {BATCH: 3}\n")
     assert ordinary_base(alone) == (alone, [])
 

@@ -40,6 +40,8 @@ def test_resized_shape(height, width, expected):
 def test_boxes_scale_by_the_ratio_of_each_axis_and_mirror():
     boxes = torch.tensor([[10.0, 5.0, 29.0, 14.0]])
     assert scale_boxes(boxes, (40, 60), (80, 180)).tolist() == [[30, 10, 87, 28]]
+    smaller = boxes * torch.tensor([0.75, 0.6, 0.75, 0.6])
+    assert torch.equal(scale_boxes(boxes.long(), (40, 60), (24, 45)), smaller)
     assert flip_boxes(boxes, 60).tolist() == [[30, 5, 49, 14]]
     assert torch.equal(flip_boxes(flip_boxes(boxes, 60), 60), boxes)
     assert flip_boxes(torch.zeros(0, 4), 60).shape == (0, 4)

@@ -19,7 +19,7 @@ from nasfcos.config import ConfigError
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.detector import Detector
-from nasfcos.models.heads import retinanet
+from nasfcos.models.heads import post_process, retinanet
 from nasfcos.models.heads.cells import STRIDES
 from nasfcos.models.heads.fcos import WORD, assign_fcos
 from nasfcos.models.heads.post_process import Candidates, PostProcess, threshold_logit
@@ -33,7 +33,7 @@ from nasfcos.models.heads.retinanet import (
 )
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
-from nasfcos.ops import nms
+from nasfcos.ops import nms, nms_mask
 from tests.copies import Copies, pin
 from tests.plain import plain_losses
 
@@ -672,6 +672,33 @@ def test_ties_with_the_last_kept_detection_stay():
         assert found["boxes"][:, 0].tolist() == [0, 20, 40, 60]
 
 
+def test_detections_as_on_a_gpu_are_each_image_s_own():
+    """They can be changed where gradients are recorded, and keep no other image's memory."""
+    head = tiny().head
+    first, second = as_on_a_gpu(head, known_outputs(head), SIZES)
+    before = second["boxes"].clone()
+    first["boxes"].mul_(2)
+    assert torch.equal(second["boxes"], before)
+    assert first["boxes"].untyped_storage().nbytes() == 16 * len(first["boxes"])
+
+
+def test_many_predictions_are_counted_before_nms(monkeypatch):
+    head = tiny().head
+    outputs = known_outputs(head)
+    expected = as_on_a_gpu(head, outputs, SIZES)
+    given = []
+    monkeypatch.setattr(post_process, "MOST_IN_NMS", 100)
+    monkeypatch.setattr(
+        post_process, "nms_mask", lambda boxes, *rest, **to: given.append(boxes.shape[1])
+        or nms_mask(boxes, *rest, **to),
+    )  # fmt: skip
+    for found, wanted in zip(as_on_a_gpu(head, outputs, SIZES), expected, strict=True):
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    counts = [len(x["scores"]) for x in expected]
+    every = sum(math.prod(shape) for shape in SHAPES) * head.num_classes
+    assert max(counts) <= given[0] < every
+
+
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_detection_waits_for_the_gpu_once(head, monkeypatch):
     """On a GPU that is not there, which finds three objects in one image and none in another."""
@@ -692,13 +719,14 @@ def test_detection_waits_for_the_gpu_once(head, monkeypatch):
 
 
 @both_ways
-def test_numbers_that_are_not_one_are_not_detected(detect):
-    """Not by way of a class logit, and nothing else is lost by them."""
+@pytest.mark.parametrize("maps", [0, 2])
+def test_numbers_that_are_not_one_are_not_detected(detect, maps):
+    """Not by way of a class logit or centerness, and nothing else is lost by them."""
     head = tiny().head
     outputs = known_outputs(head)
     clean = detect(head, outputs, SIZES)
-    for x in outputs[0]:
-        x[0, 0, 0, 0] = torch.nan
+    for x in outputs[maps]:
+        x[0, 0, ::2, 0] = torch.nan
     spoiled, other = detect(head, outputs, SIZES)
     assert spoiled["scores"].isfinite().all() and len(spoiled["scores"])
     assert all(torch.equal(other[key], clean[1][key]) for key in other)

@@ -186,6 +186,9 @@ def test_only_inference():
         with pytest.raises(RuntimeError, match="keeps its dtype"):
             change()
     assert fast.to(torch.float32) is fast
+    narrow = nasfcos.optimize_for_inference(lively("R_50_NAS_retinanet"), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="keeps its dtype"):
+        narrow.to(torch.bfloat16)  # some of it is float32
 
 
 @pytest.mark.parametrize("name", ["R_50_NAS_retinanet", "other operations"])

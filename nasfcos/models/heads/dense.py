@@ -142,6 +142,9 @@ class DenseHead(nn.Module):
         scores = classes.flatten()[found].sigmoid()
         for maps in factor_maps:
             scores = scores * read_cells(maps, cells, 1).flatten()[row].sigmoid()
+        numbers = nonzero(scores >= 0)
+        if len(numbers) < len(scores):  # a factor is NaN
+            row, label, scores = (x[numbers] for x in (row, label, scores))
         cell = row // (logits[0].shape[1] // self.num_classes)
         image, level = cells.image[cell], cells.level[cell]
         selected = self.post_process.select(scores, level * images + image, len(logits) * images)

@@ -30,6 +30,10 @@ Detections = dict[str, Tensor]
 ABSENT = -1.0
 """The score of a prediction that is there for the shape's sake only."""
 
+MOST_IN_NMS = 2**14
+"""Predictions of an image that NMS is given whether they are there or not: on a GPU it takes memory
+by their square (here 32 MiB)."""
+
 
 class Candidates(NamedTuple):
     """Predictions of some images that may become detections.
@@ -69,9 +73,10 @@ class Ranked(NamedTuple):
         first = first[:, : max(counts)]
         boxes = self.boxes.gather(1, first[..., None].expand(-1, -1, 4))
         scores, labels = (x.gather(1, first) for x in (self.scores, self.labels))
+        found = {"boxes": boxes, "scores": scores, "labels": labels}
         return [
-            {"boxes": own[:count], "scores": score[:count], "labels": label[:count]}
-            for own, score, label, count in zip(boxes, scores, labels, counts, strict=True)
+            {name: x[image, :count].clone() for name, x in found.items()}
+            for image, count in enumerate(counts)
         ]
 
 
@@ -181,13 +186,17 @@ class PostProcess:
         return place.flatten(1), (index % classes).flatten(1), score.gather(2, index).flatten(1)
 
     def rank(self, boxes: Tensor, scores: Tensor, labels: Tensor, sizes: Tensor) -> Ranked:
-        """The detections among as many predictions of each image. Nothing waits for a GPU.
+        """The detections among as many predictions of each image. Nothing waits for a GPU, unless
+        there may be so many predictions that it is better to count them first.
 
         Args:
             boxes, scores, labels: [N, K, 4], [N, K] and [N, K], as in `Ranked` but in any order.
             sizes: [N, 2], the images' (height, width).
         """
         scores, order = scores.sort(dim=1, descending=True, stable=True)
+        if scores.shape[1] > MOST_IN_NMS:
+            most = int((scores >= 0).sum(1).max())
+            scores, order = scores[:, :most], order[:, :most]
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(boxes, *sizes[..., None].unbind(1))
         labels = labels.gather(1, order)
