@@ -334,10 +334,12 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
+    entries = (0,) if name in INTEGER_LISTS else default
+    entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
+    if isinstance(default, tuple) and entries and _like(value, entries[0]):
+        value = (value,)  # one where several are wanted
     if isinstance(default, bool) and str(value).lower() in ("true", "false"):  # as YAML has them
         value = str(value).lower() == "true"
-    if isinstance(default, tuple) and default and _like(value, default[0]):
-        value = (value,)  # one where several are wanted
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float) and isinstance(value, int):
@@ -347,8 +349,6 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         value, fits = type(default)(value), True
     else:
         fits = isinstance(value, type(default))
-    entries = (0,) if name in INTEGER_LISTS else default
-    entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
     if fits and entries:
         fits = all(_like(item, entries[0]) for item in value)
     if not fits:

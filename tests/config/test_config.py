@@ -203,8 +203,10 @@ def test_values_as_people_write_them(tmp_path):
     """A truth as in YAML, one where several may stand, a section with nothing in it."""
     path = write(tmp_path, "file.yaml", "SOLVER:\nMODEL:\n  NECK:\n")
     overrides = ["MODEL.SYNC_BN", "true", "SOLVER.STEPS", "600", "INPUT.MIN_SIZE_TRAIN", 640]
+    overrides += ["SEARCH.PRUNING.RUNGS", "30"]  # whose default is empty
     cfg = load_config(path, overrides)
     assert cfg.MODEL.SYNC_BN is True
+    assert cfg.SEARCH.PRUNING.RUNGS == (30,)
     assert cfg.SOLVER.STEPS == (600,) and cfg.INPUT.MIN_SIZE_TRAIN == (640,)
 
 
