@@ -3,9 +3,7 @@
 // What the modulated deformable convolution is on all devices: its geometry, and where a tap reads.
 
 #include <ATen/OpMathType.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
 #include <cstdint>
@@ -83,14 +81,6 @@ inline Geometry geometry_of(
       op, "offset or mask do not fit the other arguments");
   return g;
 }
-
-// Tensor operators within ours are called without autograd, and without autocast, whose dtype is
-// decided by now. The threads of a parallel region know nothing of the caller's dispatch state, and
-// need one each.
-struct PlainDispatch {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 // Where one tap of one output position reads.
 template <typename T>

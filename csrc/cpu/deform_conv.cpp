@@ -34,6 +34,7 @@
 #include <vector>
 
 #include "../deform_conv.h"
+#include "../dispatch.h"
 #include "../macros.h"
 #include "../memory_format.h"
 #include "values.h"

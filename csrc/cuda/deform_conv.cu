@@ -35,6 +35,7 @@
 #include <vector>
 
 #include "../deform_conv.h"
+#include "../dispatch.h"
 #include "../memory_format.h"
 
 namespace {
