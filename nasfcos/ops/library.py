@@ -64,6 +64,8 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor y, Tensor a, Tensor b)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "conv3x3": "(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor",
+    "conv3x3_backward": "(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
         "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
@@ -227,6 +229,17 @@ def _(grad, x, y, a, b):
     return plain.like(x), plain.like(y), torch.empty_like(a), torch.empty_like(b)
 
 
+@torch.library.register_fake("nasfcos::conv3x3", lib=_lib)
+def _(input, weight, bias, relu):
+    output = input.new_empty(input.shape[0], weight.shape[0], *input.shape[2:])
+    return output.contiguous(memory_format=plain.memory_format(input))
+
+
+@torch.library.register_fake("nasfcos::conv3x3_backward", lib=_lib)
+def _(grad, input, weight):
+    return plain.like(input), torch.empty_like(weight)
+
+
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
     return plain.like(input)
@@ -308,6 +321,20 @@ def _focal_backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
+def _conv_context(ctx, inputs, output) -> None:
+    input, weight, _bias, relu = inputs
+    ctx.save_for_backward(input, weight, *([output] if relu else []))
+
+
+@once_differentiable
+def _conv_backward(ctx, grad: Tensor):
+    input, weight, *rectified = ctx.saved_tensors
+    if rectified:
+        grad = torch.ops.aten.threshold_backward(grad, *rectified, 0)
+    grads = torch.ops.nasfcos.conv3x3_backward(grad, input, weight)
+    return *grads, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
+
+
 def _deform_context(ctx, inputs, output) -> None:
     input, offset, mask, weight, _bias, *ctx.geometry = inputs
     ctx.save_for_backward(input, offset, mask, weight)
@@ -323,6 +350,9 @@ def _deform_backward(ctx, grad: Tensor):
 
 torch.library.register_autograd(
     "nasfcos::sigmoid_focal_loss", _focal_backward, setup_context=_focal_context, lib=_lib
+)
+torch.library.register_autograd(
+    "nasfcos::conv3x3", _conv_backward, setup_context=_conv_context, lib=_lib
 )
 torch.library.register_autograd(
     "nasfcos::modulated_deform_conv2d", _deform_backward, setup_context=_deform_context, lib=_lib

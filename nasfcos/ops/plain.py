@@ -261,6 +261,21 @@ def weighted_sum_backward(
     return grad_x, grad_y, grad_a, grad_b
 
 
+def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    output = F.conv2d(input, weight, bias, padding=1)
+    if relu:
+        output = output.relu_()
+    return output.contiguous(memory_format=memory_format(input))
+
+
+def conv3x3_backward(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    grad_input = grad_input.contiguous(memory_format=memory_format(input))
+    return grad_input, torch.empty_like(weight).copy_(grad_weight)
+
+
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
     padding = dilation * (weight.shape[2] // 2)
     output = F.conv2d(

@@ -1,0 +1,52 @@
+#include "product.h"
+
+#include "../macros.h"
+#include "vectors.h"
+
+namespace nasfcos {
+
+namespace {
+
+template <int Rows, typename Vector, typename T>
+NASFCOS_INLINE void multiply_rows(const Product<T>& p, int64_t first) {
+  constexpr int vectors = kPanel * sizeof(T) / sizeof(Vector), lanes = kPanel / vectors;
+  const T *a = p.a + first * p.a_row, *b = p.b;
+  Vector sums[Rows][vectors] = {}, factors[vectors];
+  for (int64_t step = 0; step < p.steps; ++step, a += p.a_step, b += p.b_step) {
+    for (int v = 0; v < vectors; ++v) load(b + v * lanes, factors[v]);
+    // Unrolled here and below, all sums stay in registers.
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+      for (int v = 0; v < vectors; ++v) sums[row][v] += a[row * p.a_row] * factors[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+    for (int v = 0; v < vectors; ++v) {
+      store(sums[row][v], p.products + (first + row) * p.products_row + v * lanes);
+    }
+  }
+}
+
+// All rows from `first` on: `Rows` at a time, and what is left in smaller numbers.
+template <int Rows, typename Vector, typename T>
+NASFCOS_INLINE void multiply_from(const Product<T>& p, int64_t first) {
+  for (; first + Rows <= p.rows; first += Rows) multiply_rows<Rows, Vector>(p, first);
+  if constexpr (Rows > 1) multiply_from<Rows / 2, Vector>(p, first);
+}
+
+template <int Bytes, typename T>
+NASFCOS_INLINE void multiply_loop(const Product<T>& p) {
+  // As many rows as leave no multiply-add waiting for another, and fit the registers.
+  constexpr int rows = Bytes == 64 ? 12 : Bytes == 32 ? 6 : 2;
+  multiply_from<rows, typename Lanes<T, Bytes>::type>(p, 0);
+}
+
+NASFCOS_BY_WIDTH(multiply_float, Product<float>, multiply_loop<kBytes>(a))
+
+}  // namespace
+
+void multiply(const Product<float>& product) { multiply_float(product); }
+void multiply(const Product<double>& product) { multiply_loop<16>(product); }
+
+}  // namespace nasfcos

@@ -1,0 +1,201 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nasfcos.ops import conv3x3, plain
+from tests.operators import (
+    FORMATS,
+    check_close,
+    check_compiles,
+    check_once_differentiable,
+    check_threads,
+    needs_compiled,
+    outcome,
+)
+
+# input [N, C, H, W], output channels
+CASES = {
+    "whole tiles and panels": ((2, 32, 24, 32), 48),
+    "parts of tiles": ((1, 16, 29, 38), 16),
+    "parts of vectors and panels": ((1, 37, 30, 31), 21),
+    "a panel and one channel": ((2, 17, 21, 34), 17),
+    "several blocks of tiles": ((1, 16, 150, 210), 32),
+    "one row": ((1, 16, 1, 260), 16),
+    "one column": ((3, 16, 130, 1), 16),
+    "many small images": ((60, 16, 2, 3), 16),
+    "few tiles": ((2, 32, 9, 8), 32),
+    "few channels": ((1, 3, 40, 50), 4),
+    "no image": ((0, 16, 30, 30), 16),
+}
+
+
+def random_case(name, dtype=torch.float64):
+    """Input, weight and bias."""
+    shape, out_channels = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, (out_channels, shape[1], 3, 3), (out_channels,))
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+
+
+def last(*tensors):
+    return [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+
+
+def ordinary(x, weight, bias=None, relu=False):
+    output = F.conv2d(x, weight, bias, padding=1)
+    return output.relu() if relu else output
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_torch(name, format, dtype, tolerance):
+    x, weight, bias = random_case(name, dtype)
+    x = x.contiguous(memory_format=format)
+    for arguments, relu in (((x, weight, bias), False), ((x, weight), True)):
+        want = outcome(lambda *t, relu=relu: ordinary(*t, relu=relu), arguments)
+        got = outcome(lambda *t, relu=relu: conv3x3(*t, relu=relu), arguments)
+        check_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradcheck(relu):
+    x, weight, bias = (t.requires_grad_() for t in random_case("many small images"))
+
+    def function(x, weight, bias):
+        return conv3x3(*last(x), weight, bias, relu)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias), fast_mode=True)
+
+
+@needs_compiled("conv3x3")
+@pytest.mark.parametrize("channels", [64, 256])
+def test_rounds_little_more_than_the_direct_sum(channels):
+    """With the points that are usual in the literature it would be six to ten times the error."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 40, 40, generator=generator).relu()
+    weight = torch.randn(64, channels, 3, 3, generator=generator)
+    grad = torch.randn(1, 64, 40, 40, generator=generator)
+    x, weight, grad = last(x, weight, grad)
+
+    def errors(function):
+        exact = outcomes(ordinary, x.double(), weight.double(), grad.double())
+        pairs = zip(outcomes(function, x, weight, grad), exact, strict=True)
+        return [(a.double() - b).square().mean().sqrt().item() for a, b in pairs]
+
+    def outcomes(function, x, weight, grad):
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+    for ours, direct in zip(errors(conv3x3), errors(ordinary), strict=True):
+        assert 0 < ours < 4 * direct
+
+
+def test_plain_version_agrees():
+    x, weight, bias = last(*random_case("parts of vectors and panels")[:2]) + [None]
+    output = torch.ops.nasfcos.conv3x3(x, weight, bias, True)
+    check_close([plain.conv3x3(x, weight, bias, True)], [output], 1e-12)
+    want = torch.ops.nasfcos.conv3x3_backward(output, x, weight)
+    check_close(plain.conv3x3_backward(output, x, weight), want, 1e-12)
+
+
+@pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["parts of vectors and panels", "few tiles"])
+def test_memory_format_of_the_results(name, format, operators):
+    x, weight, _ = random_case(name, torch.float32)
+    x, weight = (t.contiguous(memory_format=format) for t in (x, weight))
+    output = operators.conv3x3(x, weight, None, False)
+    grads = operators.conv3x3_backward(output.contiguous(), x, weight)
+    assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
+    # A weight's gradient lies as the weight does, or DDP would copy it.
+    assert grads[1].shape == weight.shape and grads[1].stride() == weight.stride()
+
+
+def test_of_some_channels_of_a_map():
+    x, weight, bias = random_case("parts of vectors and panels", torch.float32)
+    for format, cut in itertools.product(FORMATS, (slice(3, 36), slice(0, 34, 2))):
+        part = x.contiguous(memory_format=format)[:, cut]
+        arguments = (weight[:, cut], bias)
+        want = outcome(ordinary, (part.contiguous(), *arguments))
+        check_close(outcome(conv3x3, (part, *arguments)), want, 1e-5)
+        check_close([conv3x3(part, *arguments)], want[:1], 1e-5)
+
+
+@pytest.mark.parametrize("shape, out_channels", [((2, 16, 60, 50), 40), ((1, 24, 28, 29), 200)])
+def test_result_does_not_depend_on_threads(shape, out_channels):
+    """Which divide tiles in the first case, output channels too in the second."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(out_channels, shape[1], 3, 3, generator=generator, dtype=torch.float64)
+    check_threads(lambda x, weight: conv3x3(*last(x), weight), (x, weight))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_pixels_reach_no_further_than_their_tiles(bad):
+    x, weight, _ = random_case("whole tiles and panels", torch.float32)
+    x[0, 3, 9, 14] = bad
+    got = conv3x3(*last(x), weight, relu=True)
+    wanted = torch.zeros_like(got, dtype=torch.bool)
+    wanted[0, :, 8:11, 13:16] = True
+    tiles = torch.zeros_like(wanted)
+    tiles[0, :, 8:12, 12:16] = True
+    assert not (~got.isfinite() & ~tiles).any()
+    assert not got.isnan().logical_not()[wanted].any() or bad == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_torchs(dtype):
+    x, weight, bias = last(*random_case("parts of tiles", dtype)[:2]) + [None]
+    assert torch.equal(conv3x3(x, weight, bias, True), ordinary(x, weight, bias, True))
+
+
+def test_autocast_decides_the_precision():
+    x, weight, _ = random_case("parts of tiles", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = conv3x3(*last(x), weight)
+        assert got.dtype == torch.bfloat16 and torch.equal(got, ordinary(*last(x), weight))
+
+
+def test_second_derivatives_are_refused():
+    check_once_differentiable(
+        lambda x, weight: conv3x3(*last(x), weight), random_case("parts of tiles")[:2]
+    )
+
+
+def test_shapes_that_do_not_fit():
+    x, weight, bias = random_case("parts of tiles")
+    for wrong in ((x[0], weight), (x, weight[:, 1:]), (x, weight[..., 1:])):
+        with pytest.raises(ValueError, match=r"weight \[Cout, C, 3, 3\], got \[1?"):
+            conv3x3(*wrong)
+    with pytest.raises(ValueError, match=r"bias must be \[16\], got \[15\]"):
+        conv3x3(x, weight, bias[1:])
+    # the operators themselves, without their face, must not read out of bounds either
+    for wrong in (
+        (x, weight[:, 1:], None, False),
+        (x, weight, bias[1:], False),
+        (x, weight.float(), None, False),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.ops.nasfcos.conv3x3(*wrong)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.nasfcos.conv3x3_backward(x[:, :, 1:], x, weight)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["parts of tiles", "few tiles"])
+def test_registration(name, format):
+    x, weight, bias = random_case(name)
+    x = x.contiguous(memory_format=format).requires_grad_()
+    weight.requires_grad_()
+    torch.library.opcheck(torch.ops.nasfcos.conv3x3, (x, weight, bias.requires_grad_(), True))
+    maps = (torch.randn(x.shape[0], len(bias), *x.shape[2:]).to(x), x.detach(), weight.detach())
+    torch.library.opcheck(torch.ops.nasfcos.conv3x3_backward, maps)
+
+
+def test_compiles_into_one_graph_of_dynamic_shape():
+    cases = [random_case(n) for n in ("parts of tiles", "parts of vectors and panels")]
+    check_compiles(lambda x, *further: conv3x3(*last(x), *further), cases)
