@@ -20,6 +20,7 @@ from ..models.heads.towers import plain_tower
 from ..models.necks.nas_fpn import Concat, WeightedSum
 from ..ops import (
     batched_nms,
+    conv3x3,
     depthwise_conv2d,
     modulated_deform_conv2d,
     sigmoid_focal_loss,
@@ -395,7 +396,26 @@ def operator_case(
     )
 
 
-# ------------------------------------------------------- parts of the searched neck, channels-last
+# ----------------------------------------------------------- layers of the models, channels-last
+def conv(backward: bool, setting: Setting) -> Case:
+    """The 3x3 convolution, on P3."""
+    height, width = map_shapes(*setting.image_size())[0]
+    x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
+    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, generator=generator())
+    weight = weight.to(setting.device, memory_format=torch.channels_last)
+    weight.requires_grad_(backward)
+    return operator_case(
+        "3x3 convolution",
+        {
+            PYTORCH: lambda: F.conv2d(x, weight, padding=1),
+            "ours": lambda: conv3x3(x, weight),
+        },
+        [x, weight],
+        grad if backward else None,
+        {"map": f"{height}x{width}", "channels": CHANNELS},
+    )
+
+
 def depthwise_conv(backward: bool, setting: Setting) -> Case:
     """The 5x5 depthwise convolution of dilation 6, on P3."""
     height, width = map_shapes(*setting.image_size())[0]

@@ -9,13 +9,21 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import fused_concat
+from ..ops import conv3x3, fused_concat
 from .backbones.mobilenet_v2 import InvertedResidual
 from .backbones.resnet import Bottleneck, Stem
 from .detector import Detector
 from .heads.dense import DenseHead
 from .heads.post_process import Detections
-from .layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, Scale, SeparableConv, norm_relu
+from .layers import (
+    Conv3x3,
+    ConvNormAct,
+    DeformConv,
+    FrozenBatchNorm2d,
+    Scale,
+    SeparableConv,
+    norm_relu,
+)
 from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 
 FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -148,6 +156,8 @@ class FusedConv(nn.Module):
                 x, residual, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
             )
             return x if relu else self._activate(x)
+        if isinstance(conv, Conv3x3) and x.dtype == torch.float32 and self.limit is None:
+            return conv3x3(x, conv.weight, conv.bias, self.relu)
         kind, scalars = "none", []
         if self.relu:
             kind, scalars = ("relu", []) if self.limit is None else ("hardtanh", [0.0, self.limit])

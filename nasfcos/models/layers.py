@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import (
     batch_norm_relu,
+    conv3x3,
     depthwise_conv2d,
     group_norm_relu,
     memory_format,
@@ -104,16 +105,27 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.relu(norm(x), inplace=True)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride one; the map's size stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
 class ConvNormAct(nn.Module):
-    """Convolution ("same" padding), optional norm, ReLU."""
+    """Convolution 1x1 or 3x3 (the map's size stays), optional norm, ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, norm: Norm | None, bias: bool
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
-        )
+        if kernel_size == 3:
+            self.conv = Conv3x3(in_channels, out_channels, bias)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
         self.norm = norm(out_channels) if norm is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,9 +179,7 @@ class ModulatedDeformConv(nn.Module):
         kernel = self.KERNEL
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.conv_offset_mask = nn.Conv2d(
-            in_channels, self.OFFSET_GROUPS * 3 * kernel * kernel, kernel, padding=kernel // 2
-        )
+        self.conv_offset_mask = Conv3x3(in_channels, self.OFFSET_GROUPS * 3 * kernel * kernel)
         bound = (in_channels * kernel * kernel) ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.conv_offset_mask.weight)

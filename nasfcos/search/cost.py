@@ -65,16 +65,17 @@ def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **
     return 2 * samples * (out_channels + 5)
 
 
-def _depthwise_flops(input_shape, weight_shape, *args, out_shape, **kwargs) -> int:
-    """At two a multiply-add; `rectified_pairs` too, with two input channels a group."""
+def _conv_flops(input_shape, weight_shape, *args, out_shape, **kwargs) -> int:
+    """At two a multiply-add of the direct sum, however the operator computes it."""
     _, per_group, kernel_h, kernel_w = weight_shape
     return 2 * math.prod(out_shape) * per_group * kernel_h * kernel_w
 
 
 _FORMULAS = {
     torch.ops.nasfcos.modulated_deform_conv2d: _deform_flops,
-    torch.ops.nasfcos.depthwise_conv2d: _depthwise_flops,
-    torch.ops.nasfcos.rectified_pairs: _depthwise_flops,
+    torch.ops.nasfcos.conv3x3: _conv_flops,
+    torch.ops.nasfcos.depthwise_conv2d: _conv_flops,
+    torch.ops.nasfcos.rectified_pairs: _conv_flops,
 }
 
 

@@ -115,7 +115,8 @@ def test_golden_detections():
     nasfcos.load_weights(model, {"model": known_weights("R_50_NAS_head")})
     (found,) = nasfcos.optimize_for_inference(model)([known_image()])
     expected = torch.tensor(golden()["R_50_NAS_head"]["detections"])
-    torch.testing.assert_close(found["scores"], expected[:, 4], rtol=1e-4, atol=0)
+    # Of the recorded scores some are 1.2e-4 from those with every 3x3 convolution in float64.
+    torch.testing.assert_close(found["scores"], expected[:, 4], rtol=2e-4, atol=0)
     # Those of almost equal scores may come in another order.
     found = torch.cat((found["boxes"], found["labels"][:, None]), dim=1)
     apart = (found[:, None] - expected[None, :, [0, 1, 2, 3, 5]]).abs().amax(dim=2)

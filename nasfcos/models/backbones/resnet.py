@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from ..layers import FrozenBatchNorm2d, Norm
+from ..layers import Conv3x3, FrozenBatchNorm2d, Norm
 from ..registry import BACKBONES
 
 NORMS: dict[str, Norm] = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}
@@ -50,9 +50,12 @@ class Bottleneck(nn.Module):
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride_1x1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(
-            width, width, 3, stride=stride_3x3, padding=1, groups=groups, bias=False
-        )
+        if stride_3x3 == groups == 1:
+            self.conv2 = Conv3x3(width, width, bias=False)
+        else:
+            self.conv2 = nn.Conv2d(
+                width, width, 3, stride=stride_3x3, padding=1, groups=groups, bias=False
+            )
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...ops import sigmoid_focal_loss
 from ...transfer import to_device
+from ..layers import Conv3x3
 from .cells import (
     Cells,
     all_cells,
@@ -184,9 +185,9 @@ def padded_targets(targets: Targets, device: torch.device) -> tuple[Tensor, Tens
     return to_device(boxes, device), to_device(labels, device)
 
 
-def prediction_layer(in_channels: int, out_channels: int, bias: float = 0.0) -> nn.Conv2d:
+def prediction_layer(in_channels: int, out_channels: int, bias: float = 0.0) -> Conv3x3:
     """A 3x3 conv that starts by predicting `bias` nearly everywhere."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    conv = Conv3x3(in_channels, out_channels)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, bias)
     return conv

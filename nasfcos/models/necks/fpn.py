@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from ..layers import Conv3x3
 from ..registry import NECKS
 from .top import TopLevels
 
@@ -23,9 +24,7 @@ class FPN(nn.Module):
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels[1:])
-        self.output = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels[1:]
-        )
+        self.output = nn.ModuleList(Conv3x3(channels, channels) for _ in in_channels[1:])
         for conv in (*self.lateral, *self.output):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
