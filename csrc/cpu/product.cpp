@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include <algorithm>
+
 #include "../macros.h"
 #include "vectors.h"
 
@@ -38,15 +40,17 @@ NASFCOS_INLINE void multiply_from(const Product<T>& p, int64_t first) {
 template <int Bytes, typename T>
 NASFCOS_INLINE void multiply_loop(const Product<T>& p) {
   // As many rows as leave no multiply-add waiting for another, and fit the registers.
-  constexpr int rows = Bytes == 64 ? 12 : Bytes == 32 ? 6 : 2;
+  constexpr int vectors = kPanel * sizeof(T) / Bytes;
+  constexpr int rows = Bytes == 64 ? 12 : std::max(1, (Bytes == 32 ? 12 : 8) / vectors);
   multiply_from<rows, typename Lanes<T, Bytes>::type>(p, 0);
 }
 
 NASFCOS_BY_WIDTH(multiply_float, Product<float>, multiply_loop<kBytes>(a))
+NASFCOS_BY_WIDTH(multiply_double, Product<double>, multiply_loop<kBytes>(a))
 
 }  // namespace
 
 void multiply(const Product<float>& product) { multiply_float(product); }
-void multiply(const Product<double>& product) { multiply_loop<16>(product); }
+void multiply(const Product<double>& product) { multiply_double(product); }
 
 }  // namespace nasfcos
