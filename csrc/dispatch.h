@@ -7,7 +7,7 @@ namespace nasfcos {
 
 // Tensor operators within ours are called without autograd, and without autocast, whose dtype is
 // decided by now. The threads of a parallel region know nothing of the caller's dispatch state, and
-// need one each.
+// need one of these each.
 struct PlainDispatch {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};

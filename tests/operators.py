@@ -44,18 +44,21 @@ def check_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float)
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
-def check_threads(function: Operator, tensors: Sequence[Tensor]) -> None:
-    """One thread and three give the same; tensors should be float64 and large enough to divide."""
+def check_threads(
+    function: Operator, tensors: Sequence[Tensor], counts: Sequence[int] = (3,)
+) -> None:
+    """As one thread, so give so many; tensors should be float64 and large enough to divide."""
     threads = torch.get_num_threads()
     results = []
     try:
-        for n in (1, 3):
+        for n in (1, *counts):
             torch.set_num_threads(n)
             results.append(outcome(function, tensors))
     finally:
         torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def check_bfloat16(function: Operator, tensors: Sequence[Tensor]) -> None:

@@ -20,11 +20,11 @@ from ..models.heads.towers import plain_tower
 from ..models.necks.nas_fpn import Concat, WeightedSum
 from ..ops import (
     batched_nms,
-    conv3x3,
     depthwise_conv2d,
     modulated_deform_conv2d,
     sigmoid_focal_loss,
 )
+from ..ops import conv3x3 as our_conv3x3
 from .inputs import (
     NUM_CLASSES,
     OBJECTS,
@@ -397,7 +397,7 @@ def operator_case(
 
 
 # ----------------------------------------------------------- layers of the models, channels-last
-def conv(backward: bool, setting: Setting) -> Case:
+def conv3x3(backward: bool, setting: Setting) -> Case:
     """The 3x3 convolution, on P3."""
     height, width = map_shapes(*setting.image_size())[0]
     x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
@@ -408,7 +408,7 @@ def conv(backward: bool, setting: Setting) -> Case:
         "3x3 convolution",
         {
             PYTORCH: lambda: F.conv2d(x, weight, padding=1),
-            "ours": lambda: conv3x3(x, weight),
+            "ours": lambda: our_conv3x3(x, weight),
         },
         [x, weight],
         grad if backward else None,

@@ -70,7 +70,7 @@ def _all() -> Iterator[Benchmark]:
     yield Benchmark("deform_conv/forward", partial(parts.deform_conv, False))
     yield Benchmark("deform_conv/backward", partial(parts.deform_conv, True))
     for part in (
-        *(parts.conv, parts.depthwise_conv, parts.concat, parts.weighted_sum),
+        *(parts.conv3x3, parts.depthwise_conv, parts.concat, parts.weighted_sum),
         *(parts.norm_relu, parts.group_norm_relu),
     ):
         yield Benchmark(f"{part.__name__}/forward", partial(part, False))

@@ -145,6 +145,9 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv
+        plain = residual is None and self.limit is None
+        if plain and isinstance(conv, Conv3x3) and x.dtype == torch.float32:
+            return conv3x3(x, conv.weight, conv.bias, self.relu)
         # A compiler sees through PyTorch's operators only, and fuses what follows them itself.
         by_parts = torch.compiler.is_compiling() or x.device.type != "cpu"
         if by_parts or x.dtype not in _ONEDNN_DTYPES:
@@ -156,8 +159,6 @@ class FusedConv(nn.Module):
                 x, residual, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
             )
             return x if relu else self._activate(x)
-        if isinstance(conv, Conv3x3) and x.dtype == torch.float32 and self.limit is None:
-            return conv3x3(x, conv.weight, conv.bias, self.relu)
         kind, scalars = "none", []
         if self.relu:
             kind, scalars = ("relu", []) if self.limit is None else ("hardtanh", [0.0, self.limit])

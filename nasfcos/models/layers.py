@@ -106,7 +106,8 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride one; the map's size stays."""
+    """A 3x3 convolution of stride one; the map's size stays. Its geometry is fixed: changing its
+    stride, padding, dilation or groups has no effect. Maps are [N, C, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -116,7 +117,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution 1x1 or 3x3 (the map's size stays), optional norm, ReLU."""
+    """Convolution ("same" padding), optional norm, ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, norm: Norm | None, bias: bool
@@ -125,7 +126,9 @@ class ConvNormAct(nn.Module):
         if kernel_size == 3:
             self.conv = Conv3x3(in_channels, out_channels, bias)
         else:
-            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
+            self.conv = nn.Conv2d(
+                in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+            )
         self.norm = norm(out_channels) if norm is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ _NARROW = {
     if _library.has_compiled("modulated_deform_conv2d", device)
 }
 
+_OWN_CONV3X3 = _library.has_compiled("conv3x3", "cpu")
+
 __all__ = [
     "batch_norm_concat",
     "batch_norm_relu",
@@ -368,8 +370,8 @@ def conv3x3(
     """Convolution 3x3 of stride one with as much padding as keeps a map's size, and ReLU if wanted.
     For channels-last maps of single or double precision on the CPU it is ours, unless autocast
     lowers the precision: Winograd's minimal filtering, with a quarter of the multiplications and
-    about twice the rounding error of the direct sum. Else, and for few pixels or channels, it is
-    PyTorch's.
+    about twice the rounding error of the direct sum, differentiable once in reverse mode. Else, and
+    for few pixels or channels, it is PyTorch's.
 
     Args:
         input: [N, C, H, W].
@@ -378,8 +380,8 @@ def conv3x3(
 
     Returns:
         [N, Cout, H, W] in the dtype of ``input`` (under autocast, in autocast's), channels-last
-        where ``input`` is. What is not finite reaches the outputs of a convolution, and up to three
-        pixels further.
+        where ``input`` is. What is not finite reaches the outputs that a convolution takes it to,
+        and may reach others no more than three pixels from it.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -392,7 +394,9 @@ def conv3x3(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"conv3x3: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     if (
-        input.device.type == "cpu"
+        _OWN_CONV3X3
+        and input.device.type == "cpu"
+        and input.dtype == weight.dtype
         and input.dtype in (torch.float32, torch.float64)
         and memory_format(input) == torch.channels_last
         and not torch.is_autocast_enabled("cpu")

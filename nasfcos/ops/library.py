@@ -65,7 +65,8 @@ _SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "conv3x3": "(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor",
-    "conv3x3_backward": "(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
+    "conv3x3_input_backward": "(Tensor grad, Tensor input, Tensor weight) -> Tensor",
+    "conv3x3_weight_backward": "(Tensor grad, Tensor input, Tensor weight) -> Tensor",
     "depthwise_conv2d": "(Tensor input, Tensor weight, int dilation) -> Tensor",
     "depthwise_conv2d_backward": (
         "(Tensor grad, Tensor input, Tensor weight, int dilation) -> (Tensor, Tensor)"
@@ -235,9 +236,14 @@ def _(input, weight, bias, relu):
     return output.contiguous(memory_format=plain.memory_format(input))
 
 
-@torch.library.register_fake("nasfcos::conv3x3_backward", lib=_lib)
+@torch.library.register_fake("nasfcos::conv3x3_input_backward", lib=_lib)
 def _(grad, input, weight):
-    return plain.like(input), torch.empty_like(weight)
+    return plain.like(input)
+
+
+@torch.library.register_fake("nasfcos::conv3x3_weight_backward", lib=_lib)
+def _(grad, input, weight):
+    return torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
@@ -331,7 +337,11 @@ def _conv_backward(ctx, grad: Tensor):
     input, weight, *rectified = ctx.saved_tensors
     if rectified:
         grad = torch.ops.aten.threshold_backward(grad, *rectified, 0)
-    grads = torch.ops.nasfcos.conv3x3_backward(grad, input, weight)
+    operators = torch.ops.nasfcos.conv3x3_input_backward, torch.ops.nasfcos.conv3x3_weight_backward
+    grads = (
+        operator(grad, input, weight) if needed else None
+        for operator, needed in zip(operators, ctx.needs_input_grad, strict=False)
+    )
     return *grads, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
 

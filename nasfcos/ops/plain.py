@@ -268,12 +268,14 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> T
     return output.contiguous(memory_format=memory_format(input))
 
 
-def conv3x3_backward(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    grad_input = grad_input.contiguous(memory_format=memory_format(input))
-    return grad_input, torch.empty_like(weight).copy_(grad_weight)
+def conv3x3_input_backward(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    grad_input = torch.nn.grad.conv2d_input(input.shape, weight, grad, padding=1)
+    return grad_input.contiguous(memory_format=memory_format(input))
+
+
+def conv3x3_weight_backward(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    grad_weight = torch.nn.grad.conv2d_weight(input, weight.shape, grad, padding=1)
+    return torch.empty_like(weight).copy_(grad_weight)
 
 
 def depthwise_conv2d(input: Tensor, weight: Tensor, dilation: int) -> Tensor:

@@ -9,10 +9,17 @@ from torch import nn
 
 import nasfcos
 from nasfcos.models.inference import FusedConv, GroupNormRelu, InferenceDetector
-from nasfcos.models.layers import ConvNormAct, DeformConv, FrozenBatchNorm2d, SeparableConv
+from nasfcos.models.layers import (
+    Conv3x3,
+    ConvNormAct,
+    DeformConv,
+    FrozenBatchNorm2d,
+    SeparableConv,
+)
 from nasfcos.models.necks.nas_fpn import Concat, WeightedSum
 from nasfcos.ops import fused_concat, plain
 from tests.known import ROOT, golden, known_image, known_weights
+from tests.operators import needs_compiled
 
 GENOTYPE = [
     [[0, 2, 1, 3, 1]], [[3, 1, 4, 0, 0]], [[1, 4, 2, 3, 1]], [[3, 5, 4, 4, 1]], [[6, 2, 4, 1, 0]],
@@ -242,6 +249,39 @@ def test_fused_convolution(relu, residual, limit):
     given = None if other is None else other.clone()
     torch.testing.assert_close(FusedConv(conv, relu, limit)(x, given), want)
     assert given is None or torch.equal(given, other)
+
+
+@pytest.mark.parametrize("limit", [None, 6.0])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_fused_3x3_convolution(relu, residual, limit):
+    torch.manual_seed(0)
+    conv = Conv3x3(16, 16).to(memory_format=torch.channels_last).requires_grad_(False)
+    x, other = (
+        10 * torch.randn(1, 16, 30, 31).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    want = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    want = want + other if residual else want
+    want = want.clamp(0, limit) if relu else want
+    got = FusedConv(conv, relu, limit)(x, other.clone() if residual else None)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiled("conv3x3")
+def test_a_compiled_3x3_convolution_keeps_its_relu():
+    conv = Conv3x3(16, 16).to(memory_format=torch.channels_last).requires_grad_(False)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(1, 16, 30, 31).to(memory_format=torch.channels_last)
+    compiled = torch.compile(FusedConv(conv, relu=True), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), conv(x).relu())
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+    assert called == [torch.ops.nasfcos.conv3x3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -39,6 +39,10 @@ def random_case(name, dtype=torch.float64):
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
 
 
+def gradients(operators, *tensors):
+    return [getattr(operators, f"conv3x3_{of}_backward")(*tensors) for of in ("input", "weight")]
+
+
 def last(*tensors):
     return [t.contiguous(memory_format=torch.channels_last) for t in tensors]
 
@@ -91,15 +95,16 @@ def test_rounds_little_more_than_the_direct_sum(channels):
         return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
     for ours, direct in zip(errors(conv3x3), errors(ordinary), strict=True):
-        assert 0 < ours < 4 * direct
+        assert ours != direct and ours < 4 * direct
 
 
 def test_plain_version_agrees():
-    x, weight, bias = last(*random_case("parts of vectors and panels")[:2]) + [None]
+    x, weight, bias = random_case("parts of vectors and panels")
+    x, weight = last(x, weight)
     output = torch.ops.nasfcos.conv3x3(x, weight, bias, True)
     check_close([plain.conv3x3(x, weight, bias, True)], [output], 1e-12)
-    want = torch.ops.nasfcos.conv3x3_backward(output, x, weight)
-    check_close(plain.conv3x3_backward(output, x, weight), want, 1e-12)
+    want = gradients(torch.ops.nasfcos, output, x, weight)
+    check_close(gradients(plain, output, x, weight), want, 1e-12)
 
 
 @pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
@@ -109,10 +114,13 @@ def test_memory_format_of_the_results(name, format, operators):
     x, weight, _ = random_case(name, torch.float32)
     x, weight = (t.contiguous(memory_format=format) for t in (x, weight))
     output = operators.conv3x3(x, weight, None, False)
-    grads = operators.conv3x3_backward(output.contiguous(), x, weight)
+    grads = gradients(operators, output.contiguous(), x, weight)
     assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
     # A weight's gradient lies as the weight does, or DDP would copy it.
     assert grads[1].shape == weight.shape and grads[1].stride() == weight.stride()
+    # So it does however that is.
+    weight = weight.new_empty(x.shape[1], len(weight), 3, 3).transpose(0, 1).copy_(weight)
+    assert gradients(operators, output, x, weight)[1].stride() == weight.stride()
 
 
 def test_of_some_channels_of_a_map():
@@ -125,26 +133,44 @@ def test_of_some_channels_of_a_map():
         check_close([conv3x3(part, *arguments)], want[:1], 1e-5)
 
 
-@pytest.mark.parametrize("shape, out_channels", [((2, 16, 60, 50), 40), ((1, 24, 28, 29), 200)])
+@pytest.mark.parametrize("shape, out_channels", [((2, 16, 60, 50), 40), ((1, 256, 28, 29), 264)])
 def test_result_does_not_depend_on_threads(shape, out_channels):
-    """Which divide tiles in the first case, output channels too in the second."""
+    """Three divide tiles in the first case and output channels in the second, four both."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     weight = torch.randn(out_channels, shape[1], 3, 3, generator=generator, dtype=torch.float64)
-    check_threads(lambda x, weight: conv3x3(*last(x), weight), (x, weight))
+    check_threads(lambda x, weight: conv3x3(*last(x), weight), (x, weight), counts=(3, 4, 7))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_pixels_reach_no_further_than_their_tiles(bad):
     x, weight, _ = random_case("whole tiles and panels", torch.float32)
-    x[0, 3, 9, 14] = bad
-    got = conv3x3(*last(x), weight, relu=True)
-    wanted = torch.zeros_like(got, dtype=torch.bool)
-    wanted[0, :, 8:11, 13:16] = True
-    tiles = torch.zeros_like(wanted)
-    tiles[0, :, 8:12, 12:16] = True
-    assert not (~got.isfinite() & ~tiles).any()
-    assert not got.isnan().logical_not()[wanted].any() or bad == torch.inf
+    # The first is inside a tile, the second in its corner, which three others read.
+    for row, column, rows, columns in ((9, 14, (8, 12), (12, 16)), (8, 12, (4, 12), (8, 16))):
+        hit = x.clone()
+        hit[0, 3, row, column] = bad
+        got = conv3x3(*last(hit), weight)
+        assert not got[0, :, row - 1 : row + 2, column - 1 : column + 2].isfinite().any()
+        got[0, :, slice(*rows), slice(*columns)] = 0
+        assert got.isfinite().all()
+    assert conv3x3(*last(hit), weight, relu=True)[0, :, 8, 12].isnan().all() or bad == torch.inf
+
+
+@needs_compiled("conv3x3")
+def test_only_the_gradients_that_are_wanted():
+    x, weight, bias = random_case("parts of tiles")
+    every = outcome(lambda *t: conv3x3(*last(t[0]), *t[1:]), (x, weight, bias))[1:]
+    for wanted in range(3):
+        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, weight, bias))]
+        with torch.profiler.profile() as profile:
+            output = conv3x3(*last(leaves[0]), *leaves[1:])
+            generator = torch.Generator().manual_seed(0)
+            grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            output.backward(grad)
+        torch.testing.assert_close(leaves[wanted].grad, every[wanted])
+        called = {event.key for event in profile.key_averages()}
+        for index, of in enumerate(("input", "weight")):
+            assert (f"nasfcos::conv3x3_{of}_backward" in called) == (index == wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -182,7 +208,9 @@ def test_shapes_that_do_not_fit():
         with pytest.raises((ValueError, RuntimeError)):
             torch.ops.nasfcos.conv3x3(*wrong)
     with pytest.raises((ValueError, RuntimeError)):
-        torch.ops.nasfcos.conv3x3_backward(x[:, :, 1:], x, weight)
+        torch.ops.nasfcos.conv3x3_input_backward(x[:, :, 1:], x, weight)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.nasfcos.conv3x3_weight_backward(x[:, :, 1:], x, weight)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -193,7 +221,8 @@ def test_registration(name, format):
     weight.requires_grad_()
     torch.library.opcheck(torch.ops.nasfcos.conv3x3, (x, weight, bias.requires_grad_(), True))
     maps = (torch.randn(x.shape[0], len(bias), *x.shape[2:]).to(x), x.detach(), weight.detach())
-    torch.library.opcheck(torch.ops.nasfcos.conv3x3_backward, maps)
+    torch.library.opcheck(torch.ops.nasfcos.conv3x3_input_backward, maps)
+    torch.library.opcheck(torch.ops.nasfcos.conv3x3_weight_backward, maps)
 
 
 def test_compiles_into_one_graph_of_dynamic_shape():

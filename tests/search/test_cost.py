@@ -10,6 +10,7 @@ import nasfcos
 from nasfcos.config import get_defaults
 from nasfcos.models.layers import ModulatedDeformConv, SeparableConv
 from nasfcos.search.cost import build_objective, latency_ms, multiply_adds
+from tests.operators import FORMATS
 
 
 def test_hand_count():
@@ -56,13 +57,14 @@ def test_published_figures(config, channels, published, request):
     assert counted == pytest.approx(published, rel=0.02)
 
 
-def test_the_same_on_every_device(request):
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_on_every_device(request, format):
     """Operators of ours are counted where they are computed as where PyTorch's stand for them."""
     cfg = nasfcos.load_config(request.config.rootpath / "configs/demo/nas_fcos.yaml",
                               ["MODEL.NUM_CLASSES", 3])  # fmt: skip
     model = nasfcos.build_detector(cfg)
     whole = nn.Sequential(model.backbone, model.neck, model.head)
-    image = torch.rand(1, 3, 64, 96)
+    image = torch.rand(1, 3, 64, 96).contiguous(memory_format=format)
     counted = multiply_adds(whole, image)
     assert counted == multiply_adds(whole.to("meta"), image.to("meta"))
 
