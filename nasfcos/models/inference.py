@@ -135,7 +135,8 @@ class InferenceDetector(nn.Module):
 
 
 class FusedConv(nn.Module):
-    """Convolution, optional sum with a residual, optional ReLU (cut off at `limit`)."""
+    """Convolution, optional sum with a residual (which may be overwritten), optional ReLU (cut off
+    at `limit`)."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool, limit: float | None = None) -> None:
         super().__init__()
@@ -155,8 +156,9 @@ class FusedConv(nn.Module):
         geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if residual is not None:
             relu = "relu" if self.relu and self.limit is None else None
-            x = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, residual, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
+            # Into the residual: where maps are large, a new one takes longer than the convolution.
+            x = torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual, x, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
             )
             return x if relu else self._activate(x)
         kind, scalars = "none", []
