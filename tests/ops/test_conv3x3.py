@@ -186,6 +186,7 @@ def test_autocast_decides_the_precision():
         assert got.dtype == torch.bfloat16 and torch.equal(got, ordinary(*last(x), weight))
 
 
+@needs_compiled("conv3x3")
 def test_second_derivatives_are_refused():
     check_once_differentiable(
         lambda x, weight: conv3x3(*last(x), weight), random_case("parts of tiles")[:2]
