@@ -27,6 +27,7 @@
 #include "../dispatch.h"
 #include "../macros.h"
 #include "../memory_format.h"
+#include "parts.h"
 #include "product.h"
 #include "vectors.h"
 #include "winograd.h"
@@ -167,7 +168,7 @@ struct Division {
 
   Division(int64_t tiles, int64_t out_channels)
       : tiles(tiles), panels(divide_up(out_channels, kPanel)) {
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t threads = nasfcos::available_threads();
     // In multiply-adds, a point and input channel, of transforming a tile and of fetching a kernel.
     constexpr int64_t per_tile = 24, per_kernel = 4;
     int64_t least = std::numeric_limits<int64_t>::max();
@@ -227,6 +228,20 @@ PointMatrices<T> kernels_at_points(const Tensor& weight, bool turned) {
   return result;
 }
 
+// Some tiles of channels-last maps to the points, a row each.
+template <typename T>
+void inputs_at_points(
+    const Tiles& tiles, const T* maps, int64_t channels, int64_t first, int64_t count,
+    const T* zeros, const PointMatrices<T>& result) {
+  const T* from[kPoints];
+  T* at_points[kPoints];
+  for (int64_t i = 0; i < count; ++i) {
+    tiles.pixels(maps, channels, first + i, kIn, 1, zeros, from);
+    result.places(i, at_points);
+    input_to_points({from, at_points, channels});
+  }
+}
+
 // Of channels-last maps.
 template <typename T>
 void convolve(
@@ -246,7 +261,6 @@ void convolve(
     const PlainDispatch dispatch;
     const PointMatrices<T> inputs(most_tiles, channels, input.options());
     const PointMatrices<T> products(most_tiles, most_columns, input.options());
-    const T* from[kPoints];
     T *at_points[kPoints], *to[kOut * kOut];
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first_panel = division.first_panel(part), end_tile = division.end_tile(part);
@@ -255,11 +269,7 @@ void convolve(
       const int64_t columns = std::min(panels * kPanel, out_channels - first);
       for (int64_t tile = division.first_tile(part); tile < end_tile; tile += most_tiles) {
         const int64_t count = std::min(most_tiles, end_tile - tile);
-        for (int64_t i = 0; i < count; ++i) {
-          tiles.pixels(in, channels, tile + i, kIn, 1, zeros.data(), from);
-          inputs.places(i, at_points);
-          input_to_points({from, at_points, channels});
-        }
+        inputs_at_points(tiles, in, channels, tile, count, zeros.data(), inputs);
         for (int p = 0; p < kPoints; ++p) {
           for (int64_t panel = 0; panel < panels; ++panel) {
             nasfcos::multiply(Product<T>{
@@ -308,10 +318,8 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& input) {
       const int64_t end_kernel = std::min(out_channels, division.end_panel(part) * kPanel);
       for (int64_t tile = division.first_tile(part); tile < end_tile; tile += most_tiles) {
         const int64_t count = std::min(most_tiles, end_tile - tile);
+        inputs_at_points(tiles, in, channels, tile, count, zeros.data(), inputs);
         for (int64_t i = 0; i < count; ++i) {
-          tiles.pixels(in, channels, tile + i, kIn, 1, zeros.data(), from);
-          inputs.places(i, at_points);
-          input_to_points({from, at_points, channels});
           tiles.pixels(
               out + first_kernel, out_channels, tile + i, kOut, 0, zeros.data(), from);
           grads.places(i, at_points);

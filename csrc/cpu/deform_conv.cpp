@@ -37,6 +37,7 @@
 #include "../dispatch.h"
 #include "../macros.h"
 #include "../memory_format.h"
+#include "parts.h"
 #include "values.h"
 
 namespace {
@@ -47,6 +48,7 @@ using nasfcos::Geometry;
 using nasfcos::Maps;
 using nasfcos::PlainDispatch;
 using nasfcos::Sample;
+using nasfcos::available_threads;
 using nasfcos::flatten_pixels;
 using nasfcos::geometry_of;
 using nasfcos::locate;
@@ -62,8 +64,6 @@ int64_t block_of(int64_t columns, int64_t positions) {
 
 // Copying fewer elements than this takes less time than waiting for another thread may.
 constexpr int64_t kSmall = int64_t{1} << 18;
-
-int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // The samples of one group at one output position. `offset` and `mask` start at an image's group.
 template <typename T>

@@ -14,6 +14,10 @@ static inline int64_t parts_of(int64_t count, int64_t grain) {
 
 namespace nasfcos {
 
+inline int64_t available_threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
 // Sums over pixels are of the values' type within a block of so many, and double beyond it: the
 // fewer, the less rounding in sums of values that are much alike.
 constexpr int64_t kPixels = 32;
