@@ -15,6 +15,7 @@ A checkpoint is a torch file of plain containers and tensors:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -231,17 +232,76 @@ def restore_solver(
     """Go on after `iteration`, with the moments of `state` and the settings of the current config.
 
     Learning rate, momentum and weight decay follow the config that both were built from, so that
-    a changed config takes effect (and the same config gives the same numbers).
+    a changed config takes effect (and the same config gives the same numbers). So do the parameters
+    that are trained: those that were not until now start without moments.
+
+    Raises:
+        CheckpointError: the moments are those of other parameters.
     """
-    moments = state["optimizer"]["state"]
-    if moments:  # a run that has made no step has none, and keeps those of a fresh optimizer
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": settings})
+    own = optimizer.state_dict()
+    moments = _moments(optimizer, own, state["optimizer"])
+    # What has none, as in a run that has made no step, keeps those of a fresh optimizer.
+    optimizer.load_state_dict({**own, "state": own["state"] | moments})
     base = scheduler.base_lrs
     rates = [rate * at(iteration) for rate, at in zip(base, scheduler.lr_lambdas, strict=True)]
     scheduler.load_state_dict({**state["scheduler"], "base_lrs": base, "_last_lr": rates})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _moments(
+    optimizer: Optimizer, own: dict[str, Any], saved: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """The saved moments by the numbers that the parameters have now, laid out as these are: a fused
+    optimizer looks neither at shapes nor at strides."""
+    names, saved_names = _numbers_by_name(own), _numbers_by_name(saved)
+    if names is None or saved_names is None:  # checkpoints had no names at first
+        names, saved_names = (_numbers_by_place(groups) for groups in (own, saved))
+        if names.keys() != saved_names.keys():
+            raise CheckpointError(
+                "the checkpoint to resume from trained other parameters, and does not name them: "
+                "resume with its MODEL.BACKBONE.FREEZE_AT, or start anew from it by MODEL.WEIGHT"
+            )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for name, number in names.items():
+        entry = saved["state"].get(saved_names.get(name), {})
+        parameter = parameters[number]
+        for key, value in entry.items():
+            if value is None or value.dim() == 0:  # a step count, or momentum that is not there yet
+                continue
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"the checkpoint to resume from has {key} of {list(value.shape)} for parameter "
+                    f"{name} of {list(parameter.shape)}: it trained other parameters"
+                )
+            entry = {**entry, key: torch.empty_like(parameter, dtype=value.dtype).copy_(value)}
+        if entry:
+            moments[number] = entry
+    if saved["state"] and (fresh := [name for name in names if name not in saved_names]):
+        logger.warning(
+            "%d parameters were not trained until now and start without moments: %s%s",
+            len(fresh), fresh[0], ", ..." if len(fresh) > 1 else "",
+        )  # fmt: skip
+    return moments
+
+
+def _numbers_by_name(optimizer_state: dict[str, Any]) -> dict[str, int] | None:
+    """None: the parameters have no names there."""
+    groups = optimizer_state["param_groups"]
+    if not all("param_names" in group for group in groups):
+        return None
+    pairs = (zip(group["param_names"], group["params"], strict=True) for group in groups)
+    return dict(itertools.chain(*pairs))
+
+
+def _numbers_by_place(optimizer_state: dict[str, Any]) -> dict[str, int]:
+    """The same by group and place in the group."""
+    return {
+        f"{place} of group {number}": parameter
+        for number, group in enumerate(optimizer_state["param_groups"])
+        for place, parameter in enumerate(group["params"])
+    }
 
 
 def check_classes(recorded: Sequence[str] | None, wanted: Sequence[str], source: str) -> None:

@@ -17,26 +17,28 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """SGD or AdamW over the trainable parameters of `model`, in two groups: weights and biases.
 
     A parameter with "bias" in its name has its own factor on the learning rate and its own weight
-    decay (the released models: twice the rate, no decay).
+    decay (the released models: twice the rate, no decay). The groups know the parameters' names
+    (PyTorch's ``param_names``), by which moments find theirs again (see `restore_solver`).
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     solver = cfg.SOLVER
     groups = [
         {
-            "params": [p for name, p in trainable if "bias" not in name],
+            "params": [(name, p) for name, p in trainable if "bias" not in name],
             "lr": solver.BASE_LR,
             "weight_decay": solver.WEIGHT_DECAY,
         },
         {
-            "params": [p for name, p in trainable if "bias" in name],
+            "params": [(name, p) for name, p in trainable if "bias" in name],
             "lr": solver.BASE_LR * solver.BIAS_LR_FACTOR,
             "weight_decay": solver.WEIGHT_DECAY_BIAS,
         },
     ]
-    # One kernel for all tensors, and with fp16 no waiting for the loss scaler's verdict.
-    fused = bool(trainable) and all(p.is_cuda for _, p in trainable)
+    # Fewer passes over the parameters, and with fp16 no waiting for the loss scaler's verdict.
+    devices = {p.device.type for _, p in trainable}
     if solver.OPTIMIZER != "sgd":
-        return AdamW(groups, lr=solver.BASE_LR, fused=fused)
+        return AdamW(groups, lr=solver.BASE_LR, fused=devices in ({"cpu"}, {"cuda"}))
+    fused = devices == {"cuda"}
     optimizer = SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
     if fused:
         zero_momentum(optimizer)

@@ -1,3 +1,4 @@
+import logging
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 
 from nasfcos.config import load_config
 from nasfcos.engine import build_lr_scheduler, build_optimizer
-from nasfcos.engine.checkpoint import restore_solver
+from nasfcos.engine.checkpoint import CheckpointError, restore_solver
 from nasfcos.engine.solver import zero_momentum
 
 # Learning rates of the released training (weights; biases have twice these) by iteration.
@@ -115,6 +116,77 @@ def test_restored_solver_has_the_moments_of_then_and_the_rates_of_now():
         1: pytest.approx(10 * RELEASED[1] * (1 + 2 * 4 / 500) / (1 + 2 * 1 / 500)),
         2: pytest.approx(10 * RELEASED[1] * (1 + 2 * 5 / 500) / (1 + 2 * 1 / 500)),
     }
+
+
+def trained(model, optimizer, scheduler, steps=3):
+    """After some steps; gives what a checkpoint would hold of optimizer and schedule."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_moments_follow_their_parameters_when_others_are_trained(name, caplog):
+    """Here the groups keep their lengths, and most places their shapes."""
+    cfg, model, optimizer, scheduler = solver("SOLVER.OPTIMIZER", name)
+    state = trained(model, optimizer, scheduler)
+    other = Small()
+    other.conv.requires_grad_(False)
+    other.frozen.requires_grad_(True)
+    resumed = build_optimizer(cfg, other)
+    with caplog.at_level(logging.WARNING, logger="nasfcos"):
+        restore_solver(resumed, build_lr_scheduler(cfg, resumed), state, 3)
+    assert "2 parameters were not trained until now" in caplog.text
+    assert "frozen.weight" in caplog.text
+    key = {"sgd": "momentum_buffer", "adamw": "exp_avg"}[name]
+    for kept in ("norm.weight", "norm.bias", "extra_bias_scale"):
+        before, after = (m.get_parameter(kept) for m in (model, other))
+        assert torch.equal(resumed.state[after][key], optimizer.state[before][key])
+    assert other.frozen.weight not in resumed.state
+    trained(other, resumed, build_lr_scheduler(cfg, resumed), steps=1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_moments_without_names_are_for_the_same_parameters_alone(name):
+    cfg, model, optimizer, scheduler = solver("SOLVER.OPTIMIZER", name)
+    state = trained(model, optimizer, scheduler)
+    for group in state["optimizer"]["param_groups"]:
+        del group["param_names"]
+    same, fewer, others = Small(), Small(), Small()
+    fewer.norm.requires_grad_(False)
+    others.conv.requires_grad_(False)
+    others.frozen.requires_grad_(True)
+    for model in (same, fewer, others):
+        resumed = build_optimizer(cfg, model)
+        schedule = build_lr_scheduler(cfg, resumed)
+        if model is same:
+            restore_solver(resumed, schedule, state, 3)
+            assert len(resumed.state) == len(state["optimizer"]["state"])
+            continue
+        with pytest.raises(CheckpointError, match="trained other parameters"):
+            restore_solver(resumed, schedule, state, 3)
+
+
+def test_restored_moments_lie_as_their_parameters_do():
+    """A fused optimizer takes it for granted."""
+    moments = {}
+    for last in (False, True):
+        cfg, model, optimizer, scheduler = solver("SOLVER.OPTIMIZER", "adamw")
+        model.conv = nn.Conv2d(3, 4, 3)
+        model.conv.weight.data = torch.arange(108.0).view(4, 3, 3, 3) / 108
+        optimizer = build_optimizer(cfg, model)
+        state = trained(model, optimizer, build_lr_scheduler(cfg, optimizer))
+        if last:
+            model = model.to(memory_format=torch.channels_last)
+        resumed = build_optimizer(cfg, model)
+        restore_solver(resumed, build_lr_scheduler(cfg, resumed), state, 3)
+        trained(model, resumed, build_lr_scheduler(cfg, resumed), steps=1)
+        moments[last] = model.conv.weight.detach()
+    torch.testing.assert_close(moments[True], moments[False])
 
 
 def test_restored_before_the_first_step_momentum_stays_zero():

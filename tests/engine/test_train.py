@@ -249,6 +249,19 @@ def test_resuming_another_model_is_refused(config):
     assert "size mismatch" in lines[1] and lines[-1].endswith("more") and len(lines) < 20
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_backbone_may_be_frozen_and_set_free_midway(config, optimizer, caplog):
+    for iterations, freeze_at in ((2, 0), (4, 2), (6, 0)):
+        cfg = config(
+            "SOLVER.OPTIMIZER", optimizer, "SOLVER.MAX_ITER", iterations,
+            "MODEL.BACKBONE.FREEZE_AT", freeze_at,
+        )  # fmt: skip
+        engine.train(cfg, CPU, resume=True, skip_test=True)
+        warned = "start without moments" in caplog.text
+        assert warned == (iterations == 6)
+    assert [line["iteration"] for line in metrics(cfg)][-1] == 6
+
+
 def test_resuming_with_another_optimizer_is_refused(config):
     engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
     with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER adamw.*those of sgd.*MODEL.WEIGHT"):
