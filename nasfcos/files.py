@@ -17,7 +17,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Not the whole stem, or the longest names that file systems take could not be written.
+    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import itertools
 import json
@@ -42,6 +43,8 @@ OUTPUT_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 # Pictures on the sheet of a prediction run: its first ones.
 SHEET_PICTURES = 12
+# Frames a second that no camera is above and an MP4 file can have.
+FASTEST_VIDEO = 10_000
 # The longest side that a JPEG file can have; longer pictures become PNG files.
 JPEG_LIMIT = 65500
 
@@ -252,11 +255,18 @@ def predict_files(
                     entry = _write_picture(predictor, picture, found, *names, score_threshold)
                     if len(sheet) < SHEET_PICTURES:
                         sheet.append((picture, found))
-                    entries.append({"file": file.relative_to(root).as_posix(), **entry})
+                    # Of a name in another encoding than UTF-8, the bytes that are none are spelt.
+                    name = os.fsencode(file.relative_to(root).as_posix())
+                    entries.append({"file": name.decode("utf-8", "backslashreplace"), **entry})
                     summary.images += 1
             except UnreadableImage as error:
                 summary.skipped += 1
                 logger.warning("skipped: %s", error)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                summary.skipped += 1
+                logger.warning("skipped: %s: what is written for it has too long a name", file)
     finally:
         if entries:
             with replacing(json_file) as temporary:
@@ -346,7 +356,7 @@ def _predict_video(
     capture = cv2.VideoCapture(str(file))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
-        rate = rate if rate > 0 else 25.0
+        rate = rate if 0 < rate <= FASTEST_VIDEO else 25.0  # what files say may be nonsense
         count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         frames = tqdm(
             _frames(capture, file), total=count or None, desc=file.name, unit="frame", leave=False,
@@ -380,6 +390,11 @@ def _predict_video(
             finally:
                 if writer is not None:
                     writer.release()
+            if index + 1 < count:
+                logger.warning(
+                    "%s: only %d of the %d frames that it announces could be read",
+                    file, index + 1, count,
+                )  # fmt: skip
     finally:
         capture.release()
 

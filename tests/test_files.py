@@ -15,6 +15,12 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_may_be_as_long_as_file_systems_take(tmp_path):
+    path = tmp_path / f"{'x' * 250}.json"
+    write_json(path, [1])
+    assert json.loads(path.read_text()) == [1]
+
+
 def test_values_that_are_not_json_are_refused_whole(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "figures.json", [float("inf")])

@@ -1,7 +1,9 @@
 """Prediction with a small real model of random weights."""
 
 import json
+import os
 import pickle
+import sys
 
 import cv2
 import numpy as np
@@ -357,6 +359,40 @@ def test_what_was_found_is_kept_when_it_ends_early(
         predict_files(predictor, str(folder), tmp_path / "out")
     (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert entry["file"] == "a.jpg"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are not bytes elsewhere")
+def test_a_name_in_another_encoding_loses_nothing(predictor, picture, tmp_path):
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "in" / "a.png")
+    os.link(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/caf\xe9.png")
+    assert predict_files(predictor, str(tmp_path / "in"), tmp_path / "out").images == 2
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [entry["file"] for entry in entries] == ["a.png", "caf\\xe9.png"]
+
+
+def test_a_name_too_long_for_what_is_written_is_skipped(predictor, picture, tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    for name in ("a" * 250 + ".bmp", "b.bmp"):
+        picture.save(tmp_path / "in" / name)
+    summary = predict_files(predictor, str(tmp_path / "in"), tmp_path / "out")
+    assert (summary.images, summary.skipped) == (1, 1)
+    assert "too long a name" in caplog.text
+    assert files_in(tmp_path / "out") == ["b.bmp.jpg", "detections.json"]
+
+
+def test_a_video_that_breaks_off_is_told(predictor, picture, tmp_path, caplog):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 64))
+    for _ in range(8):
+        writer.write(np.array(picture.crop((0, 0, 96, 64))))
+    writer.release()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert predict_files(predictor, str(path), tmp_path / "out").videos == 1
+    lines = (tmp_path / "out" / "clip.avi.jsonl").read_text().splitlines()
+    assert 1 <= len(lines) < 8
+    assert f"only {len(lines)} of the 8 frames" in caplog.text
 
 
 def test_a_video_becomes_a_video_and_json_lines(predictor, picture, tmp_path):

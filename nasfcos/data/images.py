@@ -21,6 +21,8 @@ _END_OF_JPEG = b"\xff\xd9"
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block is no reason to lose the picture
@@ -56,8 +58,11 @@ def image_suffixes() -> frozenset[str]:
 
 
 def read_size(path: Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) of the picture that `load_image` makes of a file, without decoding it."""
+    """(height, width) of the picture that `load_image` makes of a file, without decoding it (but
+    for TIFF files)."""
     with Image.open(path) as image:
+        if image.format == "TIFF":  # which some versions of Pillow turn only now
+            image.load()
         width, height = image.size
         if _orientation_to_apply(image, annotated_size) in _QUARTER_TURNS:
             height, width = width, height
@@ -78,7 +83,8 @@ def load_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     Some annotations were made on the displayed picture, others (COCO's) on the stored pixels. So
     that boxes fit, a quarter turn is not applied where `annotated_size` (height, width) is that of
     the stored pixels and not that of the displayed picture. Where the sizes cannot tell (half
-    turns, mirrored or square pictures) the orientation is applied, as today's annotation tools do.
+    turns, mirrored or square pictures) the orientation is applied, as today's annotation tools do,
+    and so it always is to TIFF files.
 
     Raises:
         Whatever PIL raises for a file that is missing or does not decode.

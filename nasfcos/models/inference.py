@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,8 @@ class InferenceDetector(nn.Module):
         self.neck = model.neck
         self.head = model.head
         self.dtype = dtype
-        self._outputs = self._compute
-        if compile:
-            on_gpu = model.preprocess.mean.is_cuda
-            mode = "reduce-overhead" if on_gpu else "default"
-            self._outputs = torch.compile(self._compute, mode=mode, dynamic=False)
+        self.compile_outputs = compile
+        self._outputs = self._callable()
         super().train(False)
 
     def forward(self, images: Sequence[Tensor]) -> list[Detections]:
@@ -105,6 +103,20 @@ class InferenceDetector(nn.Module):
 
     def _compute(self, batch: Tensor) -> tuple[list[Tensor], ...]:
         return self.head(self.neck(self.backbone(batch)))
+
+    def _callable(self) -> Callable[[Tensor], tuple[list[Tensor], ...]]:
+        if not self.compile_outputs:
+            return self._compute
+        mode = "reduce-overhead" if self.preprocess.mean.is_cuda else "default"
+        return torch.compile(self._compute, mode=mode, dynamic=False)
+
+    # What is compiled belongs to one object: copies, and what is pickled, compile for themselves.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_outputs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._outputs = self._callable()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceDetector:
         """

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..download import resolve_source
+from ..download import local_path, resolve_source
 from .detector import CAFFE2_MEAN
 from .layers import FrozenBatchNorm2d
 
@@ -188,7 +188,7 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
     if source == "":
         raise WeightsError("no weights are named: the source is an empty text")
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else _read_file(resolve_source(str(source)))
+    content = source if isinstance(source, Mapping) else _read_source(str(source))
     classes = content.get("classes") if isinstance(content, Mapping) else None
     for wrapper in ("model", "state_dict", "blobs"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -244,7 +244,23 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             error.filename = str(path)
             raise
         raise WeightsError(f"{path} cannot be read as weights: {_reason(error)}") from error
-    raise WeightsError(f"{path} is damaged: wrong checksum of {damaged}")
+    raise WeightsError(
+        f"{path} is damaged: wrong checksum of {damaged} (or it has none, being saved under "
+        "torch.serialization.set_crc32_options(False): save it without that)"
+    )
+
+
+def _read_source(source: str) -> Any:
+    path = resolve_source(source)
+    try:
+        return _read_file(path)
+    except WeightsError as error:
+        if local_path(source) is not None:
+            raise
+        raise WeightsError(
+            f"{error}. It is what {source} gave when it was downloaded: if that was something else "
+            f"(a page that asks to log in), delete {path} to have it downloaded again"
+        ) from error
 
 
 def _read_file(path: Path) -> Any:

@@ -65,8 +65,9 @@ def stored_with_orientation(path, orientation):
      (4, (32, 24), (-1, 0)), (5, (24, 32), (0, 0)), (6, (24, 32), (0, -1)),
      (7, (24, 32), (-1, -1)), (8, (24, 32), (-1, 0))],
 )  # fmt: skip
-def test_exif_orientation(tmp_path, orientation, size, corner):
-    path = stored_with_orientation(tmp_path / "x.png", orientation)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_orientation(tmp_path, orientation, size, corner, suffix):
+    path = stored_with_orientation(tmp_path / f"x.{suffix}", orientation)
     image = load_image(path)
     assert image.size == size and read_size(path) == size[::-1]
     assert rgb(image)[corner].tolist() == [255, 0, 0]

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -177,6 +178,16 @@ def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
     # Group norms cannot be folded; each is one with its ReLU.
     norms = [sum(isinstance(m, t) for m in fast.modules()) for t in (nn.GroupNorm, GroupNormRelu)]
     assert norms[0] == norms[1] > 0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_copy_computes_with_its_own_weights(compile):
+    """Told without compiling anything: what is to be compiled is the copy's own method."""
+    fast = nasfcos.optimize_for_inference(lively("R_50_NAS_retinanet"), compile=compile)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        method = getattr(other._outputs, "_torchdynamo_orig_callable", other._outputs)
+        assert method.__self__ is other
+        assert (other._outputs is not method) == compile
 
 
 def test_only_inference():
