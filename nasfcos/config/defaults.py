@@ -133,7 +133,10 @@ _C.DATALOADER.SKIP_EMPTY = True
 _C.SOLVER = CN()
 _C.SOLVER.OPTIMIZER = "sgd"  # or "adamw"
 _C.SOLVER.BASE_LR = 0.01
+# Decay of the mean gradient and, of adamw alone, of the mean square: 0.999 takes a thousand
+# iterations to forget, so short schedules are better off with less.
 _C.SOLVER.MOMENTUM = 0.9
+_C.SOLVER.BETA2 = 0.999
 _C.SOLVER.WEIGHT_DECAY = 1e-4
 # Biases: factor on the learning rate, and their own weight decay.
 _C.SOLVER.BIAS_LR_FACTOR = 2.0

@@ -137,6 +137,7 @@ IN_0_TO_1 = (
     "TEST.SCORE_THRESHOLD",
     "TEST.NMS_IOU",
     "SOLVER.MOMENTUM",
+    "SOLVER.BETA2",
     "SOLVER.WARMUP_FACTOR",
     "SEARCH.META_VAL",
     "SEARCH.PROXY.POLYAK",
@@ -403,6 +404,9 @@ def _check(cfg: CfgNode, sources: dict[str, str], source: str) -> None:
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
     if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
+    for name in ("SOLVER.MOMENTUM", "SOLVER.BETA2"):
+        if cfg.SOLVER.OPTIMIZER == "adamw" and get_setting(cfg, name) == 1:
+            fail(name, "is 1, but adamw needs less", "SOLVER.OPTIMIZER")
     if not cfg.OUTPUT_DIR:
         fail("OUTPUT_DIR", "is empty: name a folder ('.' for the current one)")
     if cfg.MODEL.BACKBONE.NAME == "resnet" and cfg.MODEL.BACKBONE.FREEZE_AT > 5:

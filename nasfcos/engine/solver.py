@@ -37,7 +37,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     # Fewer passes over the parameters, and with fp16 no waiting for the loss scaler's verdict.
     devices = {p.device.type for _, p in trainable}
     if solver.OPTIMIZER != "sgd":
-        return AdamW(groups, lr=solver.BASE_LR, fused=devices in ({"cpu"}, {"cuda"}))
+        betas = (solver.MOMENTUM, solver.BETA2)
+        fused = devices in ({"cpu"}, {"cuda"})
+        return AdamW(groups, lr=solver.BASE_LR, betas=betas, fused=fused)
     fused = devices == {"cuda"}
     optimizer = SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=fused)
     if fused:

@@ -17,7 +17,7 @@ from ..files import replacing, write_json
 from .journal import read_records
 from .records import TrialRecord, ranked
 from .report import kendall_tau
-from .select import full_config, train_in_full
+from .select import check_full_training, full_config, train_in_full
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,16 @@ def check_agreement(
         Kendall's tau (b) between reward and AP.
 
     Raises:
-        ConfigError: fewer than two, or more than were tried to the end.
+        ConfigError, DataError: fewer than two, more than were tried to the end, or something that
+            would stop a full training.
         NonFiniteLossError: fewer than two of the full trainings came to their end.
     """
     if count < 2:
         raise ConfigError(f"{count} architectures have no order: compare at least two")
+    chosen = spread(read_records(folder / "search.db", stage), count)
+    check_full_training(full_config(cfg, stage, chosen[0].genotype, folder), device)
     rows = []
-    for record in spread(read_records(folder / "search.db", stage), count):
+    for record in chosen:
         place = folder / "agreement" / stage / str(record.index)
         try:
             metrics = train_in_full(full_config(cfg, stage, record.genotype, place), device)

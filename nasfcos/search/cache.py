@@ -603,6 +603,8 @@ def _find_or_build(
         needed = estimate_bytes(levels, count)
         _check_space(folder, {title: (count, levels)})
         logger.info("cache %s: %s crops, %s, in %s", title, f"{count:,}", _gigabytes(needed), path)
+        # What is there is of a process of the same number, before the machine was started anew.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             start = time.perf_counter()

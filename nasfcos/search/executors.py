@@ -550,6 +550,10 @@ def share_out(
         )
         if room >= workers:
             return workers, float(cpu), gpu
+    # Workers with a GPU find no CPU but those of its machine.
+    if sum(gpus):
+        shares = [c / (g * per_gpu) for c, g in zip(cpus, gpus, strict=True) if g]
+        return workers, math.floor(100 * min(shares)) / 100, gpu
     return workers, math.floor(100 * sum(cpus) / workers) / 100, gpu
 
 

@@ -13,7 +13,13 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
 from ..config.tree import get_setting
-from ..engine.checkpoint import FINAL, CheckpointError, differing_keys, load_checkpoint
+from ..engine.checkpoint import (
+    FINAL,
+    CheckpointError,
+    differing_keys,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from ..engine.train import build_model, train
 from ..models import Detector, load_weights
 from .split import without_places
@@ -100,7 +106,7 @@ def is_run_of(cfg: CfgNode, folder: Path) -> bool:
 
     What differs (see `changes_since`) is logged.
     """
-    if changes := _changes_since_run(cfg, folder):
+    if changes := changes_since_run(cfg, folder):
         logger.warning(OTHER_RUN, folder, "; ".join(changes))
     return not changes
 
@@ -108,12 +114,26 @@ def is_run_of(cfg: CfgNode, folder: Path) -> bool:
 def backbone_changes(plain: CfgNode, folder: Path) -> list[str]:
     """Why the backbone in a folder, if there is one, is none of the config of a fine-tuning."""
     # How it would be tested leaves the weights as they are.
-    return [c for c in _changes_since_run(plain, folder) if not c.startswith("TEST.")]
+    return [c for c in changes_since_run(plain, folder) if not c.startswith("TEST.")]
 
 
-def _changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
-    path = folder / "config.yaml"
-    return changes_since(path.read_text(encoding="utf-8"), cfg) if path.exists() else []
+def changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
+    """`changes_since` the training run in a folder; none where there is no run."""
+    then = _config_of_run(folder)
+    return [] if then is None else changes_since(then, cfg)
+
+
+def _config_of_run(folder: Path) -> str | None:
+    """Its config file; where that is missing or damaged, since the machine went down or a process
+    was killed while the run was set aside, the config in its newest checkpoint."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        if isinstance(yaml.safe_load(text), dict):
+            return text
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    found = newest_checkpoint(folder)
+    return None if found is None else found[1]["config"]
 
 
 def changes_since(then: str, cfg: CfgNode) -> list[str]:

@@ -34,7 +34,13 @@ from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import build_executor
 from .journal import Journal, check_settings, read_records, writing
-from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
+from .prepare import (
+    backbone_changes,
+    changes_since,
+    changes_since_run,
+    prepare_backbone,
+    prepare_config,
+)
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
@@ -44,6 +50,7 @@ from .select import (
     by_merit,
     check_full_training,
     full_config,
+    run_folders,
     select,
     train_in_full,
     write_ranking,
@@ -190,16 +197,23 @@ class _Search:
 
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""
-        if self.cfg.SEED < 0:
-            raise ConfigError("SEED is -1, but a search that can be resumed needs one of its own")
         prepared = prepare_config(self.cfg, self.folder)
         check_device(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full = full_config(self.cfg, stage, example, self.folder)
             starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
-        check_full_training(full, self.device)
-        class_names(self.cfg)
+        for cfg, where in (
+            (self.cfg, ""),
+            (prepared, "SEARCH.PREPARE.OVERRIDES: "),
+            (full, "SEARCH.SELECT.OVERRIDES: "),
+        ):
+            if cfg.SEED < 0:
+                raise ConfigError(
+                    f"{where}SEED is -1, but a search that can be resumed needs one of its own"
+                )
+        # Later, what the trainings start from may be gone without harm.
+        check_full_training(full, self.device, weights=not (self.folder / JOURNAL).exists())
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
         """Refuse to go on where finished trials would not count, while nothing is touched yet."""
@@ -208,6 +222,8 @@ class _Search:
             self._check(stage, {SPLIT: split.name})
         if cells is not None:
             self._check("head", {FPN: Genotype(cells).to_list()})
+        if "head" in begun and "fpn" in self.cfg.SEARCH.STAGES and self.cfg.SEARCH.SELECT.FPN > 1:
+            self._check_full_fpns()
         backbone = self.folder / "backbone"
         if not begun or self.cfg.SEARCH.PREPARE.WEIGHT:
             return
@@ -218,6 +234,24 @@ class _Search:
                 "go on (SEARCH.SELECT.OVERRIDES is for what shall differ in the full trainings), "
                 "or name another OUTPUT_DIR (and leave out --resume)"
             )
+
+    def _check_full_fpns(self) -> None:
+        """Refuse other full trainings than those that chose the FPN below the head: they would all
+        be done again, and another FPN might come out best."""
+        settings = self.cfg.SEARCH
+        records = read_records(self.folder / JOURNAL, "fpn")
+        planned = [record for record in records if record.index < settings.TRIALS.FPN]
+        for record in ranked(planned)[: settings.SELECT.FPN]:
+            runs = run_folders("fpn", f"trial {record.index}", settings.SELECT.SEEDS)
+            for seed, run in enumerate(self.folder / place for place in runs):
+                full = full_config(self.cfg, "fpn", record.genotype, run, seed)
+                if changes := changes_since_run(full, run):
+                    raise ConfigError(
+                        f"the head stage in {self.folder / JOURNAL} stands on the FPN that full "
+                        f"trainings chose, and that in {run} had other settings: "
+                        f"{'; '.join(changes)}. Set them as they were to go on, or name another "
+                        "OUTPUT_DIR (and leave out --resume)"
+                    )
 
     def _check_features(self, *names: str) -> None:
         for stage in self.cfg.SEARCH.STAGES:

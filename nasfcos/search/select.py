@@ -14,12 +14,14 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
-from ..data import build_dataset
+from ..data import build_dataset, build_train_loader, num_classes
+from ..download import local_path
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import check_device, train
 from ..files import write_json
 from ..genotype import Genotype
+from ..models import build_detector
 from .prepare import is_run_of, with_overrides
 from .records import TrialRecord, ranked
 from .space import graph_key
@@ -94,11 +96,17 @@ def full_config(
     return full
 
 
-def check_full_training(cfg: CfgNode, device: torch.device) -> None:
+def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True) -> None:
     """Find what would stop a full training or its test now, not after other trainings.
 
+    Args:
+        cfg: of the training.
+        device: of both.
+        weights: whether a file that MODEL.WEIGHT names must be there.
+
     Raises:
-        ConfigError: nothing to test on, or the device does not suit.
+        ConfigError: nothing to test on, a part that does not exist, a batch that does not divide,
+            classes that do not fit the data, no weights, or a device that does not suit.
         DataError: a data set cannot be read.
     """
     if not cfg.DATASETS.TEST:
@@ -110,6 +118,14 @@ def check_full_training(cfg: CfgNode, device: torch.device) -> None:
                 f"DATASETS.TEST {name} has no object to find: comparing needs annotations"
             )
     check_device(cfg, device, tests=True)
+    loaded = cfg.clone()
+    loaded.defrost()
+    loaded.SEED = max(0, cfg.SEED)
+    build_train_loader(loaded)
+    build_detector(cfg, num_classes(cfg))
+    source = local_path(cfg.MODEL.WEIGHT) if weights and cfg.MODEL.WEIGHT else None
+    if source is not None and not source.is_file():
+        raise ConfigError(f"the weight file {source} does not exist (MODEL.WEIGHT)")
 
 
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
@@ -131,13 +147,22 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
         )
     summary = Path(cfg.OUTPUT_DIR) / SUMMARY
     same = is_run_of(cfg, Path(cfg.OUTPUT_DIR))
-    if same and summary.exists():
-        return json.loads(summary.read_text(encoding="utf-8"))
+    if same and (found := _read_summary(summary)):
+        return found
     summary.unlink(missing_ok=True)
     metrics = train(cfg, device, resume=same)[cfg.DATASETS.TEST[0]]
     found = {name: metrics[name] for name in ("AP", "AP50")}
     write_json(summary, found)
     return found
+
+
+def _read_summary(path: Path) -> dict[str, float]:
+    """Empty where there is none, or none that can be read: then the test is done again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= {"AP", "AP50"} else {}
 
 
 def select(
@@ -215,6 +240,13 @@ def select(
     return sorted(rows, key=by_merit)
 
 
+def run_folders(stage: str, name: str, seeds: int) -> list[Path]:
+    """Where an architecture ("trial 7", or "given") is trained in full with so many seeds,
+    relative to the search's folder."""
+    place = Path("select") / stage / name.replace(" ", "_")
+    return [place, *(place.with_name(f"{place.name}_seed_{n}") for n in range(1, seeds))]
+
+
 def _train_seeds(
     cfg: CfgNode,
     device: torch.device,
@@ -226,9 +258,7 @@ def _train_seeds(
 ) -> Selected:
     """An architecture with what its full trainings came to, one with each seed; without, where one
     of them did not come to its end."""
-    place = Path("select") / row.stage / name.replace(" ", "_")
-    further = range(1, cfg.SEARCH.SELECT.SEEDS)
-    places = [place, *(place.with_name(f"{place.name}_seed_{seed}") for seed in further)]
+    places = run_folders(row.stage, name, cfg.SEARCH.SELECT.SEEDS)
     metrics = []
     try:
         for seed, run in enumerate(places):

@@ -156,6 +156,7 @@ def test_custom_data_sets_are_free_form(tmp_path):
         ("SEED: 99999999999999999999\n", r"SEED is 9{20}.*-1 or"),
         ("TEST:\n  NMS_IOU: -1\n", r"TEST\.NMS_IOU.*0\.\.1"),
         ("SOLVER:\n  BASE_LR: 1e400\n", r"SOLVER\.BASE_LR"),
+        ("SOLVER: {OPTIMIZER: adamw, BETA2: 1}\n", r"file\.yaml: SOLVER\.BETA2 is 1.*needs less"),
         (f"SOLVER:\n  BASE_LR: 1{400 * '0'}\n", r"file\.yaml: SOLVER\.BASE_LR must be float"),
         ("OUTPUT_DIR: ''\n", r"file\.yaml: OUTPUT_DIR is empty"),
         ("MODEL: {BACKBONE: {FREEZE_AT: 6}}\n", r"file\.yaml: MODEL\.BACKBONE\.FREEZE_AT is 6"),

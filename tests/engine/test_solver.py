@@ -118,6 +118,11 @@ def test_restored_solver_has_the_moments_of_then_and_the_rates_of_now():
     }
 
 
+def test_adamw_forgets_as_the_config_says():
+    overrides = ("SOLVER.OPTIMIZER", "adamw", "SOLVER.MOMENTUM", 0.8, "SOLVER.BETA2", 0.98)
+    assert solver(*overrides)[2].param_groups[1]["betas"] == (0.8, 0.98)
+
+
 def trained(model, optimizer, scheduler, steps=3):
     """After some steps; gives what a checkpoint would hold of optimizer and schedule."""
     for _ in range(steps):

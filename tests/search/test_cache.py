@@ -1,5 +1,6 @@
 """The feature cache: its files, and what makes a cache another one."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -487,6 +489,18 @@ def test_what_a_killed_build_leaves_is_removed(model, dataset, folder, caplog):
     cache = cache_features(folder, model, Crops([dataset], SIZE, crops=1))  # another one
     assert not partial.exists() and f"removing {partial}" in caplog.text
     assert [path for path in folder.iterdir() if path.is_dir()] == [cache.folder]
+
+
+def test_a_process_may_have_the_number_of_one_that_was_killed(
+    model, dataset, folder, monkeypatch
+):
+    """As in a container that was started anew; here on a file system without locks."""
+    first = cache_features(folder, model, Crops([dataset], SIZE))
+    monkeypatch.setattr(module, "unless_held", lambda path: contextlib.nullcontext(None))
+    name = f"{first.folder.name}.{socket.gethostname()}-{os.getpid()}.partial"
+    first.folder.rename(folder / name)
+    assert len(cache_features(folder, model, Crops([dataset], SIZE))) == len(first)
+    assert not (folder / name).exists()
 
 
 def test_two_processes_make_it_once(model, dataset, folder):

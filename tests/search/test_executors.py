@@ -244,6 +244,7 @@ def test_no_worker_outlives_the_main_process(tmp_path, how):
         ([32, 32], [4, 4], 2, (2, 32.0, 1.0)),
         ([32, 32], [4, 4], 16, (16, 4.0, 0.5)),
         ([64, 16], [0, 2], 2, (2, 8.0, 1.0)),
+        ([16, 1], [0, 4], 4, (4, 0.25, 1.0)),
     ],
 )
 def test_a_cluster_is_shared_out_so_that_all_workers_fit(cpus, gpus, workers, expected):

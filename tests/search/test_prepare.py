@@ -5,6 +5,7 @@ import torch
 
 from nasfcos.config import load_config
 from nasfcos.search.prepare import backbone_changes, is_run_of, prepare_backbone, prepare_config
+from nasfcos.search.select import SUMMARY, train_in_full
 from nasfcos.search.split import split_training_data
 
 CPU = torch.device("cpu")
@@ -49,6 +50,29 @@ def test_a_backbone_is_taken_from_where_the_search_was_moved(make, tmp_path, cap
     tested = prepare_config(cfg, tmp_path / "two/backbone")
     assert not is_run_of(tested, tmp_path / "two/backbone")
     assert "TEST.NMS_IOU" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
+def test_a_run_is_known_without_its_config_file(make, tmp_path, damage):
+    folder = tmp_path / "one/backbone"
+    prepare_backbone(make("one"), CPU, folder)
+    file = folder / "config.yaml"
+    if damage == "missing":  # killed while the run was set aside
+        file.unlink()
+    else:
+        file.write_text("" if damage == "empty" else file.read_text()[:-3] + "{")
+    assert backbone_changes(prepare_config(make("one"), folder), folder) == []
+    changed = prepare_config(make("one", "SOLVER.BASE_LR", 0.25), folder)
+    assert backbone_changes(changed, folder) == ["SOLVER.BASE_LR: 0.005 -> 0.25"]
+
+
+def test_what_a_full_training_found_out_may_be_damaged(config_file, tmp_path, caplog):
+    cfg = load_config(config_file, ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 2])
+    found = train_in_full(cfg, CPU)
+    caplog.set_level("INFO")
+    (tmp_path / "run" / SUMMARY).write_text("")
+    assert train_in_full(cfg, CPU) == found
+    assert "training is finished already" in caplog.text
 
 
 def test_a_damaged_backbone_is_trained_to_its_end_again(make, tmp_path, caplog):

@@ -345,6 +345,22 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     assert ranking[0]["folder"] == f"select/fpn/{one}_seed_1" and ranking[1]["folder"] == ""
 
 
+def test_the_fpn_below_the_head_is_not_chosen_anew(search_file, tmp_path, one_thread):
+    settings = (search_file, "SEARCH.TRIALS.FPN", 3, "SEARCH.TRIALS.HEAD", 3)
+    settings += ("SEARCH.SELECT.FPN", 2, "SEARCH.SELECT.HEAD", 1)
+    go_on(*settings)
+    runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/select/*/*/*.pth")}
+    assert len(runs) >= 3
+    schedule = ("SEARCH.SELECT.OVERRIDES", ["SOLVER.MAX_ITER", 5])
+    for changed, key in ((schedule, "SOLVER.MAX_ITER"), (("TEST.NMS_IOU", 0.4), "TEST.NMS_IOU")):
+        with pytest.raises(ConfigError, match=f"stands on the FPN that full trainings.*{key}: "):
+            go_on(*settings, *changed)
+    assert all(path.stat().st_mtime_ns == time for path, time in runs.items())
+    assert not list(tmp_path.glob("out/select/*/*/earlier_*"))
+    go_on(*settings)
+    assert all(path.stat().st_mtime_ns == time for path, time in runs.items())
+
+
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
     run_trial = ProxyTask.run
     # The later the better, whatever the machine's arithmetic makes of the rewards.
@@ -501,6 +517,12 @@ def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp
         (("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty"),
         (("DATASETS.TEST", "('vall',)"), r"vall.*val"),
         (("SEED", -1), r"SEED is -1"),
+        (("SEARCH.PREPARE.OVERRIDES", "['SEED', -1]"), r"PREPARE\.OVERRIDES: SEED is -1"),
+        (("SEARCH.SELECT.OVERRIDES", "['SEED', -1]"), r"SELECT\.OVERRIDES: SEED is -1"),
+        (("SEARCH.SELECT.OVERRIDES", "['MODEL.WEIGHT', 'gone.pth']"), r"gone\.pth does not exist"),
+        (("SEARCH.SELECT.OVERRIDES", "['SOLVER.ACCUMULATE', 3]"), r"SOLVER\.ACCUMULATE"),
+        (("SEARCH.SELECT.OVERRIDES", "['MODEL.NUM_CLASSES', 80]"), r"MODEL\.NUM_CLASSES is 80"),
+        (("SEARCH.SELECT.OVERRIDES", "['MODEL.BACKBONE.NAME', 'resnt']"), r"resnt.*resnet"),
         (("SEARCH.PREPARE.WEIGHT", "nowhere.pth"), r"nowhere\.pth"),
         (("SEARCH.FROM_GENOTYPE", True, "SEARCH.SPACE.CELLS", 5),
          r"FROM_GENOTYPE: the fpn stage .*MODEL\.GENOTYPE.* has 5 cells, not"),
