@@ -353,6 +353,8 @@ def _predict_video(
 ) -> None:
     import cv2
 
+    if any(_lacks_utf8(path) for path in (file, output)):  # OpenCV would end the process
+        raise UnreadableImage(f"{file}: OpenCV takes only names in UTF-8; rename the video")
     capture = cv2.VideoCapture(str(file))
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
@@ -392,11 +394,16 @@ def _predict_video(
                     writer.release()
             if index + 1 < count:
                 logger.warning(
-                    "%s: only %d of the %d frames that it announces could be read",
+                    "%s: only %d of about %d frames that it announces could be read",
                     file, index + 1, count,
                 )  # fmt: skip
     finally:
         capture.release()
+
+
+def _lacks_utf8(path: Path) -> bool:
+    """Whether the path has bytes that are no UTF-8 (which Python has as lone surrogates)."""
+    return any("\ud800" <= character <= "\udfff" for character in str(path.resolve()))
 
 
 def _frames(capture, file: Path) -> Iterator[np.ndarray]:

@@ -35,6 +35,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from yacs.config import CfgNode
 
 from ..config import ConfigError, is_weight_given
+from ..config.defaults import get_defaults
 from ..config.tree import leaves
 from ..files import replacing
 from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
@@ -354,8 +355,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def differing_keys(cfg: CfgNode, saved_text: str) -> list[str]:
-    """Keys whose values in `cfg` and in the config text of a checkpoint differ, one line each."""
-    now, then = (dict(leaves(yaml.safe_load(text))) for text in (cfg.dump(), saved_text))
+    """Keys whose values in `cfg` and in the config text of a checkpoint differ, one line each. Keys
+    that are younger than the checkpoint had their defaults then."""
+    texts = cfg.dump(), saved_text, get_defaults().dump()
+    now, then, defaults = (dict(leaves(yaml.safe_load(text))) for text in texts)
+    then = {key: value for key, value in defaults.items() if key in now} | then
     absent = object()
     return [
         f"{key}: {_shown(then, key)} -> {_shown(now, key)}"

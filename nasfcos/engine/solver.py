@@ -24,12 +24,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     solver = cfg.SOLVER
     groups = [
         {
-            "params": [(name, p) for name, p in trainable if "bias" not in name],
+            "params": [p for name, p in trainable if "bias" not in name],
+            "param_names": [name for name, _ in trainable if "bias" not in name],
             "lr": solver.BASE_LR,
             "weight_decay": solver.WEIGHT_DECAY,
         },
         {
-            "params": [(name, p) for name, p in trainable if "bias" in name],
+            "params": [p for name, p in trainable if "bias" in name],
+            "param_names": [name for name, _ in trainable if "bias" in name],
             "lr": solver.BASE_LR * solver.BIAS_LR_FACTOR,
             "weight_decay": solver.WEIGHT_DECAY_BIAS,
         },

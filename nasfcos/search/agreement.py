@@ -66,7 +66,10 @@ def check_agreement(
     if count < 2:
         raise ConfigError(f"{count} architectures have no order: compare at least two")
     chosen = spread(read_records(folder / "search.db", stage), count)
-    check_full_training(full_config(cfg, stage, chosen[0].genotype, folder), device)
+    full = full_config(cfg, stage, chosen[0].genotype, folder)
+    # Later, what the trainings start from may be gone without harm.
+    begun = (folder / "agreement" / stage).exists()
+    check_full_training(full, device, weights=not begun)
     rows = []
     for record in chosen:
         place = folder / "agreement" / stage / str(record.index)

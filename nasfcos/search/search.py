@@ -34,13 +34,7 @@ from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import build_executor
 from .journal import Journal, check_settings, read_records, writing
-from .prepare import (
-    backbone_changes,
-    changes_since,
-    changes_since_run,
-    prepare_backbone,
-    prepare_config,
-)
+from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
@@ -50,7 +44,7 @@ from .select import (
     by_merit,
     check_full_training,
     full_config,
-    run_folders,
+    read_ranking,
     select,
     train_in_full,
     write_ranking,
@@ -222,8 +216,6 @@ class _Search:
             self._check(stage, {SPLIT: split.name})
         if cells is not None:
             self._check("head", {FPN: Genotype(cells).to_list()})
-        if "head" in begun and "fpn" in self.cfg.SEARCH.STAGES and self.cfg.SEARCH.SELECT.FPN > 1:
-            self._check_full_fpns()
         backbone = self.folder / "backbone"
         if not begun or self.cfg.SEARCH.PREPARE.WEIGHT:
             return
@@ -234,24 +226,6 @@ class _Search:
                 "go on (SEARCH.SELECT.OVERRIDES is for what shall differ in the full trainings), "
                 "or name another OUTPUT_DIR (and leave out --resume)"
             )
-
-    def _check_full_fpns(self) -> None:
-        """Refuse other full trainings than those that chose the FPN below the head: they would all
-        be done again, and another FPN might come out best."""
-        settings = self.cfg.SEARCH
-        records = read_records(self.folder / JOURNAL, "fpn")
-        planned = [record for record in records if record.index < settings.TRIALS.FPN]
-        for record in ranked(planned)[: settings.SELECT.FPN]:
-            runs = run_folders("fpn", f"trial {record.index}", settings.SELECT.SEEDS)
-            for seed, run in enumerate(self.folder / place for place in runs):
-                full = full_config(self.cfg, "fpn", record.genotype, run, seed)
-                if changes := changes_since_run(full, run):
-                    raise ConfigError(
-                        f"the head stage in {self.folder / JOURNAL} stands on the FPN that full "
-                        f"trainings chose, and that in {run} had other settings: "
-                        f"{'; '.join(changes)}. Set them as they were to go on, or name another "
-                        "OUTPUT_DIR (and leave out --resume)"
-                    )
 
     def _check_features(self, *names: str) -> None:
         for stage in self.cfg.SEARCH.STAGES:
@@ -326,6 +300,12 @@ class _Search:
             )
 
     def _select(self, stage: str, last: bool) -> Selected:
+        # What trials of the head stand on is not chosen anew, whatever full trainings are now.
+        if not last and self._check("head", {}):
+            rows = read_ranking(self.folder / "ranking.json")
+            if chosen := [row for row in rows if row.stage == stage]:
+                self.ranking = chosen
+                return chosen[0]
         count = self.cfg.SEARCH.SELECT[stage.upper()]
         train_them = last or count > 1
         before = self.ranking
@@ -413,7 +393,7 @@ class _Search:
             saved = read_saved(path)
             if saved and not changes_since(saved["config"], cfg):
                 return best, {name: saved[name] for name in names}
-        logger.warning("the weights in %s are gone; they are trained again", run)
+        logger.warning("weights of this config are not in %s any more; they are trained again", run)
         (run / SUMMARY).unlink(missing_ok=True)
         found = train_in_full(cfg, self.device)
         if len(best.APs) == 1:  # else the mean stays: on this machine the training gives the same

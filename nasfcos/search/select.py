@@ -240,13 +240,6 @@ def select(
     return sorted(rows, key=by_merit)
 
 
-def run_folders(stage: str, name: str, seeds: int) -> list[Path]:
-    """Where an architecture ("trial 7", or "given") is trained in full with so many seeds,
-    relative to the search's folder."""
-    place = Path("select") / stage / name.replace(" ", "_")
-    return [place, *(place.with_name(f"{place.name}_seed_{n}") for n in range(1, seeds))]
-
-
 def _train_seeds(
     cfg: CfgNode,
     device: torch.device,
@@ -258,7 +251,9 @@ def _train_seeds(
 ) -> Selected:
     """An architecture with what its full trainings came to, one with each seed; without, where one
     of them did not come to its end."""
-    places = run_folders(row.stage, name, cfg.SEARCH.SELECT.SEEDS)
+    place = Path("select") / row.stage / name.replace(" ", "_")
+    further = range(1, cfg.SEARCH.SELECT.SEEDS)
+    places = [place, *(place.with_name(f"{place.name}_seed_{seed}") for seed in further)]
     metrics = []
     try:
         for seed, run in enumerate(places):
@@ -296,3 +291,11 @@ def _untried(genotype: Genotype, first: TrialRecord) -> TrialRecord:
 def write_ranking(path: Path, rows: Sequence[Selected]) -> None:
     """All architectures that were selected, best first, as JSON."""
     write_json(path, [asdict(row) for row in rows], indent=2)
+
+
+def read_ranking(path: Path) -> list[Selected]:
+    """What `write_ranking` wrote; empty where there is nothing that can be read."""
+    try:
+        return [Selected(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []

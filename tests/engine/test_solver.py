@@ -219,3 +219,15 @@ def test_fused_sgd_skips_a_first_step_that_overflows():
             optimizer.zero_grad()
         weights[fused] = parameter.detach()
     torch.testing.assert_close(weights[True], weights[False])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_there_need_not_be_biases(name):
+    cfg = load_config(None, ["SOLVER.OPTIMIZER", name])
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    state = trained(model, optimizer, scheduler)
+    resumed = build_optimizer(cfg, model)
+    restore_solver(resumed, build_lr_scheduler(cfg, resumed), state, 3)
+    assert len(resumed.state) == 1

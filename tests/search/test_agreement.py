@@ -60,7 +60,7 @@ def test_a_full_training_that_diverges_is_left_out(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"DATASETS\.TEST is empty"):
         check_agreement(*arguments)
     cfg.DATASETS.TEST = ("val",)
-    monkeypatch.setattr(agreement, "check_full_training", lambda cfg, device: None)
+    monkeypatch.setattr(agreement, "check_full_training", lambda *_, **__: None)
     assert check_agreement(*arguments) == 1.0
     found = json.loads((tmp_path / "agreement/head.json").read_text())
     assert [row["trial"] for row in found["rows"]] == [3, 1, 0]

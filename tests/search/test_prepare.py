@@ -60,8 +60,15 @@ def test_a_run_is_known_without_its_config_file(make, tmp_path, damage):
     if damage == "missing":  # killed while the run was set aside
         file.unlink()
     else:
-        file.write_text("" if damage == "empty" else file.read_text()[:-3] + "{")
+        text = file.read_text()
+        file.write_text("" if damage == "empty" else text[: len(text) // 2])
     assert backbone_changes(prepare_config(make("one"), folder), folder) == []
+    # One of a time when a key was not there yet.
+    text = prepare_config(make("one"), folder).dump()
+    file.write_text("".join(ln for ln in text.splitlines(keepends=True) if "BETA2" not in ln))
+    assert backbone_changes(prepare_config(make("one"), folder), folder) == []
+    later = prepare_config(make("one", "SOLVER.BETA2", 0.9), folder)
+    assert backbone_changes(later, folder) == ["SOLVER.BETA2: 0.999 -> 0.9"]
     changed = prepare_config(make("one", "SOLVER.BASE_LR", 0.25), folder)
     assert backbone_changes(changed, folder) == ["SOLVER.BASE_LR: 0.005 -> 0.25"]
 
