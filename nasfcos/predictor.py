@@ -255,18 +255,19 @@ def predict_files(
                     entry = _write_picture(predictor, picture, found, *names, score_threshold)
                     if len(sheet) < SHEET_PICTURES:
                         sheet.append((picture, found))
-                    # Of a name in another encoding than UTF-8, the bytes that are none are spelt.
-                    name = os.fsencode(file.relative_to(root).as_posix())
-                    entries.append({"file": name.decode("utf-8", "backslashreplace"), **entry})
+                    name = _spelt(file.relative_to(root).as_posix())
+                    entries.append({"file": name, **entry})
                     summary.images += 1
             except UnreadableImage as error:
                 summary.skipped += 1
-                logger.warning("skipped: %s", error)
+                logger.warning("skipped: %s", _spelt(str(error)))
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
                 summary.skipped += 1
-                logger.warning("skipped: %s: what is written for it has too long a name", file)
+                logger.warning(
+                    "skipped: %s: what is written for it has too long a name", _spelt(str(file))
+                )
     finally:
         if entries:
             with replacing(json_file) as temporary:
@@ -278,6 +279,12 @@ def predict_files(
         with replacing(sheet_file) as temporary:
             Image.fromarray(drawn).save(temporary, quality=92)
     return summary
+
+
+def _spelt(text: str) -> str:
+    """Of file names in another encoding than UTF-8, the bytes that are none are spelt (``\\xe9``):
+    neither logs nor JSON take them otherwise."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def _check_outputs(inputs: list[Path], outputs: list[Path]) -> None:
@@ -402,8 +409,8 @@ def _predict_video(
 
 
 def _lacks_utf8(path: Path) -> bool:
-    """Whether the path has bytes that are no UTF-8 (which Python has as lone surrogates)."""
-    return any("\ud800" <= character <= "\udfff" for character in str(path.resolve()))
+    text = str(path.resolve())
+    return _spelt(text) != text
 
 
 def _frames(capture, file: Path) -> Iterator[np.ndarray]:
