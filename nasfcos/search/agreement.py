@@ -1,9 +1,10 @@
-"""How well the reward of a short trial foretells the AP of a full training."""
+"""What the reward of a short trial is worth: does it foretell AP, and does it come again?"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
+from ..genotype import Genotype
+from .executors import WorkerLost, build_executor
 from .journal import read_records
-from .records import TrialRecord, ranked
+from .records import COMPLETE, TrialJob, TrialRecord, ranked
 from .report import kendall_tau
+from .search import JOURNAL, reopen_task
 from .select import check_full_training, full_config, train_in_full
 
 logger = logging.getLogger(__name__)
@@ -63,9 +67,7 @@ def check_agreement(
             would stop a full training.
         NonFiniteLossError: fewer than two of the full trainings came to their end.
     """
-    if count < 2:
-        raise ConfigError(f"{count} architectures have no order: compare at least two")
-    chosen = spread(read_records(folder / "search.db", stage), count)
+    chosen = _chosen(folder, stage, count)
     full = full_config(cfg, stage, chosen[0].genotype, folder)
     # Later, what the trainings start from may be gone without harm.
     begun = (folder / "agreement" / stage).exists()
@@ -89,22 +91,85 @@ def check_agreement(
             f"{len(rows)} of {count} full trainings came to their end, too few to compare; see the "
             "log, and change the solver by SEARCH.SELECT.OVERRIDES"
         )
-    tau = kendall_tau([row["reward"] for row in rows], [row["AP"] for row in rows])
-    write_json(folder / "agreement" / f"{stage}.json", {"tau": tau, "rows": rows}, indent=2)
-    with replacing(folder / "agreement" / f"{stage}.png") as temporary:
-        plot_agreement(rows, tau, f"{stage} stage, {cfg.DATASETS.TEST[0]}").savefig(temporary)
+    return _compare(folder, stage, rows, "AP", "AP after full training", cfg.DATASETS.TEST[0])
+
+
+def check_repeats(
+    cfg: CfgNode, device: torch.device, folder: Path, stage: str, count: int
+) -> float:
+    """Try `count` architectures of a search again, with other first weights and other batches.
+
+    The order of rewards that come in another order is luck. Where it is for most, trials are too
+    short. Leaves ``agreement/<stage>_again.json`` and ``.png`` in `folder`.
+
+    Args:
+        cfg: of the search, SEED as it was; other settings may differ, to see whether shorter trials
+            would do, say.
+        device: of the main process.
+        folder: of the search, which is its OUTPUT_DIR.
+        stage: whose trials are repeated.
+        count: of architectures, at least two.
+
+    Returns:
+        Kendall's tau (b) between the two rewards.
+
+    Raises:
+        ConfigError, DataError: fewer than two, more than were tried to the end, or settings that
+            cannot be.
+        NonFiniteLossError: fewer than two came to their end again.
+    """
+    chosen = {record.index: record for record in _chosen(folder, stage, count)}
+    first = next(iter(chosen.values()))
+    task = reopen_task(cfg, device, stage, Genotype.parse(first.genotype).cells)
+    jobs = [TrialJob(index, record.genotype) for index, record in chosen.items()]
+    rows = []
+    with build_executor(cfg, replace(task, seed=task.seed + 1)) as executor:
+        for job, result in executor.run(jobs):
+            if isinstance(result, WorkerLost) or result.status != COMPLETE:
+                logger.warning("trial %d is left out: %s", job.index, result.reason)
+                continue
+            before = chosen[job.index].result.reward
+            rows.append(
+                {"trial": job.index, "genotype": job.genotype, "reward": before}
+                | {"again": result.reward}
+            )
+            logger.info("trial %d: reward %.4f, again %.4f (%d of %d)", job.index, before,
+                        result.reward, len(rows), count)  # fmt: skip
+    if len(rows) < 2:
+        raise NonFiniteLossError(f"{len(rows)} of {count} trials came to their end, too few")
+    rows.sort(key=lambda row: row["reward"])
+    return _compare(folder, f"{stage}_again", rows, "again", "reward of the same again", "twice")
+
+
+def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
+    if count < 2:
+        raise ConfigError(f"{count} architectures have no order: compare at least two")
+    return spread(read_records(folder / JOURNAL, stage), count)
+
+
+def _compare(
+    folder: Path, name: str, rows: list[dict], key: str, label: str, where: str
+) -> float:
+    """Kendall's tau between the rewards and another figure; leaves both, and a plot."""
+    rewards, others = ([row[column] for row in rows] for column in ("reward", key))
+    tau = kendall_tau(rewards, others)
+    write_json(folder / "agreement" / f"{name}.json", {"tau": tau, "rows": rows}, indent=2)
+    title = f"{name.partition('_')[0]} stage, {where}: Kendall's tau {tau:.2f} over {len(rows)}"
+    with replacing(folder / "agreement" / f"{name}.png") as temporary:
+        plot_agreement(rewards, others, label, title).savefig(temporary)
     return tau
 
 
-def plot_agreement(rows: Sequence[dict], tau: float, title: str) -> Figure:
-    """Reward of the trials against AP after full training."""
+def plot_agreement(
+    rewards: Sequence[float], others: Sequence[float], label: str, title: str
+) -> Figure:
+    """Rewards of trials against another figure of the same architectures."""
     figure = Figure(figsize=(5.2, 4.2), dpi=130, layout="constrained")
     axis = figure.subplots()
-    axis.scatter([row["reward"] for row in rows], [row["AP"] for row in rows], color="#2f6fb5",
-                 zorder=3)  # fmt: skip
+    axis.scatter(rewards, others, color="#2f6fb5", zorder=3)
     axis.set_xlabel("reward of the trial")
-    axis.set_ylabel("AP after full training")
-    axis.set_title(f"{title}: Kendall's tau {tau:.2f} over {len(rows)}")
+    axis.set_ylabel(label)
+    axis.set_title(title)
     axis.grid(alpha=0.3, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

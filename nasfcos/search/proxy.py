@@ -9,8 +9,10 @@ meta-val. Where the paper is silent:
   copied, not averaged again: with their momentum of 0.1 they are such an average over the same
   last iterations already. They too start from the first batch, not from zero mean and unit
   variance, of which ten iterations would leave a third.
-- All trials of a search see the same batches in the same order; only the weights that they start
-  from follow from the genotype.
+- All trials of a search see the same batches in the same order. The plain head of the FPN stage
+  starts from the same weights in all of them too: with others for each FPN, luck with the head
+  would weigh as much in a reward as the FPN does. What is searched starts from weights that follow
+  from the genotype.
 - Meta-val is judged as if it were one batch: the sum of a loss over all of it, divided by what that
   loss is normalised by over all of it. So the reward does not depend, but for rounding, on how
   meta-val is cut into batches.
@@ -128,16 +130,23 @@ def build_decoder(
         cfg: as `proxy_config` gives it.
         in_channels: of C2..C5; None: without a neck.
         num_classes: object classes, background not counted.
-        seed: of the weights. The global random state is neither used nor changed.
+        seed: of the search. The weights follow from it and, of searched parts, from the genotype;
+            the global random state is neither used nor changed.
     """
+    own = weight_seed(seed, cfg.MODEL.GENOTYPE)
+    plain = cfg.MODEL.HEAD.TOWER == "plain"
+    generator = torch.random.default_generator
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        neck = None if in_channels is None else NECKS[cfg.MODEL.NECK.NAME](cfg, in_channels)
+        neck = None
+        if in_channels is not None:
+            generator.manual_seed(own)
+            neck = NECKS[cfg.MODEL.NECK.NAME](cfg, in_channels)
+        generator.manual_seed(weight_seed(seed, []) if plain else own)
         return Decoder(neck, HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, PostProcess()))
 
 
 def weight_seed(seed: int, genotype: list) -> int:
-    """The seed of a trial's weights, from the search's seed and the genotype as it is written."""
+    """A seed of weights, from the search's seed and a genotype as it is written; [] is none."""
     text = json.dumps([seed, genotype])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -433,7 +442,7 @@ class ProxyTask:
                 proxy_config(self.cfg, self.stage, job.genotype),
                 train.channels if self.stage == "fpn" else None,
                 self.num_classes,
-                weight_seed(self.seed, job.genotype),
+                self.seed,
             )
             iterations = self.cfg.SEARCH.PROXY.ITERATIONS
             training = build_training(self.cfg, decoder, train, iterations, self.seed)
@@ -558,7 +567,6 @@ def train_neck(
     train, val = (
         open_examples(config, cache.folder, num_classes, device) for cache in caches
     )
-    seed = weight_seed(cfg.SEED, genotype)
     path = Path(folder) / "neck.pth"
     made_from = {
         "genotype": genotype,
@@ -571,13 +579,13 @@ def train_neck(
     saved = read_saved(path)
     if saved.get("made_from") == made_from:
         logger.info("the FPN of the head stage is taken from %s", path)
-        neck = build_decoder(config, train.channels, num_classes, seed).neck
+        neck = build_decoder(config, train.channels, num_classes, cfg.SEED).neck
         neck.load_state_dict(saved["neck"])
         return neck.to(device, memory_format=torch.channels_last).eval()
     neck = None
     try:
         while neck is None:
-            decoder = build_decoder(config, train.channels, num_classes, seed)
+            decoder = build_decoder(config, train.channels, num_classes, cfg.SEED)
             neck = _trained_neck(cfg, decoder, train, val)
     except NonFinite as error:
         raise NonFiniteLossError(

@@ -162,7 +162,7 @@ class _Search:
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
         write_progress(folder, "caching the backbone's features")
-        caches = build_caches(proxy_cfg, detector, self._cache_folder(), self._check_features)
+        caches = build_caches(proxy_cfg, detector, _cache_folder(cfg), self._check_features)
         del detector
 
         best: Selected | None = None
@@ -173,7 +173,7 @@ class _Search:
                 settings[FPN] = Genotype(cells).to_list()
                 self._check("head", settings)
                 write_progress(folder, "training the FPN of the head stage")
-                stage_caches = self._cache_pyramids(proxy_cfg, caches, cells)
+                stage_caches = _cache_pyramids(proxy_cfg, caches, cells, self.device)
                 settings |= _names(PYRAMIDS, stage_caches)
             space = build_space(cfg, stage, cells)
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
@@ -234,21 +234,6 @@ class _Search:
     def _check(self, stage: str, settings: dict[str, Any]) -> bool:
         return check_settings(self.folder / JOURNAL, stage, settings)
 
-    def _cache_folder(self) -> Path:
-        given = self.cfg.SEARCH.CACHE.FOLDER
-        return Path(given).expanduser() if given else self.folder / "cache"
-
-    def _cache_pyramids(
-        self,
-        cfg: CfgNode,
-        caches: tuple[FeatureCache, FeatureCache],
-        cells: tuple[Cell, ...],
-    ) -> tuple[FeatureCache, FeatureCache]:
-        """The outputs of the FPN of the head stage, trained once with the plain head."""
-        classes = len(class_names(cfg))
-        neck = train_neck(cfg, caches, cells, classes, self.device, self.folder / "neck")
-        return tuple(cache_pyramid(self._cache_folder(), neck, cache) for cache in caches)
-
     def _search_stage(
         self,
         cfg: CfgNode,
@@ -263,17 +248,7 @@ class _Search:
         trials = settings.TRIALS[stage.upper()]
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
                     space.describe())  # fmt: skip
-        train, val = caches
-        task = ProxyTask(
-            cfg=cfg,
-            stage=stage,
-            train=train.folder,
-            val=val.folder,
-            num_classes=len(class_names(cfg)),
-            # Workers elsewhere have devices of their own.
-            device=str(self.device) if settings.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
-            seed=cfg.SEED,
-        )
+        task = _build_task(cfg, stage, caches, self.device)
         journal = Journal(self.folder / JOURNAL, space, settings.RETRIES, fixed)
         start = starting_choices(cfg, space)
         self.reports[stage] = StageReport(
@@ -506,6 +481,65 @@ def _remark(record: TrialRecord) -> str:
     return "" if record.result.status == COMPLETE else f" ({record.result.status})"
 
 
+def reopen_task(cfg: CfgNode, device: torch.device, stage: str, cells: Sequence[Cell]) -> ProxyTask:
+    """The trials of a stage of the search in OUTPUT_DIR, on what it prepared.
+
+    Args:
+        cfg: of the search.
+        device: of the main process.
+        stage: "fpn" or "head".
+        cells: the FPN below the heads, in the head stage.
+
+    Raises:
+        ConfigError, DataError, JournalError: it was prepared otherwise, or cannot be read.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    split = plan_split(cfg, folder / "split", cfg.SEED)
+    check_settings(folder / JOURNAL, stage, {SPLIT: split.name})
+    detector = prepare_backbone(split.cfg, device, folder / "backbone")
+
+    def check_features(*names: str) -> None:
+        check_settings(folder / JOURNAL, stage, dict(zip(FEATURES, names, strict=True)))
+
+    caches = build_caches(split.cfg, detector, _cache_folder(cfg), check_features)
+    if stage == "head":
+        caches = _cache_pyramids(split.cfg, caches, cells, device)
+    return _build_task(split.cfg, stage, caches, device)
+
+
+def _build_task(
+    cfg: CfgNode, stage: str, caches: tuple[FeatureCache, FeatureCache], device: torch.device
+) -> ProxyTask:
+    train, val = caches
+    return ProxyTask(
+        cfg=cfg,
+        stage=stage,
+        train=train.folder,
+        val=val.folder,
+        num_classes=len(class_names(cfg)),
+        # Workers elsewhere have devices of their own.
+        device=str(device) if cfg.SEARCH.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
+        seed=cfg.SEED,
+    )
+
+
+def _cache_folder(cfg: CfgNode) -> Path:
+    given = cfg.SEARCH.CACHE.FOLDER
+    return Path(given).expanduser() if given else Path(cfg.OUTPUT_DIR) / "cache"
+
+
+def _cache_pyramids(
+    cfg: CfgNode,
+    caches: tuple[FeatureCache, FeatureCache],
+    cells: Sequence[Cell],
+    device: torch.device,
+) -> tuple[FeatureCache, FeatureCache]:
+    """The outputs of the FPN of the head stage, trained once with the plain head."""
+    classes = len(class_names(cfg))
+    neck = train_neck(cfg, caches, cells, classes, device, Path(cfg.OUTPUT_DIR) / "neck")
+    return tuple(cache_pyramid(_cache_folder(cfg), neck, cache) for cache in caches)
+
+
 def search_status(cfg: CfgNode) -> str:
     """How far the search in OUTPUT_DIR is, in words; it may be running or not."""
     folder = Path(cfg.OUTPUT_DIR)
@@ -534,6 +568,8 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]
     fixed = {name: get_setting(cfg, name) for name in names}
     fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
+    if stage == "fpn":  # earlier code gave each trial's head others, which changes all rewards
+        fixed["the first weights of the plain head"] = "the same in all trials"
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
         chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
         chose += ["SEARCH.SELECT.SEEDS"] if cfg.SEARCH.SELECT.FPN > 1 else []

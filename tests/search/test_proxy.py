@@ -250,6 +250,31 @@ def test_seed_of_the_weights():
     assert weight_seed(0, CELLS) == 7265537962440769494
 
 
+def first_weights(genotype, seed=0, stage="fpn"):
+    """Of the layers that start with random weights."""
+    widths = WIDTHS if stage == "fpn" else None
+    decoder = build_decoder(proxy_config(config(), stage, genotype), widths, CLASSES, seed)
+    return {n: p for n, p in decoder.named_parameters() if p.dim() > 1 and p.std() > 0}
+
+
+def test_plain_heads_of_all_trials_start_alike():
+    one, other, reseeded = (
+        first_weights(genotype, seed) for genotype, seed in ((CELLS, 0), (OTHER, 0), (CELLS, 1))
+    )
+    assert {name.split(".")[0] for name in one} == {"neck", "head"}
+    for name in one.keys() & other.keys():
+        assert torch.equal(one[name], other[name]) == name.startswith("head"), name
+    for name, weight in one.items():
+        assert not torch.equal(weight, reseeded[name]), name
+
+
+def test_searched_heads_have_first_weights_of_their_own():
+    one = first_weights(HEAD, stage="head")
+    other = first_weights([*CELLS, [1], [0, 1]], stage="head")
+    for name in one.keys() & other.keys():
+        assert not torch.equal(one[name], other[name]), name
+
+
 def test_thresholds(folders):
     one = task(folders)
     full = one.run(TrialJob(0, CELLS))

@@ -33,8 +33,8 @@ from nasfcos.search import select  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
 from nasfcos.search.proxy import ProxyTask, read_saved  # noqa: E402
-from nasfcos.search.records import COMPLETE  # noqa: E402
-from nasfcos.search.search import search, search_status  # noqa: E402
+from nasfcos.search.records import COMPLETE, TrialJob  # noqa: E402
+from nasfcos.search.search import reopen_task, search, search_status  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,6 +230,29 @@ def moved_and_tidied(search_file, tmp_path, caplog):
     found = torch.load(moved / "best.pth", weights_only=True)
     for name, x in weights["model"].items():
         torch.testing.assert_close(found["model"][name], x)
+
+
+def test_trials_can_be_tried_again(search_file, tmp_path, one_thread):
+    cfg, device = load_config(search_file), torch.device("cpu")
+    search(cfg, device, search_file)
+    folder = Path(cfg.OUTPUT_DIR)
+    for stage in ("fpn", "head"):
+        records = [r for r in read_records(folder / "search.db", stage) if r.reused is None]
+        task = reopen_task(cfg, device, stage, Genotype.parse(records[0].genotype).cells)
+        for record in records[:2]:
+            again = task.run(TrialJob(record.index, record.genotype))
+            assert again.reward == record.result.reward
+
+        # From another seed they come out otherwise.
+        again = ("--again", "--stage", stage, "--count", 2)
+        output = run("check_proxy.py", search_file, *again)
+        found = json.loads((folder / f"agreement/{stage}_again.json").read_text())
+        assert f"Kendall's tau: {found['tau']:.3f}" in output
+        rewards = {record.index: record.result.reward for record in records}
+        for row in found["rows"]:
+            assert row["reward"] == rewards[row["trial"]] != row["again"]
+        assert (folder / f"agreement/{stage}_again.png").stat().st_size > 5000
+    assert "the split of the data" in run("check_proxy.py", search_file, *again, "SEED", 5, code=2)
 
 
 def test_the_configs_below_travel_with_the_best(tmp_path):
