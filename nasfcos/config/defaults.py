@@ -287,7 +287,11 @@ _C.SEARCH.REPORT_PERIOD = 60
 
 # The best of a stage are trained in full, by the ordinary training.
 _C.SEARCH.SELECT = CN()
-# How many FPNs and heads. One: the best by reward is taken as it is, unless its stage is the last.
+# So many of the best by reward are tried again so many times, with other first weights and other
+# batches, and ranked by the mean: the best reward of many trials is luck in part. 0 times: not.
+_C.SEARCH.SELECT.CANDIDATES = 20
+_C.SEARCH.SELECT.RETRIALS = 2
+# How many FPNs and heads are trained. One: the best is taken as it is, unless its stage is last.
 _C.SEARCH.SELECT.FPN = 20
 _C.SEARCH.SELECT.HEAD = 10
 # Full trainings of each, from SEED on; the mean of their APs counts. On small data one says little.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +120,9 @@ def check_repeats(
     chosen = {record.index: record for record in _chosen(folder, stage, count)}
     first = next(iter(chosen.values()))
     task = reopen_task(cfg, device, stage, Genotype.parse(first.genotype).cells)
-    jobs = [TrialJob(index, record.genotype) for index, record in chosen.items()]
+    jobs = [TrialJob(index, record.genotype, repeat=1) for index, record in chosen.items()]
     rows = []
-    with build_executor(cfg, replace(task, seed=task.seed + 1)) as executor:
+    with build_executor(cfg, task) as executor:
         for job, result in executor.run(jobs):
             if isinstance(result, WorkerLost) or result.status != COMPLETE:
                 logger.warning("trial %d is left out: %s", job.index, result.reason)

@@ -77,8 +77,9 @@ URL = "sqlite:///journal"
 
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
 
-SETTINGS, FIGURES = "settings", "figures of batch "
-"""User attributes of a study: what must not change, and (with the number) what a batch taught."""
+SETTINGS, FIGURES, AGAIN = "settings", "figures of batch ", "again "
+"""User attributes of a study: what must not change, what a batch (of this number) taught, and the
+reward of a trial (of this index) that was tried again (for this time)."""
 
 
 class JournalError(ConfigError):
@@ -136,6 +137,7 @@ class Journal:
             attributes.get(SETTINGS),
         )
         self._figures = _batch_figures(attributes)
+        self._retrials = _retrials(attributes)
         self._trials: dict[int, _Trial] = {}
         self._batch_sizes: dict[int, int] = {}
         self._records: list[TrialRecord] = []
@@ -157,6 +159,10 @@ class Journal:
     def batch_figures(self) -> list[dict[str, float]]:
         """What `note_batch` stored, by batch."""
         return list(self._figures)
+
+    def retrials(self) -> dict[tuple[int, int], float]:
+        """The rewards that `note_retrial` stored, by index and repeat."""
+        return dict(self._retrials)
 
     # -------------------------------------------------------------------------------- writing
     def propose(self, batch: int, proposals: Sequence[tuple[int, ...]]) -> None:
@@ -264,6 +270,11 @@ class Journal:
         figures = {name: float(value) for name, value in figures.items()}
         self._study.set_user_attr(f"{FIGURES}{batch}", figures)
         self._figures.append(figures)
+
+    def note_retrial(self, index: int, repeat: int, reward: float) -> None:
+        """Store what a finished trial came to when it was tried again; nan where that failed."""
+        self._study.set_user_attr(f"{AGAIN}{index}.{repeat}", reward)
+        self._retrials[index, repeat] = reward
 
     def export_csv(self, path: str | Path) -> None:
         """Write the finished trials as CSV with a header, a line per trial; all of it or nothing.
@@ -559,6 +570,14 @@ def _batch_figures(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
     while f"{FIGURES}{len(figures)}" in attributes:
         figures.append(attributes[f"{FIGURES}{len(figures)}"])
     return figures
+
+
+def _retrials(attributes: Mapping[str, Any]) -> dict[tuple[int, int], float]:
+    return {
+        tuple(map(int, name.removeprefix(AGAIN).split("."))): reward
+        for name, reward in attributes.items()
+        if name.startswith(AGAIN)
+    }
 
 
 def _brief(value: Any) -> str:

@@ -413,8 +413,8 @@ class ProxyTask:
         return {**self.__dict__, "examples": None}
 
     def run(self, job: TrialJob) -> TrialResult:
-        """Run one trial. Its result follows from the seed, the genotype, the caches and, on CPUs,
-        the number of threads, to the last bit (GPUs add in varying order).
+        """Run one trial. Its result follows from the seed, the job, the caches and, on CPUs, the
+        number of threads, to the last bit (GPUs add in varying order).
 
         Trouble of the trial is a result. What no other trial could run with either is raised: a
         cache that does not open, a GPU that has failed (`DeviceLost`).
@@ -437,15 +437,16 @@ class ProxyTask:
     def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult | None:
         """None: the GPU's memory did not suffice, and a cache has left it: to be tried again."""
         training = None
+        seed = self.seed + job.repeat
         try:
             decoder = build_decoder(
                 proxy_config(self.cfg, self.stage, job.genotype),
                 train.channels if self.stage == "fpn" else None,
                 self.num_classes,
-                self.seed,
+                seed,
             )
             iterations = self.cfg.SEARCH.PROXY.ITERATIONS
-            training = build_training(self.cfg, decoder, train, iterations, self.seed)
+            training = build_training(self.cfg, decoder, train, iterations, seed)
             maps, _ = val.batch(torch.zeros(1, dtype=torch.int64))
             flops, latency = multiply_adds(decoder, maps), self._latency(decoder, maps)
             # Costs are known before the training, so that it may be judged by the objective.

@@ -632,8 +632,9 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
             "multiply-adds", "full training"]  # fmt: skip
     parts = [
         "<h2>The best, trained in full</h2>",
-        '<p class="note">Parameters and multiply-adds are those of the trial. Rewards of different '
-        "stages cannot be compared: their trials differ in width.</p>",
+        '<p class="note">The reward is the mean of the trials again, where there were any. '
+        "Parameters and multiply-adds are those of the trial. Rewards of different stages cannot "
+        "be compared: their trials differ in width.</p>",
         _table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7)),
     ]
     if several:

@@ -32,12 +32,13 @@ from ..locks import only_one
 from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
-from .executors import build_executor
+from .executors import Executor, build_executor
 from .journal import Journal, check_settings, read_records, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
+from .retrials import try_again
 from .select import (
     SUMMARY,
     Selected,
@@ -49,7 +50,7 @@ from .select import (
     train_in_full,
     write_ranking,
 )
-from .space import Space, build_space, given_cells, starting_choices
+from .space import Choices, Space, build_space, given_cells, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
 from .status import (
@@ -143,6 +144,7 @@ class _Search:
         self.overrides = overrides
         self.folder = Path(cfg.OUTPUT_DIR)
         self.reports: dict[str, StageReport] = {}
+        self.standing: dict[str, list[TrialRecord]] = {}
         self.ranking: list[Selected] = []
         self._reported = 0.0
 
@@ -273,6 +275,30 @@ class _Search:
                 note,
                 start,
             )
+            self.standing[stage] = self._try_again(stage, journal, executor, trials, start)
+
+    def _try_again(
+        self,
+        stage: str,
+        journal: Journal,
+        executor: Executor,
+        trials: int,
+        start: Choices | None,
+    ) -> list[TrialRecord]:
+        """The complete trials of a stage, best first; the best of them by what they came to again.
+        Beside them that one is tried again which the search started from."""
+        settings = self.cfg.SEARCH.SELECT
+        best = ranked([record for record in journal.records() if record.index < trials])
+        count = max(settings.CANDIDATES, settings[stage.upper()]) if settings.RETRIALS else 0
+        chosen = best[:count]
+        chosen += [r for r in best[count:] if count and start is not None and r.index == 0]
+
+        def note(done: int, total: int) -> None:
+            phase = f"trying the best of the {stage} stage again"
+            write_progress(self.folder, phase, done=done, total=total)
+
+        again = try_again(journal, executor, chosen, settings.RETRIALS, note)
+        return again + [record for record in best if record not in chosen]
 
     def _select(self, stage: str, last: bool) -> Selected:
         # What trials of the head stand on is not chosen anew, whatever full trainings are now.
@@ -295,7 +321,7 @@ class _Search:
             self.device,
             self.folder,
             stage,
-            self.reports[stage].records,
+            self.standing[stage],
             count,
             train_them,
             note,
@@ -572,6 +598,7 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
         fixed["the first weights of the plain head"] = "the same in all trials"
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
         chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
+        chose += ["SEARCH.SELECT.CANDIDATES", "SEARCH.SELECT.RETRIALS"]
         chose += ["SEARCH.SELECT.SEEDS"] if cfg.SEARCH.SELECT.FPN > 1 else []
         for name in chose:
             fixed[f"{name} (which chose the FPN below the head)"] = get_setting(cfg, name)

@@ -23,7 +23,7 @@ from ..files import write_json
 from ..genotype import Genotype
 from ..models import build_detector
 from .prepare import is_run_of, with_overrides
-from .records import TrialRecord, ranked
+from .records import COMPLETE, TrialRecord, TrialResult
 from .space import graph_key
 from .status import write_progress
 
@@ -41,7 +41,7 @@ class Selected:
         stage: in which it was found.
         rank: by the search's objective in its stage, from 1.
         genotype: the whole decoder, as a nested list.
-        objective, reward: of its trial.
+        objective, reward: of its trial, or the mean of its trials after that (`try_again`).
         params, flops: of its trial's decoder (see `TrialResult`).
         AP, AP50: after full training, on the first of DATASETS.TEST, the means of all seeds; None:
             not trained in full.
@@ -183,7 +183,7 @@ def select(
         device: of the training.
         folder: of the search.
         stage: whose best are wanted.
-        records: its finished trials.
+        records: its trials that were trained to the end, best first.
         count: how many are looked at.
         on_progress: called after each full training, with those so far, best first.
         given: what the search started from, to be looked at too.
@@ -195,7 +195,7 @@ def select(
         ConfigError: no trial of the stage is complete.
         NonFiniteLossError: of no architecture did all full trainings come to their end.
     """
-    every = list(enumerate(ranked(records), 1))
+    every = list(enumerate(records, 1))
     best = every[:count]
     if not best:
         raise ConfigError(
@@ -205,7 +205,7 @@ def select(
     given_key = None if given is None else graph_key(given)
     if given is not None and all(record.key != given_key for _, record in best):
         best += [item for item in every if item[1].key == given_key][:1] or [
-            (0, _untried(given, records[0]))
+            (0, _untried(given, records))
         ]
     rows = [
         Selected(
@@ -276,14 +276,15 @@ def by_merit(row: Selected) -> tuple[bool, float]:
     return True, math.inf if math.isnan(row.objective) else -row.objective
 
 
-def _untried(genotype: Genotype, first: TrialRecord) -> TrialRecord:
-    """In the place of the trial that a decoder has not had: the first one's, which tried the part
-    of it that its stage searches, for its cost."""
+def _untried(genotype: Genotype, records: Sequence[TrialRecord]) -> TrialRecord:
+    """In the place of the trial that a decoder has not had. The stage's first one, if it came to
+    its end, tried the part of it that the stage searches, and tells its cost."""
+    first = next((r.result for r in records if r.index == 0), TrialResult(COMPLETE))
     return replace(
-        first,
+        records[0],
         key=graph_key(genotype),
         genotype=genotype.to_list(),
-        result=replace(first.result, reward=math.nan),
+        result=replace(first, reward=math.nan),
         objective=math.nan,
     )
 

@@ -52,7 +52,13 @@ SEARCH = {
     "TRIALS": {"FPN": 6, "HEAD": 6},
     "BATCH": 3,
     "PREPARE": {"OVERRIDES": ["SOLVER.MAX_ITER", 4]},
-    "SELECT": {"FPN": 1, "HEAD": 2, "OVERRIDES": ["SOLVER.MAX_ITER", 6]},
+    "SELECT": {
+        "CANDIDATES": 2,
+        "RETRIALS": 1,
+        "FPN": 1,
+        "HEAD": 2,
+        "OVERRIDES": ["SOLVER.MAX_ITER", 6],
+    },
 }
 
 
@@ -111,6 +117,15 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
     trained = [row for row in ranking if row["AP"] is not None]
     assert len(trained) == 2 and trained[0]["AP"] >= trained[1]["AP"]
     assert [row["stage"] for row in ranking] == ["head", "head", "fpn"]
+    # The two best of each stage were tried again, and what came then counts.
+    again = re.findall(r"(fpn|head) trial (\d+) again: reward (\S+) \(\d/2 done\)", whole)
+    for stage in ("fpn", "head"):
+        rewards = sorted((float(reward) for s, _, reward in again if s == stage), reverse=True)
+        ranks = {row["rank"]: row["reward"] for row in ranking if row["stage"] == stage}
+        assert len(rewards) == 2
+        assert [ranks[rank] for rank in sorted(ranks)] == pytest.approx(
+            rewards[: len(ranks)], abs=1e-4
+        )
     # Both heads stand on the best FPN.
     assert ranking[0]["genotype"][:4] == ranking[2]["genotype"]
 
@@ -278,8 +293,9 @@ def test_the_configs_below_travel_with_the_best(tmp_path):
     assert load_config(tmp_path / "new/base/demo/both.yaml") == expected
 
 
-def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, one_thread):
+def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, caplog, one_thread):
     """It is tried first, and trained in full beside what was found, though that has other cells."""
+    caplog.set_level("INFO")
     cells = [[0, 1, 0, 0, 0], [1, 2, 0, 0, 0], [2, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
     given = [*([cell] for cell in cells), [1], [1, 2]]
     settings = (
@@ -304,6 +320,7 @@ def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, one
         assert fpn[0].genotype == given[:4] and head[0].genotype[4:] == given[4:]
         found = fpn[2].genotype
         assert found != given[:4] and head[0].genotype[:4] == found
+        assert "fpn trial 0 again" in caplog.text  # though two others are better
 
         ranking = json.loads((out / "ranking.json").read_text())
         (row,) = (row for row in ranking if row["given"])
