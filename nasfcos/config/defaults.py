@@ -287,8 +287,9 @@ _C.SEARCH.REPORT_PERIOD = 60
 
 # The best of a stage are trained in full, by the ordinary training.
 _C.SEARCH.SELECT = CN()
-# So many of the best by reward are tried again so many times, with other first weights and other
-# batches, and ranked by the mean: the best reward of many trials is luck in part. 0 times: not.
+# So many of the best by the objective (at least as many as are trained) are tried again so many
+# times, with other first weights and other batches, and ranked by the mean: the best reward of many
+# trials is luck in part. 0 times: not.
 _C.SEARCH.SELECT.CANDIDATES = 20
 _C.SEARCH.SELECT.RETRIALS = 2
 # How many FPNs and heads are trained. One: the best is taken as it is, unless its stage is last.

@@ -14,7 +14,6 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
-from ..genotype import Genotype
 from .executors import WorkerLost, build_executor
 from .journal import read_records
 from .records import COMPLETE, TrialJob, TrialRecord, ranked
@@ -90,7 +89,8 @@ def check_agreement(
             f"{len(rows)} of {count} full trainings came to their end, too few to compare; see the "
             "log, and change the solver by SEARCH.SELECT.OVERRIDES"
         )
-    return _compare(folder, stage, rows, "AP", "AP after full training", cfg.DATASETS.TEST[0])
+    title = f"{stage} stage, {cfg.DATASETS.TEST[0]}"
+    return _compare(folder, stage, rows, "AP", "AP after full training", title)
 
 
 def check_repeats(
@@ -102,8 +102,7 @@ def check_repeats(
     short. Leaves ``agreement/<stage>_again.json`` and ``.png`` in `folder`.
 
     Args:
-        cfg: of the search, SEED as it was; other settings may differ, to see whether shorter trials
-            would do, say.
+        cfg: of the search; SEARCH.PROXY may be changed, say to see whether shorter trials would do.
         device: of the main process.
         folder: of the search, which is its OUTPUT_DIR.
         stage: whose trials are repeated.
@@ -118,8 +117,7 @@ def check_repeats(
         NonFiniteLossError: fewer than two came to their end again.
     """
     chosen = {record.index: record for record in _chosen(folder, stage, count)}
-    first = next(iter(chosen.values()))
-    task = reopen_task(cfg, device, stage, Genotype.parse(first.genotype).cells)
+    task = reopen_task(cfg, device, stage)
     jobs = [TrialJob(index, record.genotype, repeat=1) for index, record in chosen.items()]
     rows = []
     with build_executor(cfg, task) as executor:
@@ -135,9 +133,13 @@ def check_repeats(
             logger.info("trial %d: reward %.4f, again %.4f (%d of %d)", job.index, before,
                         result.reward, len(rows), count)  # fmt: skip
     if len(rows) < 2:
-        raise NonFiniteLossError(f"{len(rows)} of {count} trials came to their end, too few")
+        raise NonFiniteLossError(
+            f"{len(rows)} of {count} trials came to their end again, too few to compare; see the "
+            "reasons above. If losses were not finite, a lower SEARCH.PROXY.LR may help"
+        )
     rows.sort(key=lambda row: row["reward"])
-    return _compare(folder, f"{stage}_again", rows, "again", "reward of the same again", "twice")
+    label = "reward of the same again"
+    return _compare(folder, f"{stage}_again", rows, "again", label, f"{stage} stage, tried again")
 
 
 def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
@@ -147,13 +149,13 @@ def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
 
 
 def _compare(
-    folder: Path, name: str, rows: list[dict], key: str, label: str, where: str
+    folder: Path, name: str, rows: list[dict], key: str, label: str, title: str
 ) -> float:
     """Kendall's tau between the rewards and another figure; leaves both, and a plot."""
     rewards, others = ([row[column] for row in rows] for column in ("reward", key))
     tau = kendall_tau(rewards, others)
     write_json(folder / "agreement" / f"{name}.json", {"tau": tau, "rows": rows}, indent=2)
-    title = f"{name.partition('_')[0]} stage, {where}: Kendall's tau {tau:.2f} over {len(rows)}"
+    title += f": Kendall's tau {tau:.2f} over {len(rows)}"
     with replacing(folder / "agreement" / f"{name}.png") as temporary:
         plot_agreement(rewards, others, label, title).savefig(temporary)
     return tau

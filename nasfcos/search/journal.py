@@ -454,21 +454,41 @@ def read_records(path: str | Path, stage: str) -> list[TrialRecord]:
         JournalError: there is no such file, or it is no journal. A stage that has not begun has no
             trials.
     """
-    path = Path(path)
+    finished = tuple(state for state in TrialState if state.is_finished())
+    with _reading(Path(path)) as storage:
+        try:
+            study_id = storage.get_study_id_from_name(stage)
+        except KeyError:
+            return []
+        trials = storage.get_all_trials(study_id, deepcopy=False, states=finished)
+    records = [_record(trial) for trial in trials if _is_finished(trial)]
+    return sorted(records, key=lambda record: record.index)
+
+
+def read_settings(path: str | Path, stage: str) -> dict[str, Any]:
+    """What must not change while a stage is searched, as its journal has it; see `read_records`.
+
+    A stage that has not begun has none.
+    """
+    with _reading(Path(path)) as storage:
+        try:
+            study_id = storage.get_study_id_from_name(stage)
+        except KeyError:
+            return {}
+        return storage.get_study_user_attrs(study_id).get(SETTINGS, {})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[RDBStorage]:
+    """A journal that may be written at the same time."""
     if not path.exists():
         raise JournalError(f"there is no search in {path.parent}: {path.name} is missing")
-    finished = tuple(state for state in TrialState if state.is_finished())
     with _readable(path):
         storage = RDBStorage(URL, _engine(path, "rw"), skip_table_creation=True)
         try:
-            study_id = storage.get_study_id_from_name(stage)
-            trials = storage.get_all_trials(study_id, deepcopy=False, states=finished)
-        except KeyError:
-            return []
+            yield storage
         finally:
             storage.engine.dispose()
-    records = [_record(trial) for trial in trials if _is_finished(trial)]
-    return sorted(records, key=lambda record: record.index)
 
 
 def _engine(path: Path, mode: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ meta-val. Where the paper is silent:
   copied, not averaged again: with their momentum of 0.1 they are such an average over the same
   last iterations already. They too start from the first batch, not from zero mean and unit
   variance, of which ten iterations would leave a third.
-- All trials of a search see the same batches in the same order. The plain head of the FPN stage
-  starts from the same weights in all of them too: with others for each FPN, luck with the head
-  would weigh as much in a reward as the FPN does. What is searched starts from weights that follow
-  from the genotype.
+- All trials of a stage, but for repetitions, see the same batches in the same order. The plain
+  head of the FPN stage starts from the same weights in all of them too: with others for each FPN,
+  luck with the head would weigh as much in a reward as the FPN does. What is searched starts from
+  weights that follow from the genotype.
 - Meta-val is judged as if it were one batch: the sum of a loss over all of it, divided by what that
   loss is normalised by over all of it. So the reward does not depend, but for rounding, on how
   meta-val is cut into batches.

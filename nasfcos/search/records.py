@@ -23,8 +23,8 @@ class TrialJob:
         genotype: the whole decoder, as a nested list (`nasfcos.genotype`).
         thresholds: (iteration, objective) pairs, in the order of the iterations: the trial stops
             where its objective at that iteration lies below. (iteration, -inf) only reports.
-        repeat: of an architecture that is tried again, the how manieth time: each has first weights
-            and batches of its own.
+        repeat: 0 for the trial itself, n for its n-th repetition, with first weights and batches of
+            its own.
     """
 
     index: int

@@ -529,7 +529,11 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
     if best:
         parts.append("<h3>Reward and cost</h3>")
         picture("costs", _draw_costs(best), "Reward against the costs")
-        parts.append("<h3>The best architectures so far</h3>")
+        parts.append(
+            "<h3>The best architectures so far</h3>"
+            '<p class="note">By the trial itself. At the end of a stage the best are tried again, '
+            "and what comes then decides (SEARCH.SELECT.RETRIALS).</p>"
+        )
         parts.append(_best_table(best[:BEST]))
         for place, record in enumerate(best[:BEST], 1):
             parts.append(_best_architecture(folder, stage.stage, place, record))
@@ -628,7 +632,7 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
         ]
         for place, row in enumerate(ranking, 1)
     ]  # fmt: skip
-    head = ["", "stage", "rank in the search", "proxy reward", "AP", "AP50", "parameters",
+    head = ["", "stage", "rank in the stage", "proxy reward", "AP", "AP50", "parameters",
             "multiply-adds", "full training"]  # fmt: skip
     parts = [
         "<h2>The best, trained in full</h2>",

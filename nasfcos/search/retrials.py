@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
 from .executors import Executor, WorkerLost
 from .journal import Journal
-from .records import TrialJob, TrialRecord
+from .records import FAILED, TrialJob, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -32,47 +33,55 @@ def try_again(
     Args:
         journal: of the stage.
         executor: runs the trials.
-        candidates: finished trials, best first.
-        times: other seeds for each; with none the candidates stay as they are.
+        candidates: finished trials.
+        times: other seeds for each, at least one.
         on_progress: called with the trials that are done, and all of them.
 
     Returns:
         The candidates by their new rewards, best first: each has the mean of these for its reward
         (the first one, which it was chosen for, does not count), less its cost for its objective.
-        One that never came to its end again has nan, and is last.
+        Both are nan of those, at the end, that failed once.
     """
-    if not times:
-        return list(candidates)
     known = journal.retrials()
+    repeats = range(1, times + 1)
     jobs = [
         TrialJob(record.index, record.genotype, repeat=repeat)
-        for repeat in range(1, times + 1)
+        for repeat in repeats
         for record in candidates
         if (record.index, repeat) not in known
     ]
     total = len(candidates) * times
-    on_progress(total - len(jobs), total)
-    for number, (job, result) in enumerate(executor.run(jobs), total - len(jobs) + 1):
-        if isinstance(result, WorkerLost):  # a resumed search tries it again
-            logger.warning("trial %d, again: %s", job.index, result.reason)
-        else:
-            journal.note_retrial(job.index, job.repeat, result.reward)
-            logger.info(
-                "%s trial %d again: reward %.4f (%d/%d done)",
-                journal.space.stage, job.index, result.reward, number, total,
-            )  # fmt: skip
-        on_progress(number, total)
+    done = total - len(jobs)
+    deaths: Counter[tuple[int, int]] = Counter()
+    if jobs:
+        on_progress(done, total)
+    while jobs:
+        lost = []
+        for job, result in executor.run(jobs):
+            name = f"{journal.space.stage} trial {job.index} again"
+            if isinstance(result, WorkerLost):
+                logger.warning("%s: %s", name, result.reason)
+                deaths[job.index, job.repeat] += 1
+                if deaths[job.index, job.repeat] <= journal.retries:
+                    lost.append(job)
+                    continue
+            elif result.status == FAILED:
+                logger.warning("%s failed: %s", name, result.reason)
+            reward = math.nan if isinstance(result, WorkerLost) else result.reward
+            journal.note_retrial(job.index, job.repeat, reward)
+            done += 1
+            logger.info("%s: reward %.4f (%d/%d done)", name, reward, done, total)
+            on_progress(done, total)
+        jobs = lost
     known = journal.retrials()
     found = [
-        _with_rewards(record, [known.get((record.index, n), math.nan) for n in range(1, times + 1)])
+        _with_reward(record, fmean(known[record.index, repeat] for repeat in repeats))
         for record in candidates
     ]
     return sorted(found, key=lambda r: math.inf if math.isnan(r.objective) else -r.objective)
 
 
-def _with_rewards(record: TrialRecord, rewards: Sequence[float]) -> TrialRecord:
-    finite = [reward for reward in rewards if math.isfinite(reward)]
-    reward = fmean(finite) if finite else math.nan
+def _with_reward(record: TrialRecord, reward: float) -> TrialRecord:
     penalty = record.result.reward - record.objective
     return replace(
         record, result=replace(record.result, reward=reward), objective=reward - penalty

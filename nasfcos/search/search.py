@@ -33,7 +33,7 @@ from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import Executor, build_executor
-from .journal import Journal, check_settings, read_records, writing
+from .journal import Journal, check_settings, read_records, read_settings, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
@@ -50,7 +50,7 @@ from .select import (
     train_in_full,
     write_ranking,
 )
-from .space import Choices, Space, build_space, given_cells, starting_choices
+from .space import Space, build_space, given_cells, graph_key, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
 from .status import (
@@ -84,6 +84,8 @@ SPLIT = "the split of the data (DATASETS.TRAIN, their images and boxes)"
 FEATURES = ("features of meta-train (data, PREPARE, CACHE)", "features of meta-val (data, PREPARE)")
 FPN = "the FPN below the head (the best of the FPN stage, or MODEL.GENOTYPE)"
 PYRAMIDS = ("outputs of the FPN on meta-train (neck.pth)", "outputs of the FPN on meta-val")
+# Earlier code gave the head of each trial others, which changes all rewards.
+PLAIN_HEAD = {"first weights of the plain head (by the version of nasfcos)": "as in all trials"}
 
 
 def search(
@@ -275,30 +277,31 @@ class _Search:
                 note,
                 start,
             )
-            self.standing[stage] = self._try_again(stage, journal, executor, trials, start)
+            self.standing[stage] = self._rank(stage, journal, executor, trials)
 
-    def _try_again(
-        self,
-        stage: str,
-        journal: Journal,
-        executor: Executor,
-        trials: int,
-        start: Choices | None,
+    def _rank(
+        self, stage: str, journal: Journal, executor: Executor, trials: int
     ) -> list[TrialRecord]:
-        """The complete trials of a stage, best first; the best of them by what they came to again.
-        Beside them that one is tried again which the search started from."""
+        """The complete trials of a stage, best first. The best of them, and what the search started
+        from, are tried again."""
         settings = self.cfg.SEARCH.SELECT
         best = ranked([record for record in journal.records() if record.index < trials])
-        count = max(settings.CANDIDATES, settings[stage.upper()]) if settings.RETRIALS else 0
-        chosen = best[:count]
-        chosen += [r for r in best[count:] if count and start is not None and r.index == 0]
+        if not settings.RETRIALS:
+            return best
+        count = max(settings.CANDIDATES, settings[stage.upper()])
+        given = self._given_decoder(stage)
+        key = None if given is None else graph_key(given)
+        chosen = best[:count] + [record for record in best[count:] if record.key == key]
 
         def note(done: int, total: int) -> None:
             phase = f"trying the best of the {stage} stage again"
             write_progress(self.folder, phase, done=done, total=total)
 
         again = try_again(journal, executor, chosen, settings.RETRIALS, note)
-        return again + [record for record in best if record not in chosen]
+        failed = [record for record in again if math.isnan(record.objective)]
+        tried = {record.index for record in chosen}
+        others = [record for record in best if record.index not in tried]
+        return again[: len(again) - len(failed)] + others + failed
 
     def _select(self, stage: str, last: bool) -> Selected:
         # What trials of the head stand on is not chosen anew, whatever full trainings are now.
@@ -507,30 +510,34 @@ def _remark(record: TrialRecord) -> str:
     return "" if record.result.status == COMPLETE else f" ({record.result.status})"
 
 
-def reopen_task(cfg: CfgNode, device: torch.device, stage: str, cells: Sequence[Cell]) -> ProxyTask:
-    """The trials of a stage of the search in OUTPUT_DIR, on what it prepared.
+def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
+    """The trials of a stage of the search in OUTPUT_DIR, on its caches. Changes nothing.
 
     Args:
         cfg: of the search.
-        device: of the main process.
+        device: of trials in this process.
         stage: "fpn" or "head".
-        cells: the FPN below the heads, in the head stage.
 
     Raises:
-        ConfigError, DataError, JournalError: it was prepared otherwise, or cannot be read.
+        ConfigError, JournalError: there is no such search, its caches are gone, or its trials are
+            those of earlier code.
     """
-    folder = Path(cfg.OUTPUT_DIR)
-    split = plan_split(cfg, folder / "split", cfg.SEED)
-    check_settings(folder / JOURNAL, stage, {SPLIT: split.name})
-    detector = prepare_backbone(split.cfg, device, folder / "backbone")
-
-    def check_features(*names: str) -> None:
-        check_settings(folder / JOURNAL, stage, dict(zip(FEATURES, names, strict=True)))
-
-    caches = build_caches(split.cfg, detector, _cache_folder(cfg), check_features)
-    if stage == "head":
-        caches = _cache_pyramids(split.cfg, caches, cells, device)
-    return _build_task(split.cfg, stage, caches, device)
+    path = Path(cfg.OUTPUT_DIR) / JOURNAL
+    settings = read_settings(path, stage)
+    if stage == "fpn" and not PLAIN_HEAD.items() <= settings.items():
+        raise ConfigError(
+            f"{path} holds an FPN stage of an earlier version of nasfcos, whose trials started "
+            "from other weights: they cannot be tried again"
+        )
+    names = FEATURES if stage == "fpn" else PYRAMIDS
+    folders = [_cache_folder(cfg) / str(settings.get(name)) for name in names]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the cache {folder} of the search is gone (SEARCH.CACHE.FOLDER): make it anew by "
+                "tools/search_net.py --resume"
+            )
+    return _build_task(cfg, stage, tuple(map(FeatureCache.open, folders)), device)
 
 
 def _build_task(
@@ -594,11 +601,12 @@ def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]
     fixed = {name: get_setting(cfg, name) for name in names}
     fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
-    if stage == "fpn":  # earlier code gave each trial's head others, which changes all rewards
-        fixed["the first weights of the plain head"] = "the same in all trials"
+    if stage == "fpn":
+        fixed.update(PLAIN_HEAD)
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
         chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
-        chose += ["SEARCH.SELECT.CANDIDATES", "SEARCH.SELECT.RETRIALS"]
+        chose += ["SEARCH.SELECT.RETRIALS"]
+        chose += ["SEARCH.SELECT.CANDIDATES"] if cfg.SEARCH.SELECT.RETRIALS else []
         chose += ["SEARCH.SELECT.SEEDS"] if cfg.SEARCH.SELECT.FPN > 1 else []
         for name in chose:
             fixed[f"{name} (which chose the FPN below the head)"] = get_setting(cfg, name)

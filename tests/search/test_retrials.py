@@ -18,21 +18,25 @@ PENALTY = {0: 0.0, 1: 0.75, 2: 0.0, 3: 0.0}
 
 
 class Table:
-    """An executor whose rewards are in a table; what is not there is lost with its worker."""
+    """An executor whose rewards are in a table: a list's one after the other, and None for a worker
+    that is lost. Where there is none, the search is killed."""
 
     def __init__(self, rewards):
-        self.rewards = rewards
+        self.rewards = {key: list(x) if isinstance(x, list) else [x] for key, x in rewards.items()}
         self.ran = []
 
     def run(self, jobs):
+        assert jobs  # an executor waits for a worker in any case
         for job in jobs:
             self.ran.append((job.index, job.repeat))
-            reward = self.rewards.get((job.index, job.repeat))
+            if (job.index, job.repeat) not in self.rewards:
+                raise KeyboardInterrupt
+            reward = self.rewards[job.index, job.repeat].pop(0)
             if reward is None:
                 yield job, WorkerLost("the worker died")
             else:
                 status = FAILED if math.isnan(reward) else COMPLETE
-                yield job, TrialResult(status, reward)
+                yield job, TrialResult(status, reward, reason="it failed")
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def journal(tmp_path):
 
 def open_journal(folder):
     space = table_search.space()
-    journal = Journal(folder / "search.db", space, retries=0, settings={})
+    journal = Journal(folder / "search.db", space, retries=1, settings={})
     if not journal.records():
         journal.propose(0, [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0)])
         for index, reward in FIRST.items():
@@ -68,29 +72,27 @@ def test_the_mean_of_the_trials_again_ranks(journal):
 
 def test_what_was_tried_again_is_not_tried_once_more(journal, tmp_path):
     candidates = ranked(journal.records())[:3]
-    lost = {key: reward for key, reward in AGAIN.items() if key != (1, 2)}
-    try_again(journal, Table(lost), candidates[:2], 2)
+    killed = {key: reward for key, reward in AGAIN.items() if key[1] == 1 and key[0] < 2}
+    with pytest.raises(KeyboardInterrupt):
+        try_again(journal, Table(killed), candidates, 2)
 
     resumed, executor = open_journal(tmp_path), Table(AGAIN)
     found = try_again(resumed, executor, ranked(resumed.records())[:3], 2)
-    assert executor.ran == [(2, 1), (1, 2), (2, 2)]
+    assert executor.ran == [(2, 1), (0, 2), (1, 2), (2, 2)]
     assert [r.index for r in found] == [2, 0, 1]
     executor = Table({})
     assert try_again(resumed, executor, ranked(resumed.records())[:3], 2) == found
     assert executor.ran == []
 
 
-def test_failures(journal):
-    candidates = ranked(journal.records())[:3]
-    nothing = {(2, 1): math.nan, (2, 2): math.nan}
-    found = try_again(journal, Table({**AGAIN, **nothing, (0, 1): math.nan}), candidates, 2)
-    assert [r.index for r in found] == [0, 1, 2]
-    assert found[0].result.reward == -2.5  # of the time that it did not fail
-    assert math.isnan(found[2].objective)
-
-
-def test_none_are_tried_again_where_none_shall_be(journal):
-    candidates = ranked(journal.records())
-    executor = Table(AGAIN)
-    assert try_again(journal, executor, candidates, 0) == candidates
-    assert executor.ran == []
+def test_failures(journal, caplog):
+    """One costs an architecture its place, as in the full trainings; a lost worker does not."""
+    nan = math.nan
+    rewards = {**AGAIN, (0, 1): [None, -3.5], (1, 2): [None, None], (2, 1): nan}
+    executor = Table(rewards)
+    found = try_again(journal, executor, ranked(journal.records())[:3], 2)
+    assert [(r.index, r.result.reward) for r in found[:1]] == [(0, -3.0)]
+    assert [r.index for r in found[1:]] == [1, 2]
+    assert all(math.isnan(x) for r in found[1:] for x in (r.result.reward, r.objective))
+    assert executor.ran[6:] == [(0, 1), (1, 2)]
+    assert "head trial 2 again failed: it failed" in caplog.text

@@ -30,6 +30,7 @@ from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
 from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.search import select  # noqa: E402
+from nasfcos.search.agreement import check_repeats  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
 from nasfcos.search.proxy import ProxyTask, read_saved  # noqa: E402
@@ -142,6 +143,8 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
     status = run("search_net.py", search_file, "--status")
     assert "finished" in status and "fpn: 6 of 6 trials" in status
 
+    check_trials_again(search_file)
+
     # Nothing of a finished search is done again, and nothing is overwritten unasked.
     before = {stage: trials(out, stage) for stage in ("fpn", "head")}
     assert "another folder" in run("search_net.py", search_file, code=2)
@@ -247,27 +250,38 @@ def moved_and_tidied(search_file, tmp_path, caplog):
         torch.testing.assert_close(found["model"][name], x)
 
 
-def test_trials_can_be_tried_again(search_file, tmp_path, one_thread):
-    cfg, device = load_config(search_file), torch.device("cpu")
-    search(cfg, device, search_file)
+def check_trials_again(config_file):
+    """What tools/check_proxy.py --again finds of a finished search, and that it changes nothing."""
+    cfg, device = load_config(config_file), torch.device("cpu")
     folder = Path(cfg.OUTPUT_DIR)
+
+    def kept():
+        files = [folder / x for x in ("search.db", "neck/neck.pth", "backbone/model_final.pth")]
+        return [file.read_bytes() for file in files], sorted(os.listdir(folder / "cache"))
+
+    before = kept()
     for stage in ("fpn", "head"):
         records = [r for r in read_records(folder / "search.db", stage) if r.reused is None]
-        task = reopen_task(cfg, device, stage, Genotype.parse(records[0].genotype).cells)
+        rewards = {record.index: record.result.reward for record in records}
+        task = reopen_task(cfg, device, stage)
         for record in records[:2]:
             again = task.run(TrialJob(record.index, record.genotype))
             assert again.reward == record.result.reward
-
         # From another seed they come out otherwise.
-        again = ("--again", "--stage", stage, "--count", 2)
-        output = run("check_proxy.py", search_file, *again)
+        tau = check_repeats(cfg, device, folder, stage, 2)
         found = json.loads((folder / f"agreement/{stage}_again.json").read_text())
-        assert f"Kendall's tau: {found['tau']:.3f}" in output
-        rewards = {record.index: record.result.reward for record in records}
+        assert found["tau"] == tau and len(found["rows"]) == 2
         for row in found["rows"]:
             assert row["reward"] == rewards[row["trial"]] != row["again"]
         assert (folder / f"agreement/{stage}_again.png").stat().st_size > 5000
-    assert "the split of the data" in run("check_proxy.py", search_file, *again, "SEED", 5, code=2)
+    other = ("SEARCH.PROXY.ITERATIONS", 2, "SOLVER.BASE_LR", 0.1)
+    output = run("check_proxy.py", config_file, "--again", "--count", 2, *other)
+    assert re.search(r"trial \d+: reward .* \(2 of 2\)", output)
+    assert kept() == before
+    (folder / "cache").rename(folder / "moved")
+    with pytest.raises(ConfigError, match=r"SEARCH\.CACHE\.FOLDER.*--resume"):
+        reopen_task(cfg, device, "fpn")
+    (folder / "moved").rename(folder / "cache")
 
 
 def test_the_configs_below_travel_with_the_best(tmp_path):
