@@ -26,6 +26,7 @@ pytest.importorskip("optuna")
 
 from nasfcos.config import ConfigError, load_config  # noqa: E402
 from nasfcos.config.inheritance import copy_with_bases  # noqa: E402
+from nasfcos.engine.launch import USER_ERRORS  # noqa: E402
 from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
 from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
@@ -595,6 +596,12 @@ def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_search_begins(search_file, tmp_path, overrides, message):
-    output = run("search_net.py", search_file, *overrides, code=2)
-    assert re.search(message, output), output
+    with pytest.raises(USER_ERRORS, match=message):
+        go_on(search_file, *overrides, resume=False)
+    assert not (tmp_path / "out" / "search.db").exists()
+
+
+def test_a_mistake_ends_the_tool_with_a_message(search_file, tmp_path):
+    output = run("search_net.py", search_file, "DATASETS.TEST", "()", code=2)
+    assert re.search(r"DATASETS\.TEST is empty", output) and "Traceback" not in output
     assert not (tmp_path / "out" / "search.db").exists()
