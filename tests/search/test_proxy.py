@@ -271,6 +271,7 @@ def test_plain_heads_of_all_trials_start_alike():
 def test_searched_heads_have_first_weights_of_their_own():
     one = first_weights(HEAD, stage="head")
     other = first_weights([*CELLS, [1], [0, 1]], stage="head")
+    assert "head.cls_logits.weight" in one.keys() & other.keys()
     for name in one.keys() & other.keys():
         assert not torch.equal(one[name], other[name]), name
 
