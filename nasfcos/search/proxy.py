@@ -178,6 +178,7 @@ class Examples:
         labels, positive, wanted = zip(*assigned, strict=True)
         self._labels = torch.cat(labels)
         self._positive, self._wanted = list(positive), list(wanted)
+        self._memory: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -191,11 +192,11 @@ class Examples:
         self, indices: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[list[Tensor], Assignment]:
         """Some crops (indices on the CPU): maps [B, C, H, W] by level, channels last, on the
-        device, and the assignment. Nothing waits for a GPU."""
-        maps = [
-            x.to(dtype, memory_format=torch.channels_last)
-            for x in self.cache.read(indices.numpy(), self.device)
-        ]
+        device, and the assignment. Nothing waits for a GPU.
+
+        On a CPU the next batch may overwrite the maps of this one.
+        """
+        maps = self._in_precision(dtype, self.cache.read(indices.numpy(), self.device))
         rows = indices.tolist()
         counts = torch.tensor([len(self._positive[row]) for row in rows])
         first = torch.arange(len(rows)) * self._labels.shape[1]
@@ -205,6 +206,18 @@ class Examples:
         positive = torch.cat([self._positive[row] for row in rows]) + offset
         wanted[positive] = torch.cat([self._wanted[row] for row in rows])
         return maps, Assignment(labels, wanted.view(*labels.shape, 4))
+
+    def _in_precision(self, dtype: torch.dtype, maps: list[Tensor]) -> list[Tensor]:
+        """On a CPU in the memory of the batch before, if that suffices: to have tens of megabytes
+        cleared by the system takes several times as long as the conversion."""
+        if self.device.type != "cpu":
+            return [x.to(dtype, memory_format=torch.channels_last) for x in maps]
+        memory = self._memory
+        if not memory or memory[0].dtype != dtype or len(memory[0]) < len(maps[0]):
+            self._memory = memory = [
+                torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last) for x in maps
+            ]
+        return [place[: len(x)].copy_(x) for place, x in zip(memory, maps, strict=True)]
 
 
 def _pyramid_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -128,6 +128,22 @@ def test_assigned_once_gives_the_losses_of_every_time(tmp_path, head, size):
         }
 
 
+def test_a_batch_has_the_maps_of_its_crops(folders):
+    """Whatever the batch before was, in whose memory they may be."""
+    examples = open_examples(stage_config(config(), "fpn"), folders["fpn"][0], CLASSES, CPU)
+    for rows, dtype in (
+        ([3, 1], torch.float32),
+        ([0, 2, 5, 4], torch.float32),
+        ([1], torch.float32),
+        ([2, 0], torch.bfloat16),
+        ([4, 5], torch.float32),
+    ):
+        maps, _ = examples.batch(torch.tensor(rows), dtype)
+        for found, stored in zip(maps, examples.cache.read(rows), strict=True):
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(found, stored.to(dtype))
+
+
 def test_order_goes_through_all_images_again_and_again():
     order = batch_order(10, 5, 4, seed=1)
     assert order.shape == (5, 4)
