@@ -279,17 +279,21 @@ class Journal:
     def export_csv(self, path: str | Path) -> None:
         """Write the finished trials as CSV with a header, a line per trial; all of it or nothing.
 
-        The decisions are the last columns, with their names and by their names.
+        The decisions are the last columns, with their names and by their names. The rewards of a
+        trial that was tried again are a list, as its curve is.
         """
         losses = sorted({name for record in self._records for name in record.result.losses})
         plain = [f.name for f in fields(TrialResult) if f.name not in ("losses", "curve")]
+        again: dict[int, list[float]] = {}
+        for (index, _), reward in sorted(self._retrials.items()):
+            again.setdefault(index, []).append(reward)
         with (
             replacing(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(
-                ["index", "batch", *plain, "objective", "reused", "finished", "curve"]
+                ["index", "batch", *plain, "objective", "reused", "finished", "curve", "again"]
                 + [f"loss.{name}" for name in losses]
                 + ["key", "genotype", *(decision.name for decision in self.space.decisions)]
             )
@@ -298,7 +302,7 @@ class Journal:
                 writer.writerow(
                     [record.index, record.batch, *(getattr(result, name) for name in plain)]
                     + [record.objective, record.reused, record.finished]
-                    + [json.dumps(result.curve)]
+                    + [json.dumps(result.curve), json.dumps(again.get(record.index, []))]
                     + [result.losses.get(name) for name in losses]
                     + [record.key, json.dumps(record.genotype)]
                     + [

@@ -350,6 +350,8 @@ def test_any_path_will_do(tmp_path):
 
 def test_csv(path):
     journal = run(path)
+    for repeat, reward in ((2, -1.5), (1, -1.25)):
+        journal.note_retrial(1, repeat, reward)
     target = path.with_name("trials.csv")
     journal.export_csv(target)
     with target.open(newline="", encoding="utf-8") as file:
@@ -368,6 +370,7 @@ def test_csv(path):
     assert rows[0]["loss.box"] == "0.2" and rows[2]["loss.box"] == ""
     assert rows[5]["reused"] == "0" and rows[4]["reused"] == ""
     assert rows[3]["reason"] == "CUDA out of memory"
+    assert [rows[i]["again"] for i in (0, 1)] == ["[]", "[-1.25, -1.5]"]
 
 
 def test_optuna_understands_the_file(path):
