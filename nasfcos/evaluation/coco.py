@@ -100,7 +100,10 @@ def coco_metrics(
         figure that no ground truth supports (a class without objects, no small objects, ...) is
         nan, where pycocotools says -1.
     """
-    categories = [{"id": category_id} for category_id in category_ids]
+    # In the order of their ids, as COCO's code takes them; but faster_coco_eval counts in floating
+    # point, which takes neighbouring ids beyond 2^53 for one.
+    images = {image_id: n for n, image_id in enumerate(sorted(set(image_ids)), start=1)}
+    categories = {category_id: n for n, category_id in enumerate(sorted(category_ids), start=1)}
     detections = [
         {
             **result,
@@ -111,8 +114,8 @@ def coco_metrics(
         for number, result in enumerate(results, start=1)
     ]
     evaluation = COCOeval_faster(
-        _index(image_ids, complete_annotations(annotations), categories),
-        _index(image_ids, detections, categories),
+        _index(images, complete_annotations(annotations), categories),
+        _index(images, detections, categories),
         iouType="bbox",
     )
     evaluation.evaluate()
@@ -123,23 +126,28 @@ def coco_metrics(
     metrics: dict = {
         figure: _figure(tables, parameters, *definition) for figure, definition in FIGURES.items()
     }
-    position = {category_id: k for k, category_id in enumerate(parameters.catIds)}
     metrics["per_class"] = {
         name: {
-            figure: _figure(tables, parameters, *FIGURES[figure], category=position[category_id])
+            figure: _figure(tables, parameters, *FIGURES[figure], category=number - 1)
             for figure in CLASS_FIGURES
         }
-        for name, category_id in zip(class_names, category_ids, strict=True)
+        for name, number in zip(class_names, map(categories.get, category_ids), strict=True)
     }
     return metrics
 
 
-def _index(image_ids: Sequence[int], annotations: list[dict], categories: list[dict]) -> COCO:
+def _index(images: dict[int, int], annotations: list[dict], categories: dict[int, int]) -> COCO:
+    """What counts of the annotations, with the numbers of their images and categories as ids."""
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image_id} for image_id in image_ids],
-        "annotations": annotations,
-        "categories": categories,
+        "images": [{"id": number} for number in images.values()],
+        "annotations": [
+            {**annotation, "image_id": image, "category_id": category}
+            for annotation in annotations
+            if (image := images.get(annotation["image_id"]))
+            and (category := categories.get(annotation["category_id"]))
+        ],
+        "categories": [{"id": number} for number in categories.values()],
     }
     coco.createIndex()
     return coco

@@ -116,6 +116,26 @@ def test_figures_are_those_of_pycocotools(seed, shape):
     assert math.isnan(metrics["per_class"][names[-1]]["AP"])  # the class without objects
 
 
+@pytest.mark.parametrize("first", [20231215123456700, 2**62])
+def test_neighbouring_ids_beyond_floating_point_are_told_apart(first):
+    image_ids, annotations, results, category_ids = random_set(3, 20, 4, 6, 12)
+    expected = coco_metrics(image_ids, annotations, results, category_ids, "abcd")
+    image_ids = [first + i for i in image_ids]
+    category_ids = [first + i for i in category_ids]
+    annotations, results = (
+        [
+            {**x, "image_id": first + x["image_id"], "category_id": first + x["category_id"]}
+            for x in entries
+        ]
+        for entries in (annotations, results)
+    )
+    found = coco_metrics(image_ids, annotations, results, category_ids, "abcd")
+    for figure in FIGURES:
+        assert found[figure] == pytest.approx(expected[figure], abs=1e-12, nan_ok=True)
+    for name in "abc":
+        assert found["per_class"][name] == expected["per_class"][name]
+
+
 def test_nothing_found_is_zero_and_nothing_to_find_is_not_a_number():
     image_ids, annotations, results, category_ids = random_set(0, 5, 3, 8, 10)
     names = list("abc")
