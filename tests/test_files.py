@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 
@@ -13,6 +14,18 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("disk full")
     assert json.loads(path.read_text()) == {"AP": 0.5}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_disk_refuses_names_the_file(tmp_path):
+    path = tmp_path / "figures.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="figures.json"):
+            write_json(path, list(range(100)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_may_be_as_long_as_file_systems_take(tmp_path):

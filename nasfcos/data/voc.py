@@ -36,9 +36,11 @@ def _parse(path: Path) -> ElementTree.Element:
 
 
 def _names(annotations: Path, split: Path | None) -> list[str]:
-    """Image names (without extension) of a split; without a split, of all XML files."""
+    """Image names (without extension) of a split; without a split, of all XML files (but what a Mac
+    leaves beside them on disks of other systems, ._name.xml)."""
     if split is None:
-        names = sorted(path.stem for path in annotations.glob("*.xml"))
+        paths = annotations.glob("*.xml")
+        names = sorted(path.stem for path in paths if not path.name.startswith("."))
     else:
         try:
             lines = split.read_text(encoding="utf-8-sig").splitlines()

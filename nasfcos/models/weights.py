@@ -264,6 +264,8 @@ def _read_source(source: str) -> Any:
 
 
 def _read_file(path: Path) -> Any:
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder: name a weight file in it (MODEL.WEIGHT)")
     if not path.is_file():
         raise WeightsError(f"the weight file {path} does not exist (MODEL.WEIGHT)")
     try:

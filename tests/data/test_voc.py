@@ -37,6 +37,13 @@ def test_without_split_all_files_are_taken(make_config, write_voc):
     assert [record.file_name for record in data.records] == ["a.jpg", "b.jpg"]
 
 
+def test_what_a_mac_leaves_beside_the_annotations_is_not_read(write_voc, tmp_path):
+    write_voc({"a": [("cat", (1, 1, 9, 9), 0)]})
+    (tmp_path / "xml" / "._a.xml").write_bytes(b"\x00\x05\x16\x07")
+    found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("cat",))
+    assert [record.file_name for record in found.records] == ["a.jpg"]
+
+
 def test_files_beside_the_images_are_not_taken_for_them(make_config, write_voc, tmp_path):
     entry = write_voc({"a": [("cat", (1, 1, 9, 9), 0)], "b": []}) | {"ANNOTATIONS": "images"}
     for path in (tmp_path / "xml").iterdir():

@@ -485,6 +485,11 @@ def test_what_is_no_checksum_is_refused_before_anything_is_downloaded(server, fr
     assert not asked
 
 
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(WeightsError, match="is a folder: name a weight file in it"):
+        read_weights(str(tmp_path))
+
+
 def test_unknown_names():
     with pytest.raises(download.DownloadError, match="MSRA/R-50"):
         download.resolve_source("catalog://R-50")
