@@ -66,11 +66,12 @@ class StepMonitor:
         means = dict(zip(losses, agreed.unbind(), strict=False))
         ready = None
         if agreed.is_cuda:
+            stream = torch.cuda.current_stream(agreed.device)
             agreed = torch.empty_like(agreed, device="cpu", pin_memory=True).copy_(
                 agreed, non_blocking=True
             )
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(stream)
         self._pending.append(_Step(iteration, list(losses), own, agreed, ready, files))
         return means, self._look(leave=0 if ready is None else 1)
 

@@ -699,6 +699,15 @@ def test_many_predictions_are_counted_before_nms(monkeypatch):
     assert max(counts) <= given[0] < every
 
 
+@both_ways
+def test_no_prediction_above_the_threshold_of_many(detect, monkeypatch):
+    monkeypatch.setattr(post_process, "MOST_IN_NMS", 100)
+    head = tiny().head
+    logits, *others = known_outputs(head)
+    for found in detect(head, ([x.fill_(-20) for x in logits], *others), SIZES):
+        assert [len(found[key]) for key in ("boxes", "scores", "labels")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_detection_waits_for_the_gpu_once(head, monkeypatch):
     """On a GPU that is not there, which finds three objects in one image and none in another."""

@@ -195,7 +195,7 @@ class PostProcess:
         """
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         if scores.shape[1] > MOST_IN_NMS:
-            most = int((scores >= 0).sum(1).max())
+            most = max(1, int((scores >= 0).sum(1).max()))
             scores, order = scores[:, :most], order[:, :most]
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(boxes, *sizes[..., None].unbind(1))
