@@ -169,7 +169,10 @@ class _Pool(Executor):
     def __init__(self, count: int) -> None:
         self._count = count
         self._workers: dict[int, Any] = {}
-        self._start_failures = self._deaths = 0
+        self._start_failures = 0
+        # Of the workers that died since the last result, the trials they were at (or themselves).
+        self._deaths: list[object] = []
+        self._has_finished_any = False
 
     @abstractmethod
     def _start(self, place: int) -> _Worker:
@@ -238,19 +241,22 @@ class _Pool(Executor):
             return None
         if kind == "result":
             worker.job = None
-            self._deaths = 0
+            self._deaths.clear()
+            self._has_finished_any = True
             return job, content
         if kind == "error":
             where = "while it started" if job is None else f"in trial {job.index}"
             raise ExecutorError(f"a worker failed {where}: {content}")
         self._remove(worker)
-        self._deaths += 1
+        self._deaths.append(worker if job is None else job.index)
+        # Where trials come to their end, a few that kill their worker each time are to blame.
+        deaths = len(set(self._deaths) if self._has_finished_any else self._deaths)
         if not worker.ready:
             self._start_failures += 1
             logger.warning("a worker died while it started: %s", content)
         for number, limit, when in (
             (self._start_failures, MAX_START_FAILURES, "died while they started"),
-            (self._deaths, max(MAX_DEATHS, 3 * self._count), "died before they finished a trial"),
+            (deaths, max(MAX_DEATHS, 3 * self._count), "died before they finished a trial"),
         ):
             if number >= limit:
                 raise ExecutorError(

@@ -188,6 +188,17 @@ def test_workers_that_only_die_are_an_error(monkeypatch):
     assert lost == [0, 1]
 
 
+def test_a_few_that_kill_their_worker_each_time_are_no_error(monkeypatch):
+    monkeypatch.setattr(executors, "MAX_DEATHS", 4)
+    with LocalExecutor(Play(), workers=1) as executor:
+        list(executor.run([job(0)]))
+        for _ in range(3):
+            outcomes = [outcome for _, outcome in executor.run([job(i, "exit", 9) for i in (1, 2)])]
+            assert [type(outcome) for outcome in outcomes] == [WorkerLost, WorkerLost]
+        with pytest.raises(ExecutorError, match="4 workers in a row"):
+            list(executor.run([job(i, "exit", 9) for i in (3, 4)]))
+
+
 MAIN = """
 import signal
 import sys
