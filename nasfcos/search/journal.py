@@ -37,7 +37,7 @@ import sqlite3
 import warnings
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -459,10 +459,8 @@ def read_records(path: str | Path, stage: str) -> list[TrialRecord]:
             trials.
     """
     finished = tuple(state for state in TrialState if state.is_finished())
-    with _reading(Path(path)) as storage:
-        try:
-            study_id = storage.get_study_id_from_name(stage)
-        except KeyError:
+    with _reading(Path(path), stage) as (storage, study_id):
+        if study_id is None:
             return []
         trials = storage.get_all_trials(study_id, deepcopy=False, states=finished)
     records = [_record(trial) for trial in trials if _is_finished(trial)]
@@ -474,25 +472,40 @@ def read_settings(path: str | Path, stage: str) -> dict[str, Any]:
 
     A stage that has not begun has none.
     """
-    with _reading(Path(path)) as storage:
-        try:
-            study_id = storage.get_study_id_from_name(stage)
-        except KeyError:
+    with _reading(Path(path), stage) as (storage, study_id):
+        if study_id is None:
             return {}
         return storage.get_study_user_attrs(study_id).get(SETTINGS, {})
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[RDBStorage]:
-    """A journal that may be written at the same time."""
+def _reading(path: Path, stage: str) -> Iterator[tuple[RDBStorage | None, int | None]]:
+    """A journal that may be written at the same time, and the number of a stage's study in it; None
+    where the stage has not begun."""
     if not path.exists():
         raise JournalError(f"there is no search in {path.parent}: {path.name} is missing")
     with _readable(path):
+        if not _is_made(path):
+            yield None, None
+            return
         storage = RDBStorage(URL, _engine(path, "rw"), skip_table_creation=True)
         try:
-            yield storage
+            study_id = storage.get_study_id_from_name(stage)
+        except KeyError:
+            study_id = None
+        try:
+            yield storage, study_id
         finally:
             storage.engine.dispose()
+
+
+def _is_made(path: Path) -> bool:
+    """Whether Optuna has made all its tables: the version is the last that it writes."""
+    with closing(_engine(path, "rw")["creator"]()) as connection:
+        table = "SELECT 1 FROM sqlite_master WHERE name = 'version_info'"
+        return all(
+            connection.execute(query).fetchone() for query in (table, "SELECT 1 FROM version_info")
+        )
 
 
 def _engine(path: Path, mode: str) -> dict[str, Any]:
@@ -514,7 +527,7 @@ def _readable(path: Path) -> Iterator[None]:
     """Turns what is raised at a file that is no journal into `JournalError`."""
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error, RuntimeError) as error:
         raise JournalError(f"{path} cannot be read as a journal: {_cause(error)}") from error
 
 

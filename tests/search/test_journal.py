@@ -22,6 +22,7 @@ from nasfcos.search.journal import (  # noqa: E402
     JournalError,
     check_settings,
     read_records,
+    read_settings,
     writing,
 )
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
@@ -338,6 +339,16 @@ def test_files_that_are_no_journal(tmp_path, path):
     ):
         with pytest.raises(JournalError, match="search.db cannot be read as a journal: .*not a da"):
             open_it()
+
+
+@pytest.mark.parametrize(
+    "script", ["", "CREATE TABLE version_info (version_info_id INTEGER)"], ids=["empty", "begun"]
+)
+def test_a_file_that_is_being_made_has_no_trials_yet(path, script):
+    sqlite3.connect(path).executescript(script)
+    path.touch()
+    assert read_records(path, "head") == []
+    assert read_settings(path, "head") == {}
 
 
 def test_any_path_will_do(tmp_path):
