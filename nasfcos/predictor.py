@@ -32,6 +32,7 @@ from .engine.test import inference_form, to_original_size
 from .files import replacing
 from .models.build import build_detector
 from .models.weights import Weights, WeightsError, load_weights, read_weights
+from .signals import signals_deferred
 from .transfer import to_cpu
 from .visualize import AnyImage, draw_detections, image_grid, to_picture
 
@@ -182,7 +183,12 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if path.is_dir():
         suffixes = VIDEO_SUFFIXES | image_suffixes()
-        files = [file for file in path.iterdir() if file.suffix.lower() in suffixes]
+        files = [
+            file
+            for file in path.iterdir()
+            # A Mac leaves ._street.jpg beside street.jpg on disks of other systems.
+            if file.suffix.lower() in suffixes and not file.name.startswith(".")
+        ]
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
     # A link to nothing is told of when it is opened.
@@ -252,11 +258,12 @@ def predict_files(
                 else:
                     picture = _open(file)
                     found = predictor(picture)
-                    entry = _write_picture(predictor, picture, found, *names, score_threshold)
+                    name = _spelt(file.relative_to(root).as_posix())
+                    with signals_deferred():  # so that no picture is without its entry
+                        entry = _write_picture(predictor, picture, found, *names, score_threshold)
+                        entries.append({"file": name, **entry})
                     if len(sheet) < SHEET_PICTURES:
                         sheet.append((picture, found))
-                    name = _spelt(file.relative_to(root).as_posix())
-                    entries.append({"file": name, **entry})
                     summary.images += 1
             except UnreadableImage as error:
                 summary.skipped += 1
@@ -399,6 +406,7 @@ def _predict_video(
             finally:
                 if writer is not None:
                     writer.release()
+            _check_video(temporary, output)
             if index + 1 < count:
                 logger.warning(
                     "%s: only %d of about %d frames that it announces could be read",
@@ -406,6 +414,18 @@ def _predict_video(
                 )  # fmt: skip
     finally:
         capture.release()
+
+
+def _check_video(file: Path, output: Path) -> None:
+    """OpenCV does not say that it could not write: the index at a video's end is missing then."""
+    import cv2
+
+    written = cv2.VideoCapture(str(file))
+    try:
+        if not written.isOpened():
+            raise OSError(f"the video {output} could not be written; is the disk full?")
+    finally:
+        written.release()
 
 
 def _lacks_utf8(path: Path) -> bool:

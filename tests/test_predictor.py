@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import sys
 
 import cv2
@@ -279,6 +280,7 @@ def test_inputs_by_file_folder_and_pattern(folder):
         with pytest.raises(DataError, match="does not exist"):
             find_inputs(str(nothing))
     (folder / "empty").mkdir()
+    (folder / "empty" / "._a.jpg").touch()
     with pytest.raises(DataError, match="holds no images"):
         find_inputs(str(folder / "empty"))
 
@@ -396,6 +398,26 @@ def test_a_video_that_breaks_off_is_told(predictor, picture, tmp_path, caplog):
     lines = (tmp_path / "out" / "clip.avi.jsonl").read_text().splitlines()
     assert 1 <= len(lines) < 8
     assert f"only {len(lines)} of about 8 frames" in caplog.text
+
+
+def test_a_video_that_cannot_be_written_replaces_none(predictor, picture, tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 64))
+    for _ in range(2):
+        writer.write(np.array(picture.crop((0, 0, 96, 64))))
+    writer.release()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "clip.avi.mp4").write_bytes(b"of an earlier run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a full disk looks the same
+    try:
+        with pytest.raises(OSError, match="clip.avi.mp4 could not be written"):
+            predict_files(predictor, str(path), out, score_threshold=0.99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files_in(out) == ["clip.avi.mp4"]
+    assert (out / "clip.avi.mp4").read_bytes() == b"of an earlier run"
 
 
 def test_a_video_becomes_a_video_and_json_lines(predictor, picture, tmp_path):

@@ -10,8 +10,8 @@ import sys
 from nasfcos.config import load_config
 from nasfcos.data import DataError
 from nasfcos.engine.launch import argument_parser, run
-from nasfcos.engine.signals import StopRequest
 from nasfcos.predictor import Predictor, predict_files
+from nasfcos.signals import StopRequest
 
 logger = logging.getLogger("nasfcos.predict")
 
@@ -30,6 +30,9 @@ def main() -> int:
         "--score", type=float, default=0.3, help="leave out detections below it (default: 0.3)"
     )
     args = parser.parse_intermixed_args()
+    for name in ("input", "output"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is empty")
     if not 0 <= args.score <= 1:
         parser.error(f"--score {args.score} does not lie in 0..1")
 

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..signals import signals_deferred
 from .catalog import class_names, find_dataset, with_training_classes
 from .dataset import DetectionDataset, load_dataset
 from .images import load_pixels
@@ -123,7 +124,8 @@ class BatchLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
+        with signals_deferred():  # it starts the workers
+            batches = iter(self._loader)
         try:
             for images, targets in batches:
                 for target in targets:

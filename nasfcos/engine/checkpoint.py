@@ -36,6 +36,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError, is_weight_given
 from ..config.defaults import get_defaults
+from ..config.run_file import RUN_CONFIG
 from ..config.tree import leaves
 from ..files import replacing
 from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
@@ -51,7 +52,7 @@ CONTENT = {
 DAMAGED = ".damaged"  # follows the name of a file that could not be read
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 # What a run leaves in its output folder beside checkpoints.
-RUN_FILES = ("config.yaml", "metrics.jsonl", "training.png", "tensorboard", "inference")
+RUN_FILES = (RUN_CONFIG, "metrics.jsonl", "training.png", "tensorboard", "inference")
 
 NEEDS_DETECTOR = (
     "testing and prediction need the weights of a trained detector. Name a checkpoint or a "

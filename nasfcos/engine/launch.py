@@ -22,11 +22,11 @@ from ..data import DataError
 from ..download import DownloadError
 from ..evaluation import EvaluationError
 from ..models.weights import WeightsError
+from ..signals import Interrupted
 from . import distributed
 from .checkpoint import CheckpointError
 from .logging import log_environment, log_to_console, log_to_file
 from .monitor import NonFiniteLossError
-from .signals import Interrupted
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.run_file import check_run_config, write_run_config
 from ..data import build_dataset, build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..download import local_path
-from ..files import replacing
 from ..locks import only_one
 from ..models import build_detector, load_weights
+from ..signals import Interrupted, StopRequest
 from ..transfer import to_device
 from . import distributed
 from .checkpoint import (
@@ -54,7 +55,6 @@ from .curves import plot_training
 from .logging import PERIODIC, on_terminal
 from .metrics import Meter, MetricsWriter, format_duration
 from .monitor import NonFiniteLossError, StepMonitor
-from .signals import Interrupted, StopRequest
 from .solver import build_lr_scheduler, build_optimizer
 from .test import test
 
@@ -156,6 +156,8 @@ def train(
         f"another training is running in OUTPUT_DIR {cfg.OUTPUT_DIR}: wait for its end, or name "
         "another folder"
     )
+    if not checkpoint_files(cfg.OUTPUT_DIR):  # beside a run's it is the run's, damaged or not
+        check_run_config(cfg)
     with only_one(Path(cfg.OUTPUT_DIR) / LOCK_FILE, busy, LOCK_TIMEOUT):
         return _train(cfg, device, resume, skip_test)
 
@@ -201,8 +203,7 @@ def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) ->
     if path is None:
         path = _set_earlier_run_aside(cfg, run)
     if main:
-        with replacing(output / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
+        write_run_config(cfg)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())

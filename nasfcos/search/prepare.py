@@ -12,7 +12,7 @@ import yaml
 from yacs.config import CfgNode
 
 from ..config import ConfigError, override_config
-from ..config.defaults import get_defaults
+from ..config.run_file import RUN_CONFIG, is_of_run
 from ..config.tree import get_setting
 from ..engine.checkpoint import (
     FINAL,
@@ -107,7 +107,7 @@ def is_run_of(cfg: CfgNode, folder: Path) -> bool:
 
     What differs (see `changes_since`) is logged.
     """
-    if changes := _changes_since_run(cfg, folder):
+    if changes := changes_since_run(cfg, folder):
         logger.warning(OTHER_RUN, folder, "; ".join(changes))
     return not changes
 
@@ -115,10 +115,10 @@ def is_run_of(cfg: CfgNode, folder: Path) -> bool:
 def backbone_changes(plain: CfgNode, folder: Path) -> list[str]:
     """Why the backbone in a folder, if there is one, is none of the config of a fine-tuning."""
     # How it would be tested leaves the weights as they are.
-    return [c for c in _changes_since_run(plain, folder) if not c.startswith("TEST.")]
+    return [c for c in changes_since_run(plain, folder) if not c.startswith("TEST.")]
 
 
-def _changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
+def changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
     """`changes_since` the training run in a folder; none where there is no run."""
     then = _config_of_run(folder)
     return [] if then is None else changes_since(then, cfg)
@@ -128,9 +128,8 @@ def _config_of_run(folder: Path) -> str | None:
     """Its config file; where that is missing or damaged, since the machine went down or a process
     was killed while the run was set aside, the config in its newest checkpoint."""
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-        if isinstance(tree, dict) and tree.keys() >= get_defaults().keys():
+        text = (folder / RUN_CONFIG).read_text(encoding="utf-8")
+        if is_of_run(text):
             return text
     except (OSError, ValueError, yaml.YAMLError):
         pass

@@ -18,23 +18,30 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError, load_config
 from ..config.inheritance import copy_with_bases, ordinary_base
+from ..config.run_file import RUN_CONFIG, check_run_config, write_run_config
 from ..config.tree import get_setting, leaves, nested
 from ..data.catalog import class_names
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
 from ..engine.logging import PERIODIC, on_terminal
 from ..engine.metrics import format_duration, tensorboard_writer
-from ..engine.signals import StopRequest
 from ..engine.train import check_device
 from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..locks import only_one
+from ..signals import StopRequest
 from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import Executor, build_executor
 from .journal import Journal, check_settings, read_records, read_settings, writing
-from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
+from .prepare import (
+    backbone_changes,
+    changes_since,
+    changes_since_run,
+    prepare_backbone,
+    prepare_config,
+)
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
@@ -119,6 +126,8 @@ def search(
             "several GPUs or machines"
         )
     folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / JOURNAL).exists():
+        check_run_config(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another search is running in OUTPUT_DIR {folder}; see it with --status"
     with (
@@ -156,8 +165,7 @@ class _Search:
         self._check_configs()
         split = plan_split(cfg, folder / "split", cfg.SEED)
         self._check_changes(split, cells)
-        with replacing(folder / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
+        write_run_config(cfg)
         split.write()
         # Now, for these files may be changed as long as the search runs.
         base, keys = ordinary_base(self.config_file)
@@ -182,12 +190,19 @@ class _Search:
             space = build_space(cfg, stage, cells)
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
             best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
-            cells = Genotype.parse(best.genotype).cells
+            cells = self._cells_below_head() or Genotype.parse(best.genotype).cells
         path = self._write_best(best, base, keys)
         write_progress(folder, FINISHED)
         self._report(force=True)
         logger.info("the best architecture is in %s, the report in %s", path, folder / "report")
         return path
+
+    def _cells_below_head(self) -> tuple[Cell, ...] | None:
+        """The FPN that trials of the head stand on, if it has any: it is not chosen anew, whatever
+        further trials and full trainings say."""
+        if not self._check("head", {}):
+            return None
+        return Genotype.parse(read_settings(self.folder / JOURNAL, "head")[FPN]).cells
 
     def _given_cells(self) -> tuple[Cell, ...] | None:
         """The FPN of the head stage where the FPN is not searched."""
@@ -304,12 +319,11 @@ class _Search:
         return again[: len(again) - len(failed)] + others + failed
 
     def _select(self, stage: str, last: bool) -> Selected:
-        # What trials of the head stand on is not chosen anew, whatever full trainings are now.
-        if not last and self._check("head", {}):
+        if not last and self._check("head", {}):  # then FPNs are not trained again
             rows = read_ranking(self.folder / "ranking.json")
             if chosen := [row for row in rows if row.stage == stage]:
-                self.ranking = chosen
-                return chosen[0]
+                self.ranking = sorted(map(self._without_old_figures, chosen), key=by_merit)
+                return self.ranking[0]
         count = self.cfg.SEARCH.SELECT[stage.upper()]
         train_them = last or count > 1
         before = self.ranking
@@ -333,6 +347,18 @@ class _Search:
         if not train_them:
             note(rows)
         return rows[0] if not last else self.ranking[0]
+
+    def _without_old_figures(self, row: Selected) -> Selected:
+        """Without an AP of another schedule, which says nothing beside those of today's."""
+        run = self.folder / row.folder
+        changes = changes_since_run(self._full_config(row, run), run) if row.folder else []
+        if not changes:
+            return row
+        logger.warning(
+            "%s was trained in full with other settings, so its AP does not count any more: %s",
+            run, "; ".join(changes),
+        )  # fmt: skip
+        return replace(row, AP=None, AP50=None, APs=[], folder="")
 
     def _given_decoder(self, stage: str) -> Genotype | None:
         """What the search started from, with the head if `stage` searches that."""
@@ -578,7 +604,7 @@ def search_status(cfg: CfgNode) -> str:
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / JOURNAL
     try:  # its own settings, not those of the command that asks
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["SEARCH"]
+        settings = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))["SEARCH"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):  # it has hardly begun
         settings = cfg.SEARCH
     stages = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..data import build_dataset, build_train_loader, num_classes
+from ..data.catalog import find_dataset
 from ..download import local_path
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
@@ -29,8 +32,12 @@ from .status import write_progress
 
 logger = logging.getLogger(__name__)
 
+# Of a ranking's row: where there is none it is nan, which JSON has not.
+_NUMBERS = ("objective", "reward", "flops")
+
 SUMMARY = "selected.json"
-"""What a full training found out, in its folder."""
+"""What a full training found out, in its folder, and of which annotations."""
+_FIGURES = ("AP", "AP50")
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True
 def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
     """Train and test a config's detector, or read what an earlier call with it found out.
 
-    A training of another config in the same folder is set aside (`is_run_of`).
+    A training of another config in the same folder is set aside (`is_run_of`), as is one of
+    annotations that have changed since; where only those of the test have, it is tested again.
 
     Returns:
         AP and AP50 on the first of DATASETS.TEST.
@@ -146,23 +154,42 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
             "by tools/train_net.py"
         )
     summary = Path(cfg.OUTPUT_DIR) / SUMMARY
-    same = is_run_of(cfg, Path(cfg.OUTPUT_DIR))
-    if same and (found := _read_summary(summary)):
-        return found
-    summary.unlink(missing_ok=True)
-    metrics = train(cfg, device, resume=same)[cfg.DATASETS.TEST[0]]
-    found = {name: metrics[name] for name in ("AP", "AP50")}
-    write_json(summary, found)
+    data = {key: _annotations_hash(cfg, cfg.DATASETS[key]) for key in ("TRAIN", "TEST")}
+    before = _read_summary(summary)
+    changed = [key for key in data if before.get(key, data[key]) != data[key]]
+    if changed:
+        logger.warning(
+            "the annotations of DATASETS.%s have changed since the training in %s",
+            " and DATASETS.".join(changed), cfg.OUTPUT_DIR,
+        )  # fmt: skip
+    same = is_run_of(cfg, Path(cfg.OUTPUT_DIR)) and "TRAIN" not in changed
+    if not (same and before and not changed):
+        summary.unlink(missing_ok=True)
+        before = train(cfg, device, resume=same)[cfg.DATASETS.TEST[0]]
+    found = {name: before[name] for name in _FIGURES}
+    write_json(summary, found | data)
     return found
 
 
-def _read_summary(path: Path) -> dict[str, float]:
+def _read_summary(path: Path) -> dict[str, Any]:
     """Empty where there is none, or none that can be read: then the test is done again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and found.keys() >= {"AP", "AP50"} else {}
+    return found if isinstance(found, dict) and found.keys() >= set(_FIGURES) else {}
+
+
+def _annotations_hash(cfg: CfgNode, names: Sequence[str]) -> str:
+    """Of the content of the files that say what is in the images of some data sets."""
+    digest = hashlib.sha256()
+    for spec in (find_dataset(cfg, name) for name in names):
+        folder = spec.annotations
+        files = sorted(folder.glob("*.xml")) if folder.is_dir() else [folder]
+        for file in (*files, *([spec.split] if spec.split else [])):
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def select(
@@ -264,7 +291,7 @@ def _train_seeds(
     except (NonFiniteLossError, torch.OutOfMemoryError) as error:
         logger.warning("%s is out of the ranking: %s", name, error)
         return row
-    means = {key: mean(each[key] for each in metrics) for key in ("AP", "AP50")}
+    means = {key: mean(each[key] for each in metrics) for key in _FIGURES}
     row = replace(row, APs=[each["AP"] for each in metrics], **means)
     return replace(row, folder=str(places[row.best_seed]))
 
@@ -297,6 +324,8 @@ def write_ranking(path: Path, rows: Sequence[Selected]) -> None:
 def read_ranking(path: Path) -> list[Selected]:
     """What `write_ranking` wrote; empty where there is nothing that can be read."""
     try:
-        return [Selected(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [Selected(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return []
+    return [replace(row, **{name: math.nan for name in _NUMBERS if getattr(row, name) is None})
+            for row in rows]  # fmt: skip

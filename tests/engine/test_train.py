@@ -18,10 +18,10 @@ from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
-from nasfcos.engine.signals import Interrupted
 from nasfcos.engine.train import Run, build_model, forward_backward, update
 from nasfcos.locks import only_one
 from nasfcos.models.weights import WeightsError
+from nasfcos.signals import Interrupted
 
 # The package's attribute of this name is the function.
 train_module = importlib.import_module("nasfcos.engine.train")
@@ -278,6 +278,22 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, tmp_path
                 engine.train(first, CPU, resume=resume)
         assert (tmp_path / "out" / "model_final.pth").exists()
     engine.train(first, CPU, skip_test=True)
+
+
+def test_a_config_that_somebody_keeps_in_the_output_folder_is_left_alone(config, config_file):
+    cfg = config("SOLVER.MAX_ITER", 1)
+    kept = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    kept.parent.mkdir()
+    for text in (f"_BASE_: {config_file}\n", f"# my notes\n{cfg.dump()}", "\tno YAML"):
+        kept.write_text(text)
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="out/config.yaml is not of a run"):
+                engine.train(cfg, CPU, skip_test=True, resume=resume)
+        assert kept.read_text() == text
+    kept.write_text("")  # of a run whose machine went down
+    engine.train(cfg, CPU, skip_test=True)
+    engine.train(load_config(kept), CPU, skip_test=True, resume=True)
+    assert load_config(kept) == cfg
 
 
 def test_a_fault_of_the_test_data_is_said_before_the_training(config, tmp_path):

@@ -1,11 +1,22 @@
 """The fine-tuned backbone: which runs it is taken from."""
 
+import json
+import math
+
 import pytest
 import torch
 
 from nasfcos.config import load_config
+from nasfcos.data.catalog import find_dataset
 from nasfcos.search.prepare import backbone_changes, is_run_of, prepare_backbone, prepare_config
-from nasfcos.search.select import SUMMARY, train_in_full
+from nasfcos.search.select import (
+    SUMMARY,
+    Selected,
+    by_merit,
+    read_ranking,
+    train_in_full,
+    write_ranking,
+)
 from nasfcos.search.split import split_training_data
 
 CPU = torch.device("cpu")
@@ -93,3 +104,45 @@ def test_a_damaged_backbone_is_trained_to_its_end_again(make, tmp_path, caplog):
     assert f"{final} cannot be read" in caplog.text and "goes on from what is left" in caplog.text
     assert "training from iteration 1 to 2" in caplog.text
     torch.testing.assert_close(first, again)
+
+
+def test_a_full_training_is_for_the_annotations_that_it_had(config_file, tmp_path):
+    cfg = load_config(config_file, ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 2])
+    final = tmp_path / "run" / "model_final.pth"
+
+    def files_of(key):
+        return [find_dataset(cfg, name).annotations for name in cfg.DATASETS[key]]
+
+    def change(key):
+        for path in files_of(key):
+            content = json.loads(path.read_text())
+            content["annotations"] = content["annotations"][:-1]
+            path.write_text(json.dumps(content))
+
+    found = train_in_full(cfg, CPU)
+    trained = final.stat().st_mtime_ns
+    summary = tmp_path / "run" / SUMMARY
+    tested = json.loads(summary.read_text())
+    assert train_in_full(cfg, CPU) == found and found.keys() == {"AP", "AP50"}
+    change("TEST")
+    train_in_full(cfg, CPU)
+    assert final.stat().st_mtime_ns == trained
+    assert json.loads(summary.read_text())["TEST"] != tested["TEST"]
+    assert not list((tmp_path / "run").glob("earlier_*"))
+    change("TRAIN")
+    train_in_full(cfg, CPU)
+    assert final.stat().st_mtime_ns != trained
+    assert (tmp_path / "run" / "earlier_1" / "model_final.pth").stat().st_mtime_ns == trained
+    # A summary of a time without hashes is taken as it is.
+    summary.write_text('{"AP": 0.25, "AP50": 0.5}')
+    assert train_in_full(cfg, CPU) == {"AP": 0.25, "AP50": 0.5}
+
+
+def test_a_ranking_comes_back_as_it_was_written(tmp_path):
+    rows = [
+        Selected("head", 1, [[[0, 1, 0, 0, 0]], [0]], -1.0, -1.1, 10, 1e6, AP=0.5, AP50=0.6),
+        Selected("fpn", 2, [[[0, 1, 0, 0, 0]]], math.nan, math.nan, 10, math.nan),
+    ]
+    write_ranking(tmp_path / "ranking.json", rows)
+    assert repr(read_ranking(tmp_path / "ranking.json")) == repr(rows)
+    assert sorted(read_ranking(tmp_path / "ranking.json"), key=by_merit)[0].AP == 0.5

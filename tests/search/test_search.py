@@ -405,9 +405,11 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
 ):
     train_in_full = select.train_in_full
 
-    def judged(cfg, device):  # so that the searched head is the best of all
-        found = train_in_full(cfg, device)
-        return found | {"AP": 0.9} if "select/head" in cfg.OUTPUT_DIR else found
+    steps = iter([0.1, 0.2] + 9 * [0.0])  # the second FPN is the best of all, later the first
+
+    def judged(cfg, device):
+        is_head = "select/head" in cfg.OUTPUT_DIR
+        return train_in_full(cfg, device) | {"AP": 0.4 if is_head else 0.5 + next(steps)}
 
     monkeypatch.setattr(select, "train_in_full", judged)
     settings = (search_file, "SEARCH.TRIALS.FPN", 3, "SEARCH.TRIALS.HEAD", 3)
@@ -422,8 +424,17 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
     assert not list(tmp_path.glob("out/select/fpn/*/earlier_*"))
     assert head.stat().st_mtime_ns > before
     after = json.loads((tmp_path / "out/ranking.json").read_text())
-    of_fpns = [[row for row in rows if row["stage"] == "fpn"] for rows in (ranking, after)]
-    assert of_fpns[0] == of_fpns[1] and len(of_fpns[0]) == 2
+    assert [row["stage"] for row in ranking] == ["fpn", "fpn", "head"]
+    # What an FPN came to with the old schedule says nothing beside the head's new figure.
+    assert [(row["stage"], row["AP"]) for row in after] == [("head", 0.4)] + 2 * [("fpn", None)]
+    assert load_config(tmp_path / "out/best.yaml").MODEL.HEAD.TOWER == "searched"
+    # Nor does what is done about FPNs by themselves move the one below the head.
+    go_on(*settings, "SEARCH.STAGES", ["fpn"])
+    again = json.loads((tmp_path / "out/ranking.json").read_text())
+    assert again[0]["genotype"] != ranking[0]["genotype"]
+    go_on(*settings)
+    (tmp_path / "out/ranking.json").unlink()
+    go_on(*settings)
 
 
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):

@@ -62,6 +62,8 @@ class StopRequest:
             if self.signum:
                 self._raise()
             yield
+            if self.signum:  # raised where Python drops exceptions, in the destructor of an object
+                self._raise()
         finally:
             self._at_once = False
 
@@ -76,3 +78,27 @@ class StopRequest:
     def _raise(self) -> None:
         name = signal.Signals(self.signum).name
         raise Interrupted(self.signum, f"stopped by {name}; {self.remedy}")
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """SIGTERM and SIGINT that come within the block take effect at its end.
+
+    For what must not be left in the middle, and for blocks that fork: Python drops what a handler
+    raises while its hooks of a fork run, and what these had to do stays undone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    previous = {
+        signum: signal.signal(signum, lambda signum, frame: received.append(signum))
+        for signum in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        for signum in received[:1]:
+            signal.raise_signal(signum)

@@ -1,0 +1,53 @@
+"""The config that a run leaves in its output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from ..files import replacing
+from .defaults import get_defaults
+from .errors import ConfigError
+
+RUN_CONFIG = "config.yaml"
+
+
+def write_run_config(cfg: CfgNode) -> None:
+    """Write the whole tree to OUTPUT_DIR; see `check_run_config`."""
+    with replacing(Path(cfg.OUTPUT_DIR) / RUN_CONFIG) as temporary:
+        temporary.write_text(cfg.dump(), encoding="utf-8")
+
+
+def check_run_config(cfg: CfgNode) -> None:
+    """Make sure that `write_run_config` replaces what a run wrote, or nothing.
+
+    Raises:
+        ConfigError: somebody keeps a config of this name in OUTPUT_DIR.
+    """
+    path = Path(cfg.OUTPUT_DIR) / RUN_CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError):
+        tree = text = None
+    # Empty is what a machine that went down leaves of a file.
+    if text is None or (tree is not None and not is_of_run(text)):
+        raise ConfigError(
+            f"{path} is not of a run, and a run in OUTPUT_DIR {cfg.OUTPUT_DIR} would replace it by "
+            "its own config of this name: give it another name, or the run another folder"
+        )
+
+
+def is_of_run(text: str) -> bool:
+    """Whether a config file is a whole tree, as a run writes it.
+
+    Raises:
+        yaml.YAMLError, ValueError: it is not YAML.
+    """
+    tree = yaml.safe_load(text)
+    written = isinstance(tree, dict) and tree.keys() >= get_defaults().keys()
+    return written and not any(line.startswith("#") for line in text.splitlines())
