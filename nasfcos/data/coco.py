@@ -63,12 +63,17 @@ def find_fault(annotation: object) -> str | None:
     return None
 
 
+def _whole(value: object) -> object:
+    """A whole number as an integer: tables export some as 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _categories(content: dict, path: Path) -> dict[int, str]:
     """id -> name, in the order of the ids."""
     names: dict = {}
     try:
         for category in content.get("categories") or []:
-            i, name = category["id"], category["name"]
+            i, name = _whole(category["id"]), category["name"]
             if names.setdefault(i, name) != name:
                 raise DataError(
                     f"{path}: the categories {names[i]!r} and {name!r} have one id, {i!r}; whose "
@@ -145,12 +150,10 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
     records = {}
     for image in content["images"]:
         try:
-            image_id, file_name = image["id"], image["file_name"]
+            image_id, file_name = _whole(image["id"]), image["file_name"]
             height, width = side(image.get("height")), side(image.get("width"))
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: image entry without 'id' or 'file_name': {image}") from error
-        if isinstance(image_id, float) and image_id.is_integer():
-            image_id = int(image_id)
         if not isinstance(image_id, int):
             raise DataError(f"{path}: the id of an image must be an integer, not {image_id!r}")
         if not isinstance(file_name, str):

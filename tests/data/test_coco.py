@@ -192,10 +192,13 @@ def test_byte_order_mark(write_coco, tmp_path):
 def test_whole_numbers_written_as_fractions_are_ids_too(write_coco, tmp_path):
     write_coco([{"image_id": 1.0, "category_id": 3.0}])
     path = tmp_path / "ann.json"
-    path.write_text(path.read_text().replace('"images": [{"id": 1,', '"images": [{"id": 1.0,'))
-    assert '"id": 1.0' in path.read_text()
-    found = read(tmp_path).records[0]
-    assert type(found.image_id) is int and found.labels.tolist() == [1]
+    content = json.loads(path.read_text())
+    for entry in (*content["images"], *content["categories"]):
+        entry["id"] = float(entry["id"])
+    path.write_text(json.dumps(content))
+    found = read(tmp_path)
+    assert type(found.records[0].image_id) is int and found.records[0].labels.tolist() == [1]
+    assert [type(i) for i in found.category_ids] == [int, int]
 
 
 def test_malformed_files_name_file_and_line(write_coco, tmp_path):
