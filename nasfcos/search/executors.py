@@ -35,7 +35,9 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..engine.distributed import available_cores
+from ..engine.metrics import format_duration
 from .records import DeviceLost, TrialJob, TrialResult
+from .status import SILENT
 
 logger = logging.getLogger(__name__)
 
@@ -317,8 +319,15 @@ class LocalExecutor(_Pool):
 
     def _news(self) -> list[tuple[_Process, str, Any]]:
         workers = {worker.pipe: worker for worker in self._workers.values()}
+        while not (ready := wait(list(workers), timeout=SILENT)):
+            logger.warning(
+                "no worker has had anything to tell for %s: %s. Should one hang, kill its process; "
+                "its trial is tried again",
+                format_duration(SILENT),
+                ", ".join(map(_whereabouts, self._workers.values())),
+            )
         news = []
-        for pipe in wait(list(workers)):
+        for pipe in ready:
             try:
                 news.append((workers[pipe], *pipe.recv()))
             except (EOFError, OSError):
@@ -331,6 +340,12 @@ class LocalExecutor(_Pool):
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
+
+
+def _whereabouts(worker: _Process) -> str:
+    idle = "idle" if worker.ready else "starting"
+    what = idle if worker.job is None else f"trial {worker.job.index}"
+    return f"{what} in process {worker.process.pid}"
 
 
 def _work(pipe: Connection, task: bytes, threads: int) -> None:

@@ -177,6 +177,12 @@ def test_workers_that_never_start_are_an_error(monkeypatch):
             list(executor.run([job(0)]))
 
 
+def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
+    monkeypatch.setattr(executors, "SILENT", 0.2)
+    list(pair.run([job(6, "sleep", 1.0)]))
+    assert "trial 6 in process " in caplog.text and "kill its process" in caplog.text
+
+
 def test_workers_that_only_die_are_an_error(monkeypatch):
     monkeypatch.setattr(executors, "MAX_DEATHS", 2)
     lost = []
