@@ -1,11 +1,14 @@
 """Files that are there whole or not at all."""
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a failed write names no file
+        if error.errno in _OF_THE_DISK and error.filename is None:  # a failed write names no file
             error.filename = str(path)
         raise
     finally:

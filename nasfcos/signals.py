@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 # Seconds after which a second signal means that the first was not heeded. Launchers repeat a
@@ -91,14 +91,12 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    previous = {
-        signum: signal.signal(signum, lambda signum, frame: received.append(signum))
-        for signum in (signal.SIGTERM, signal.SIGINT)
-    }
     try:
-        yield
+        with ExitStack() as handlers:  # all are restored, whatever the first of them raises
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                handler = signal.signal(signum, lambda signum, frame: received.append(signum))
+                handlers.callback(signal.signal, signum, handler)
+            yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
         for signum in received[:1]:
             signal.raise_signal(signum)

@@ -28,26 +28,23 @@ def check_run_config(cfg: CfgNode) -> None:
     """
     path = Path(cfg.OUTPUT_DIR) / RUN_CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except OSError:
         return
-    except (OSError, ValueError, yaml.YAMLError):
-        tree = text = None
-    # Empty is what a machine that went down leaves of a file.
-    if text is None or (tree is not None and not is_of_run(text)):
+    # Nothing, or zeros, is what a machine that went down leaves of a file.
+    if content.strip(b"\0 \r\n\t") and not is_of_run(content):
         raise ConfigError(
             f"{path} is not of a run, and a run in OUTPUT_DIR {cfg.OUTPUT_DIR} would replace it by "
             "its own config of this name: give it another name, or the run another folder"
         )
 
 
-def is_of_run(text: str) -> bool:
-    """Whether a config file is a whole tree, as a run writes it.
-
-    Raises:
-        yaml.YAMLError, ValueError: it is not YAML.
-    """
-    tree = yaml.safe_load(text)
-    written = isinstance(tree, dict) and tree.keys() >= get_defaults().keys()
-    return written and not any(line.startswith("#") for line in text.splitlines())
+def is_of_run(content: bytes) -> bool:
+    """Whether the content of a config file is a whole tree, as a run writes it."""
+    try:
+        text = content.decode()
+        tree = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return False
+    is_whole = isinstance(tree, dict) and tree.keys() >= get_defaults().keys()
+    return is_whole and not any(line.startswith("#") for line in text.splitlines())

@@ -124,9 +124,10 @@ class BatchLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        with signals_deferred():  # it starts the workers
-            batches = iter(self._loader)
+        batches = None
         try:
+            with signals_deferred():  # it starts the workers
+                batches = iter(self._loader)
             for images, targets in batches:
                 for target in targets:
                     target["boxes"] = torch.from_numpy(target["boxes"])
@@ -136,7 +137,7 @@ class BatchLoader:
         finally:
             # An exception's traceback keeps the iterator alive; collected as cyclic garbage, it
             # waits seconds for each worker or for ever. So its workers are ended here and now.
-            if self._loader.num_workers:
+            if self._loader.num_workers and batches is not None:
                 batches._shutdown_workers()
 
     def __len__(self) -> int:

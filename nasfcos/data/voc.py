@@ -35,7 +35,7 @@ def _parse(path: Path) -> ElementTree.Element:
     return root
 
 
-def _names(annotations: Path, split: Path | None) -> list[str]:
+def voc_names(annotations: Path, split: Path | None) -> list[str]:
     """Image names (without extension) of a split; without a split, of all XML files (but what a Mac
     leaves beside them on disks of other systems, ._name.xml)."""
     if split is None:
@@ -90,7 +90,7 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
         DataError: an XML file is malformed, none is there, or there is no object at all.
     """
     found = set()
-    paths = [annotations / f"{name}.xml" for name in _names(annotations, split)]
+    paths = [annotations / f"{name}.xml" for name in voc_names(annotations, split)]
     present = [path for path in paths if path.exists()]
     if not present:
         raise DataError(
@@ -139,7 +139,7 @@ def read_voc(
     files = _image_files(images)
     remarks, dropped = Counter(), Counter()
     records, missing = [], []
-    for image_id, name in enumerate(_names(annotations, split), 1):
+    for image_id, name in enumerate(voc_names(annotations, split), 1):
         path = annotations / f"{name}.xml"
         root = None
         if has_annotations:

@@ -87,8 +87,9 @@ def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk by a RuntimeError ("unexpected pos") that does not call it so.
+        why = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error}. {_free_space(path.parent)}"
+            f"cannot write the checkpoint {path}: {why}. {_free_space(path.parent)}"
         ) from error
 
 

@@ -174,7 +174,6 @@ class _Pool(Executor):
         self._start_failures = 0
         # Of the workers that died since the last result, the trials they were at (or themselves).
         self._deaths: list[object] = []
-        self._has_finished_any = False
 
     @abstractmethod
     def _start(self, place: int) -> _Worker:
@@ -244,28 +243,37 @@ class _Pool(Executor):
         if kind == "result":
             worker.job = None
             self._deaths.clear()
-            self._has_finished_any = True
             return job, content
         if kind == "error":
             where = "while it started" if job is None else f"in trial {job.index}"
             raise ExecutorError(f"a worker failed {where}: {content}")
         self._remove(worker)
         self._deaths.append(worker if job is None else job.index)
-        # Where trials come to their end, a few that kill their worker each time are to blame.
-        deaths = len(set(self._deaths) if self._has_finished_any else self._deaths)
         if not worker.ready:
             self._start_failures += 1
             logger.warning("a worker died while it started: %s", content)
-        for number, limit, when in (
-            (self._start_failures, MAX_START_FAILURES, "died while they started"),
-            (deaths, max(MAX_DEATHS, 3 * self._count), "died before they finished a trial"),
+        for number, too_many, when in (
+            (
+                self._start_failures,
+                self._start_failures >= MAX_START_FAILURES,
+                "died while they started",
+            ),
+            (len(self._deaths), self._too_many_deaths(), "died before they finished a trial"),
         ):
-            if number >= limit:
+            if too_many:
                 raise ExecutorError(
                     f"{number} workers in a row {when}, the last one so: {content}. "
                     "SEARCH.EXECUTOR inline runs trials in this process and may show more"
                 )
         return None if job is None else (job, WorkerLost(content))
+
+
+    def _too_many_deaths(self) -> bool:
+        """Whether something else must be to blame than a few trials that kill their worker each
+        time: these are tried again after all others, and so die in a row."""
+        deaths, limit = len(self._deaths), max(MAX_DEATHS, 2 * self._count)
+        most_differ = 2 * len(set(self._deaths)) > deaths
+        return deaths >= (limit if most_differ else 3 * limit)
 
 
 # ------------------------------------------------------------------------------ local processes

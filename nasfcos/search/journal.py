@@ -500,11 +500,12 @@ def _reading(path: Path, stage: str) -> Iterator[tuple[RDBStorage | None, int | 
 
 
 def _is_made(path: Path) -> bool:
-    """Whether Optuna has made all its tables: the version is the last that it writes."""
+    """Whether Optuna has made all its tables: which version they are of is the last it writes."""
     with closing(_engine(path, "rw")["creator"]()) as connection:
-        table = "SELECT 1 FROM sqlite_master WHERE name = 'version_info'"
+        table = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
         return all(
-            connection.execute(query).fetchone() for query in (table, "SELECT 1 FROM version_info")
+            connection.execute(query).fetchone()
+            for query in (table, "SELECT 1 FROM alembic_version")
         )
 
 

@@ -128,11 +128,11 @@ def _config_of_run(folder: Path) -> str | None:
     """Its config file; where that is missing or damaged, since the machine went down or a process
     was killed while the run was set aside, the config in its newest checkpoint."""
     try:
-        text = (folder / RUN_CONFIG).read_text(encoding="utf-8")
-        if is_of_run(text):
-            return text
-    except (OSError, ValueError, yaml.YAMLError):
-        pass
+        content = (folder / RUN_CONFIG).read_bytes()
+    except OSError:
+        content = b""
+    if is_of_run(content):
+        return content.decode()
     found = newest_checkpoint(folder)
     return None if found is None else found[1]["config"]
 

@@ -35,13 +35,7 @@ from .cache import FeatureCache, build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import Executor, build_executor
 from .journal import Journal, check_settings, read_records, read_settings, writing
-from .prepare import (
-    backbone_changes,
-    changes_since,
-    changes_since_run,
-    prepare_backbone,
-    prepare_config,
-)
+from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
@@ -52,6 +46,7 @@ from .select import (
     by_merit,
     check_full_training,
     full_config,
+    outdated,
     read_ranking,
     select,
     train_in_full,
@@ -319,13 +314,14 @@ class _Search:
         return again[: len(again) - len(failed)] + others + failed
 
     def _select(self, stage: str, last: bool) -> Selected:
-        if not last and self._check("head", {}):  # then FPNs are not trained again
+        begun = not last and self._check("head", {})
+        if begun:  # then FPNs are not trained again
             rows = read_ranking(self.folder / "ranking.json")
             if chosen := [row for row in rows if row.stage == stage]:
                 self.ranking = sorted(map(self._without_old_figures, chosen), key=by_merit)
                 return self.ranking[0]
         count = self.cfg.SEARCH.SELECT[stage.upper()]
-        train_them = last or count > 1
+        train_them = last or count > 1 and not begun
         before = self.ranking
 
         def note(rows: list[Selected]) -> None:
@@ -349,15 +345,13 @@ class _Search:
         return rows[0] if not last else self.ranking[0]
 
     def _without_old_figures(self, row: Selected) -> Selected:
-        """Without an AP of another schedule, which says nothing beside those of today's."""
+        """Without an AP of another schedule or other data, which says nothing beside today's."""
         run = self.folder / row.folder
-        changes = changes_since_run(self._full_config(row, run), run) if row.folder else []
+        changes = outdated(self._full_config(row, run)) if row.folder else []
         if not changes:
             return row
-        logger.warning(
-            "%s was trained in full with other settings, so its AP does not count any more: %s",
-            run, "; ".join(changes),
-        )  # fmt: skip
+        logger.warning("the AP of %s does not count any more, for these have changed: %s", run,
+                       "; ".join(changes))  # fmt: skip
         return replace(row, AP=None, AP50=None, APs=[], folder="")
 
     def _given_decoder(self, stage: str) -> Genotype | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,16 +18,18 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.tree import get_setting
 from ..data import build_dataset, build_train_loader, num_classes
 from ..data.catalog import find_dataset
-from ..download import local_path
+from ..data.voc import voc_names
+from ..download import local_path, sha256
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import check_device, train
 from ..files import write_json
 from ..genotype import Genotype
 from ..models import build_detector
-from .prepare import is_run_of, with_overrides
+from .prepare import changes_since_run, is_run_of, with_overrides
 from .records import COMPLETE, TrialRecord, TrialResult
 from .space import graph_key
 from .status import write_progress
@@ -38,6 +42,7 @@ _NUMBERS = ("objective", "reward", "flops")
 SUMMARY = "selected.json"
 """What a full training found out, in its folder, and of which annotations."""
 _FIGURES = ("AP", "AP50")
+_DATA = TRAIN, TEST = "DATASETS.TRAIN", "DATASETS.TEST"
 
 
 @dataclass(frozen=True)
@@ -153,22 +158,32 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
             "architectures are trained and compared by one process; train one config with several "
             "by tools/train_net.py"
         )
-    summary = Path(cfg.OUTPUT_DIR) / SUMMARY
-    data = {key: _annotations_hash(cfg, cfg.DATASETS[key]) for key in ("TRAIN", "TEST")}
-    before = _read_summary(summary)
-    changed = [key for key in data if before.get(key, data[key]) != data[key]]
+    folder = Path(cfg.OUTPUT_DIR)
+    summary = folder / SUMMARY
+    same = is_run_of(cfg, folder)
+    before = _read_summary(summary) if same else {}
+    data = {key: _annotations_hash(cfg, key) for key in _DATA}
+    changed = [key for key in _DATA if before.get(key, data[key]) != data[key]]
     if changed:
-        logger.warning(
-            "the annotations of DATASETS.%s have changed since the training in %s",
-            " and DATASETS.".join(changed), cfg.OUTPUT_DIR,
-        )  # fmt: skip
-    same = is_run_of(cfg, Path(cfg.OUTPUT_DIR)) and "TRAIN" not in changed
-    if not (same and before and not changed):
-        summary.unlink(missing_ok=True)
-        before = train(cfg, device, resume=same)[cfg.DATASETS.TEST[0]]
-    found = {name: before[name] for name in _FIGURES}
+        logger.warning("%s: the annotations have changed since (%s)", folder, ", ".join(changed))
+    if before.keys() >= set(_FIGURES) and not changed:
+        return {name: before[name] for name in _FIGURES}
+    again = TRAIN in changed
+    # What a training that is now cut off, perhaps before it has begun, was or would be trained on.
+    write_json(summary, {TRAIN: before[TRAIN] if again else data[TRAIN]})
+    metrics = train(cfg, device, resume=same and not again)[cfg.DATASETS.TEST[0]]
+    found = {name: metrics[name] for name in _FIGURES}
     write_json(summary, found | data)
     return found
+
+
+def outdated(cfg: CfgNode) -> list[str]:
+    """Why the figures of an earlier `train_in_full` in a config's folder do not hold for the config
+    and its data as they are now; nothing where there are none."""
+    folder = Path(cfg.OUTPUT_DIR)
+    before = _read_summary(folder / SUMMARY)
+    changed = [key for key in _DATA if key in before and before[key] != _annotations_hash(cfg, key)]
+    return changes_since_run(cfg, folder) + [f"annotations of {key}" for key in changed]
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -177,19 +192,28 @@ def _read_summary(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and found.keys() >= set(_FIGURES) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _annotations_hash(cfg: CfgNode, names: Sequence[str]) -> str:
-    """Of the content of the files that say what is in the images of some data sets."""
+def _annotations_hash(cfg: CfgNode, key: str) -> str:
+    """Of the annotations of the data sets that a key of the config names."""
     digest = hashlib.sha256()
-    for spec in (find_dataset(cfg, name) for name in names):
-        folder = spec.annotations
-        files = sorted(folder.glob("*.xml")) if folder.is_dir() else [folder]
-        for file in (*files, *([spec.split] if spec.split else [])):
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
-            digest.update(file.read_bytes())
+    for spec in (find_dataset(cfg, name) for name in get_setting(cfg, key)):
+        files = [spec.annotations]
+        if spec.annotations.is_dir():
+            names = voc_names(spec.annotations, spec.split)
+            files = [spec.annotations / f"{name}.xml" for name in names]
+        for file in filter(Path.exists, files):
+            status = file.stat()
+            digest.update(os.fsencode(file.name))
+            digest.update(_file_hash(file, status.st_size, status.st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _file_hash(path: Path, size: int, time: int) -> str:
+    """Of the content of a file that had this size and time."""
+    return sha256(path)
 
 
 def select(

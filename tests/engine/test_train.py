@@ -284,7 +284,7 @@ def test_a_config_that_somebody_keeps_in_the_output_folder_is_left_alone(config,
     cfg = config("SOLVER.MAX_ITER", 1)
     kept = Path(cfg.OUTPUT_DIR) / "config.yaml"
     kept.parent.mkdir()
-    for text in (f"_BASE_: {config_file}\n", f"# my notes\n{cfg.dump()}", "\tno YAML"):
+    for text in (f"_BASE_: {config_file}\n", f"# my notes\n{cfg.dump()}", "# notes\n", "\tno YAML"):
         kept.write_text(text)
         for resume in (False, True):
             with pytest.raises(ConfigError, match="out/config.yaml is not of a run"):

@@ -342,7 +342,7 @@ def test_files_that_are_no_journal(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    "script", ["", "CREATE TABLE version_info (version_info_id INTEGER)"], ids=["empty", "begun"]
+    "script", ["", "CREATE TABLE alembic_version (version_num VARCHAR)"], ids=["empty", "begun"]
 )
 def test_a_file_that_is_being_made_has_no_trials_yet(path, script):
     sqlite3.connect(path).executescript(script)
