@@ -137,16 +137,19 @@ def coco_metrics(
 
 
 def _index(images: dict[int, int], annotations: list[dict], categories: dict[int, int]) -> COCO:
-    """What counts of the annotations, with the numbers of their images and categories as ids."""
+    """What counts of the annotations, which get the numbers of their images and categories as
+    ids."""
+    counted = []
+    for annotation in annotations:
+        image = images.get(annotation["image_id"])
+        category = categories.get(annotation["category_id"])
+        if image and category:
+            annotation["image_id"], annotation["category_id"] = image, category
+            counted.append(annotation)
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number} for number in images.values()],
-        "annotations": [
-            {**annotation, "image_id": image, "category_id": category}
-            for annotation in annotations
-            if (image := images.get(annotation["image_id"]))
-            and (category := categories.get(annotation["category_id"]))
-        ],
+        "annotations": counted,
         "categories": [{"id": number} for number in categories.values()],
     }
     coco.createIndex()
