@@ -74,11 +74,18 @@ def write_squares(folder, count, seed):
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """Folder of the data sets "train" (20 images) and "val" (7)."""
+    """Folder of the data sets "train" (20 images) and "val" (7). All tests share it: one that
+    changes data must do so in a copy."""
     root = tmp_path_factory.mktemp("data")
     write_squares(root / "train", 20, seed=0)
     write_squares(root / "val", 7, seed=1)
-    return root
+    before = _contents(root)
+    yield root
+    assert _contents(root) == before, "a test has changed the data that all share"
+
+
+def _contents(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -77,25 +77,26 @@ def test_gradcheck(relu):
 @needs_compiled("conv3x3")
 @pytest.mark.parametrize("channels", [64, 256])
 def test_rounds_little_more_than_the_direct_sum(channels):
-    """With the points that are usual in the literature it would be six to ten times the error."""
+    """In units of the values' own rounding, since PyTorch's sums differ between processors: its
+    errors are 1 to 6 of them, ours 5 to 11, and those of a tile with the usual points 12 to 17."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, 40, 40, generator=generator).relu()
     weight = torch.randn(64, channels, 3, 3, generator=generator)
     grad = torch.randn(1, 64, 40, 40, generator=generator)
     x, weight, grad = last(x, weight, grad)
 
-    def errors(function):
-        exact = outcomes(ordinary, x.double(), weight.double(), grad.double())
-        pairs = zip(outcomes(function, x, weight, grad), exact, strict=True)
-        return [(a.double() - b).square().mean().sqrt().item() for a, b in pairs]
-
     def outcomes(function, x, weight, grad):
         leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
         output = function(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
-    for ours, direct in zip(errors(conv3x3), errors(ordinary), strict=True):
-        assert ours != direct and ours < 4 * direct
+    found = outcomes(conv3x3, x, weight, grad)
+    direct = outcomes(ordinary, x, weight, grad)
+    exact = outcomes(ordinary, x.double(), weight.double(), grad.double())
+    for ours, other, values in zip(found, direct, exact, strict=True):
+        unit = torch.finfo(torch.float32).eps * values.square().mean().sqrt()
+        assert not torch.equal(ours, other)
+        assert (ours - values).square().mean().sqrt() < 14 * unit
 
 
 def test_plain_version_agrees():

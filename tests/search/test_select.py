@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -36,8 +37,15 @@ def test_what_a_full_training_found_out_may_be_damaged(config_file, tmp_path, ca
     assert "training is finished already" in caplog.text
 
 
-def test_a_full_training_is_for_the_annotations_that_it_had(config_file, tmp_path, monkeypatch):
-    cfg = load_config(config_file, ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 2])
+def test_a_full_training_is_for_the_annotations_that_it_had(
+    config_file, data_root, tmp_path, monkeypatch
+):
+    shutil.copytree(data_root, tmp_path / "data")
+    cfg = load_config(
+        config_file,
+        ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 2,
+         "DATASETS.ROOT", str(tmp_path / "data")],
+    )  # fmt: skip
     final = tmp_path / "run" / "model_final.pth"
 
     def files_of(key):
