@@ -11,13 +11,14 @@ from yacs.config import CfgNode
 from .config import ConfigError, load_config
 from .engine import build_model
 from .engine.distributed import resolve_device
-from .models import Detector, load_weights, optimize_for_inference
+from .models import Detector, export_detector, load_weights, optimize_for_inference
 from .predictor import Predictor
 
 __all__ = [
     "ConfigError",
     "Predictor",
     "build_detector",
+    "export_detector",
     "load_config",
     "load_weights",
     "optimize_for_inference",

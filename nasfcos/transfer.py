@@ -11,7 +11,8 @@ from torch import Tensor
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device; the host does not wait for a GPU."""
-    if device.type == "cuda" and x.device.type == "cpu":
+    # In a graph that is being exported, it is a constant, and pinning is unknown there.
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 

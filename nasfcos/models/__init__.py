@@ -2,6 +2,7 @@
 
 from .build import build_detector
 from .detector import Detector, Preprocess
+from .export import export_detector
 from .inference import optimize_for_inference
 from .registry import BACKBONES, HEADS, NECKS
 from .weights import load_weights
@@ -13,6 +14,7 @@ __all__ = [
     "Detector",
     "Preprocess",
     "build_detector",
+    "export_detector",
     "load_weights",
     "optimize_for_inference",
 ]
