@@ -7,30 +7,38 @@ from torch import Tensor, nn
 
 from ..transfer import to_device
 from .heads.cells import STRIDES
-from .heads.post_process import MOST_IN_NMS, Ranked
+from .heads.post_process import MOST_IN_NMS
 from .inference import InferenceDetector
 
 
 def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.ExportedProgram:
     """The whole way from images to detections as a program of fixed shapes.
 
-    The program takes a batch like `images` and returns ``boxes`` [N, D, 4] (legacy xyxy in pixels),
-    ``scores`` [N, D] and ``labels`` [N, D] from 1, best first, and ``counts`` [N] of each image's
-    detections; behind these all is 0. D is TEST.DETECTIONS_PER_IMAGE (no ties beyond it).
+    The program takes a batch like `images` and returns ``boxes`` [N, D, 4] float32 (legacy xyxy in
+    pixels), ``scores`` [N, D] float32 and ``labels`` [N, D] int64 from 1, best first, and
+    ``counts`` [N] int64 of each image's detections; behind these all is 0. D is
+    TEST.DETECTIONS_PER_IMAGE (no ties beyond it), or less where the maps hold fewer predictions.
     `torch.export.save` writes it, and it is loaded where this package was imported, which brings
     the operators.
 
     Args:
-        model: a detector of `optimize_for_inference`.
-        images: [N, 3, H, W] RGB, float in 0..1 or uint8, on the detector's device: of the size and
-            type that the program will be given. The values do not matter.
+        model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
+        images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type that the program will
+            be given. The values do not matter.
 
     Raises:
+        TypeError: another model.
         ValueError: `images` is no such batch, or TEST.PRE_NMS_TOP_N is too large for NMS in fixed
             shapes.
     """
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [N, 3, H, W], not {list(images.shape)}")
+    if not isinstance(model, InferenceDetector):
+        raise TypeError(
+            f"what is exported is the inference form, not a {type(model).__name__}: "
+            "export_detector(optimize_for_inference(model), images)"
+        )
+    shape = list(getattr(images, "shape", []))  # of a list: none
+    if len(shape) != 4 or shape[0] == 0 or shape[1] != 3:
+        raise ValueError(f"images must be a tensor [N, 3, H, W] of one or more, not {shape}")
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
@@ -50,17 +58,11 @@ class _FixedShapes(nn.Module):
         batch, sizes = model.preprocess(list(images))
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
         outputs = model.head(model.neck(model.backbone(batch)))
-        sizes = to_device(torch.tensor(sizes), images.device)
-        return _first(model.head.rank(outputs, sizes), model.head.post_process.detections_per_image)
-
-
-def _first(ranked: Ranked, most: int) -> dict[str, Tensor]:
-    order = ranked.kept.sort(dim=1, descending=True, stable=True).indices[:, :most]
-    kept = ranked.kept.gather(1, order)
-    boxes = ranked.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    return {
-        "boxes": torch.where(kept[..., None], boxes, 0),
-        "scores": torch.where(kept, ranked.scores.gather(1, order), 0),
-        "labels": torch.where(kept, ranked.labels.gather(1, order), 0),
-        "counts": kept.sum(1),
-    }
+        ranked = model.head.rank(outputs, to_device(torch.tensor(sizes), batch.device))
+        boxes, scores, labels, kept = ranked.first(model.head.post_process.detections_per_image)
+        return {
+            "boxes": torch.where(kept[..., None], boxes, 0),
+            "scores": torch.where(kept, scores, 0),
+            "labels": torch.where(kept, labels, 0),
+            "counts": kept.sum(1),
+        }

@@ -78,7 +78,7 @@ def test_gradcheck(relu):
 
 @needs_compiled("conv3x3")
 @pytest.mark.parametrize("channels", [64, 256])
-def test_rounds_little_more_than_the_direct_sum(channels):
+def test_rounding_stays_small(channels):
     """In units of the values' own rounding, since PyTorch's sums differ between processors: its
     errors are 1 to 6 of them, ours 5 to 11, and those of a tile with the usual points 12 to 17."""
     generator = torch.Generator().manual_seed(0)

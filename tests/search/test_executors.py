@@ -184,19 +184,19 @@ def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
 
 
 def test_workers_that_only_die_are_an_error(monkeypatch):
-    monkeypatch.setattr(executors, "MAX_DEATHS", 3)
+    monkeypatch.setattr(executors, "MAX_DEATHS", 4)
     with LocalExecutor(Play(), workers=1) as executor:
-        # One trial that kills its worker each time is none.
-        for _ in range(4):
-            ((_, outcome),) = executor.run([job(1, "exit", 9)])
-            assert isinstance(outcome, WorkerLost)
+        # Not where a few trials kill their worker each time.
+        for _ in range(2):
+            outcomes = [outcome for _, outcome in executor.run([job(i, "exit", 9) for i in (1, 2)])]
+            assert [type(outcome) for outcome in outcomes] == [WorkerLost, WorkerLost]
         list(executor.run([job(0)]))
         lost = []
-        with pytest.raises(ExecutorError, match="3 workers in a row died before they finished"):
+        with pytest.raises(ExecutorError, match="4 workers in a row died before they finished"):
             for finished, outcome in executor.run(job(i, "exit", 9) for i in range(3, 9)):
                 assert isinstance(outcome, WorkerLost)
                 lost.append(finished.index)
-    assert lost == [3, 4]
+    assert lost == [3, 4, 5]
 
 
 MAIN = """

@@ -433,6 +433,8 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
     again = json.loads((tmp_path / "out/ranking.json").read_text())
     assert again[0]["genotype"] != ranking[0]["genotype"]
     go_on(*settings)
+    (tmp_path / "out/ranking.json").unlink()
+    go_on(*settings)
 
 
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):

@@ -66,13 +66,16 @@ class Ranked(NamedTuple):
     labels: Tensor
     kept: Tensor
 
+    def first(self, most: int) -> Ranked:
+        """The same with those that are detections before all others, and at most so many."""
+        order = self.kept.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        boxes = self.boxes.gather(1, order[..., None].expand(-1, -1, 4))
+        return Ranked(boxes, *(x.gather(1, order) for x in self[1:]))
+
     def detections(self) -> list[Detections]:
         """Each image's detections. A GPU is waited for once, however many images there are."""
-        first = self.kept.sort(dim=1, descending=True, stable=True).indices
         counts = self.kept.sum(1).tolist()
-        first = first[:, : max(counts)]
-        boxes = self.boxes.gather(1, first[..., None].expand(-1, -1, 4))
-        scores, labels = (x.gather(1, first) for x in (self.scores, self.labels))
+        boxes, scores, labels, _ = self.first(max(counts))
         found = {"boxes": boxes, "scores": scores, "labels": labels}
         return [
             {name: x[image, :count].clone() for name, x in found.items()}
