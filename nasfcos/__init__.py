@@ -11,7 +11,13 @@ from yacs.config import CfgNode
 from .config import ConfigError, load_config
 from .engine import build_model
 from .engine.distributed import resolve_device
-from .models import Detector, export_detector, load_weights, optimize_for_inference
+from .models import (
+    Detector,
+    export_detector,
+    export_onnx,
+    load_weights,
+    optimize_for_inference,
+)
 from .predictor import Predictor
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "Predictor",
     "build_detector",
     "export_detector",
+    "export_onnx",
     "load_config",
     "load_weights",
     "optimize_for_inference",

@@ -337,6 +337,8 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """`value` as the type of `default`; text is read as a literal where text is not meant."""
     if isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     entries = (0,) if name in INTEGER_LISTS else default
     entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
     if isinstance(default, tuple) and entries and _like(value, entries[0]):

@@ -4,6 +4,7 @@ from .build import build_detector
 from .detector import Detector, Preprocess
 from .export import export_detector
 from .inference import optimize_for_inference
+from .onnx import export_onnx
 from .registry import BACKBONES, HEADS, NECKS
 from .weights import load_weights
 
@@ -15,6 +16,7 @@ __all__ = [
     "Preprocess",
     "build_detector",
     "export_detector",
+    "export_onnx",
     "load_weights",
     "optimize_for_inference",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..transfer import to_device
 from .heads.cells import STRIDES
 from .heads.post_process import MOST_IN_NMS
 from .inference import InferenceDetector
@@ -14,12 +13,15 @@ from .inference import InferenceDetector
 def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.ExportedProgram:
     """The whole way from images to detections as a program of fixed shapes.
 
-    The program takes a batch like `images` and returns ``boxes`` [N, D, 4] float32 (legacy xyxy in
-    pixels), ``scores`` [N, D] float32 and ``labels`` [N, D] int64 from 1, best first, and
-    ``counts`` [N] int64 of each image's detections; behind these all is 0. D is
-    TEST.DETECTIONS_PER_IMAGE (no ties beyond it), or less where the maps hold fewer predictions.
-    `torch.export.save` writes it, and it is loaded where this package was imported, which brings
-    the operators.
+    The program is called with ``images``, a batch like the one given here, and ``sizes`` [N, 2]
+    int64: the height and width that each image really has. It lies in the top left corner; what is
+    in the rest has no effect, so images of all sizes that fit can be given.
+
+    It returns ``boxes`` [N, D, 4] float32 (legacy xyxy in pixels), ``scores`` [N, D] float32 and
+    ``labels`` [N, D] int64 from 1, best first, and ``counts`` [N] int64 of each image's detections;
+    behind these all is 0. D is TEST.DETECTIONS_PER_IMAGE (no ties beyond it), or less where the
+    maps hold fewer predictions. `torch.export.save` writes it, and it is loaded where this package
+    was imported, which brings the operators; `export_onnx` writes a file that does without.
 
     Args:
         model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
@@ -27,7 +29,7 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
             be given. The values do not matter.
 
     Raises:
-        TypeError: another model.
+        TypeError: another model, or images in a list.
         ValueError: `images` is no such batch, or TEST.PRE_NMS_TOP_N is too large for NMS in fixed
             shapes.
     """
@@ -36,29 +38,35 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
             f"what is exported is the inference form, not a {type(model).__name__}: "
             "export_detector(optimize_for_inference(model), images)"
         )
-    shape = list(getattr(images, "shape", []))  # of a list: none
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor [N, 3, H, W], not a {type(images).__name__}")
+    shape = list(images.shape)
     if len(shape) != 4 or shape[0] == 0 or shape[1] != 3:
         raise ValueError(f"images must be a tensor [N, 3, H, W] of one or more, not {shape}")
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
+    sizes = torch.tensor([shape[2:]] * shape[0], device=model.preprocess.mean.device)
     with torch.no_grad():
-        return torch.export.export(_FixedShapes(model), (images,), strict=False)
+        return torch.export.export(_FixedShapes(model), (images, sizes), strict=False)
 
 
 class _FixedShapes(nn.Module):
-    """Images [N, 3, H, W] to detections whose number does not depend on values."""
+    """Images [N, 3, H, W] and their sizes to detections whose number does not depend on values."""
 
     def __init__(self, model: InferenceDetector) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         model = self.model
-        batch, sizes = model.preprocess(list(images))
+        batch, _ = model.preprocess(list(images))
+        row, column = (torch.arange(side, device=batch.device) for side in batch.shape[-2:])
+        height, width = sizes[:, :, None, None].unbind(1)
+        batch = torch.where(((row[:, None] < height) & (column < width))[:, None], batch, 0)
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
         outputs = model.head(model.neck(model.backbone(batch)))
-        ranked = model.head.rank(outputs, to_device(torch.tensor(sizes), batch.device))
+        ranked = model.head.rank(outputs, sizes)
         boxes, scores, labels, kept = ranked.first(model.head.post_process.detections_per_image)
         return {
             "boxes": torch.where(kept[..., None], boxes, 0),

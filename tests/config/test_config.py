@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import yaml
@@ -94,7 +95,7 @@ def test_inheritance_and_overrides(tmp_path):
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (1e-3, 8, (5, 6))
     assert cfg.SOLVER.AMP == "off"
     assert cfg.TEST.NMS_IOU == 1.0 and isinstance(cfg.TEST.NMS_IOU, float)
-    assert cfg.OUTPUT_DIR == "out"
+    assert cfg.OUTPUT_DIR == load_config(None, ["OUTPUT_DIR", Path("out")]).OUTPUT_DIR == "out"
     assert load_config(None) == get_defaults()
     assert load_config(None, ["DATASETS.TEST", "mine"]).DATASETS.TEST == ("mine",)
 

@@ -76,13 +76,12 @@ def test_what_was_tried_again_is_not_tried_once_more(journal, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         try_again(journal, Table(killed), candidates, 2)
 
-    resumed, executor = open_journal(tmp_path), Table(AGAIN)
-    found = try_again(resumed, executor, ranked(resumed.records())[:3], 2)
-    assert executor.ran == [(2, 1), (0, 2), (1, 2), (2, 2)]
-    assert [r.index for r in found] == [2, 0, 1]
-    executor = Table({})
-    assert try_again(resumed, executor, ranked(resumed.records())[:3], 2) == found
-    assert executor.ran == []
+    resumed = open_journal(tmp_path)
+    for table, ran in ((AGAIN, [(2, 1), (0, 2), (1, 2), (2, 2)]), ({}, [])):
+        executor = Table(table)
+        found = try_again(resumed, executor, ranked(resumed.records())[:3], 2)
+        assert executor.ran == ran
+        assert [(r.index, r.objective) for r in found] == [(2, -2.0), (0, -3.0), (1, -3.25)]
 
 
 def test_failures(journal, caplog):

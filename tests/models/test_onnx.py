@@ -1,0 +1,132 @@
+"""An ONNX file finds, in ONNX Runtime, what the detector finds."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nasfcos
+from nasfcos.models.onnx import OPSET, translations
+from nasfcos.ops import nms_mask
+from tests.known import ROOT
+from tests.models.test_export import SIZES, by_parts, images
+from tests.models.test_inference import lively
+from tests.ops.test_nms import random_boxes
+from tests.test_predictor import SMALL
+
+onnxruntime = pytest.importorskip("onnxruntime", "1.25")
+
+
+def session(file):
+    """A file's inputs by name to its outputs by name."""
+    runtime = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in runtime.get_outputs()]
+    return lambda **inputs: dict(zip(names, runtime.run(None, inputs), strict=True))
+
+
+def check(found, expected):
+    """The same detections; those of nearly the same score may come in another order."""
+    assert found["counts"].tolist() == [len(x["scores"]) for x in expected]
+    for image, (count, wanted) in enumerate(zip(found["counts"], expected, strict=True)):
+        np.testing.assert_allclose(found["scores"][image, :count], wanted["scores"], rtol=1e-4)
+        rows = np.concatenate([found["boxes"][image], found["labels"][image, :, None]], axis=1)
+        wanted_rows = torch.cat([wanted["boxes"], wanted["labels"][:, None]], dim=1).numpy()
+        distance = np.abs(rows[:count, None] - wanted_rows).max(axis=2)
+        assert distance.min(axis=0).max() < 1e-3 and distance.min(axis=1).max() < 1e-3
+        assert all(not found[name][image, count:].any() for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "name, factor", [("R_50_NAS_head", 1), ("R_50_NAS_retinanet", 1000), ("other operations", 1)]
+)
+def test_finds_the_same(name, factor, tmp_path):
+    model = lively(name)
+    with torch.no_grad():  # scores that rounding does not bring out of order
+        model.head.cls_logits.weight *= factor
+    fast = nasfcos.optimize_for_inference(model)
+    # No choice among nearly equal ones at the end.
+    fast.head.post_process = dataclasses.replace(fast.head.post_process, detections_per_image=5000)
+    nasfcos.export_onnx(nasfcos.export_detector(fast, images()), tmp_path / "detector.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
+    found = session(tmp_path / "detector.onnx")(images=images().numpy(), sizes=SIZES.numpy())
+    assert found["scores"].shape == (2, 5000) and 100 < found["counts"].min()
+    check(found, by_parts(fast, images(), SIZES))
+
+
+class Mask(nn.Module):
+    def __init__(self, threshold, legacy):
+        super().__init__()
+        self.threshold, self.legacy = threshold, legacy
+
+    def forward(self, boxes, labels, counts):
+        return nms_mask(boxes, labels, counts, self.threshold, self.legacy)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("grid", [None, 10])
+def test_suppresses_the_same(grid, legacy, tmp_path):
+    """Also where IoUs are just the threshold; of several classes and images, some of them empty."""
+    rows = [random_boxes(200, seed, grid=grid) for seed in range(4)]
+    boxes, _, labels = (torch.stack(column) for column in zip(*rows, strict=True))
+    given = {"boxes": boxes, "labels": labels + 1, "counts": torch.tensor([200, 0, 1, 131])}
+    for threshold in (0.5, 0.6, 0.7):
+        program = torch.export.export(Mask(threshold, legacy), tuple(given.values()))
+        written = torch.onnx.export(
+            program, opset_version=OPSET, custom_translation_table=translations(), verbose=False
+        )
+        written.save(tmp_path / "nms.onnx")
+        (kept,) = session(tmp_path / "nms.onnx")(
+            **{name: x.numpy() for name, x in given.items()}
+        ).values()
+        assert kept.any() and (kept == nms_mask(*given.values(), threshold, legacy).numpy()).all()
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    fast = nasfcos.optimize_for_inference(lively("R_50_NAS_densebox"), torch.bfloat16)
+    program = nasfcos.export_detector(fast, images(1))
+    with pytest.raises(ValueError, match="in float32, not torch.bfloat16"):
+        nasfcos.export_onnx(program, tmp_path / "detector.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="pip install 'nasfcos.onnx.'"):
+        nasfcos.export_onnx(program, tmp_path / "detector.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tool(tmp_path):
+    settings = [
+        *SMALL, "TEST.SCORE_THRESHOLD", 0.05, "TEST.DETECTIONS_PER_IMAGE", 5000,
+        "MODEL.WEIGHT", tmp_path / "model.pth",
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    model = nasfcos.build_detector(nasfcos.load_config(None, [*settings, "MODEL.NUM_CLASSES", 3]))
+    nn.init.normal_(model.head.cls_logits.weight, std=0.1)
+    torch.save({"model": model.state_dict(), "classes": ["ox", "ass", "cow"]}, settings[-1])
+
+    def export(name, *options):
+        (tmp_path / "empty.yaml").touch()
+        command = [sys.executable, ROOT / "tools" / "export.py", *options]
+        command += ["--config-file", tmp_path / "empty.yaml", "--output", tmp_path / "deep" / name]
+        done = subprocess.run([*map(str, [*command, *settings])], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / "deep" / name
+
+    picture = images(1).mul(255).to(torch.uint8)
+    predictor = nasfcos.Predictor(nasfcos.load_config(None, settings))
+    expected = by_parts(predictor.model, picture, SIZES[1:])
+    assert len(expected[0]["scores"]) > 50
+
+    run = session(export("a.onnx", "--size", 96, 128, "--uint8"))
+    check(run(images=picture.numpy(), sizes=SIZES[1:].numpy()), expected)
+    files = {"classes.json": ""}
+    program = torch.export.load(export("a.pt2", "--uint8"), extra_files=files).module()
+    canvas = torch.zeros(1, 3, 64, 128, dtype=torch.uint8)  # the config's sizes for tests
+    canvas[..., :101] = picture[..., :64, :101]
+    size = torch.tensor([[64, 101]])
+    found = {name: x.numpy() for name, x in program(canvas, size).items()}
+    check(found, by_parts(predictor.model, canvas, size))
+    assert json.loads(files["classes.json"]) == ["ox", "ass", "cow"]

@@ -1,0 +1,76 @@
+"""Write a trained detector, from images to detections, as one file for a fixed size of images.
+
+python tools/export.py --config-file FILE --output detector.onnx MODEL.WEIGHT model.pth
+python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import nasfcos
+from nasfcos.config import ConfigError, load_config
+from nasfcos.engine.launch import argument_parser, run
+from nasfcos.files import replacing
+
+logger = logging.getLogger("nasfcos.export")
+
+SUFFIXES = (".onnx", ".pt2")
+
+
+def main() -> int:
+    parser = argument_parser(
+        "Write a detector as an ONNX file, which needs nothing of this package, or as a program of "
+        "torch.export. The weights are those that tools/predict.py takes."
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2"
+    )
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        help="of the images (default: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
+    parser.add_argument("--uint8", action="store_true", help="images are bytes, not floats in 0..1")
+    args = parser.parse_intermixed_args()
+    if args.output.suffix not in SUFFIXES:
+        parser.error(f"--output must end in {' or '.join(SUFFIXES)}, not {args.output.name!r}")
+    if min([args.batch, *(args.size or [])]) < 1:
+        parser.error("--size and --batch must be above 0")
+
+    def job() -> None:
+        is_onnx = args.output.suffix == ".onnx"
+        # Of the device nothing is left in an ONNX file.
+        device = ["MODEL.DEVICE", "cpu"] if is_onnx else []
+        cfg = load_config(args.config_file, [*args.overrides, *device])
+        if is_onnx and cfg.TEST.DTYPE != "float32":
+            raise ConfigError(
+                f"TEST.DTYPE: ONNX files are written in float32, not {cfg.TEST.DTYPE}"
+            )
+        predictor = nasfcos.Predictor(cfg)
+        size = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        dtype = torch.uint8 if args.uint8 else torch.float32
+        images = torch.zeros(args.batch, 3, *size, dtype=dtype, device=predictor.device)
+        try:
+            program = nasfcos.export_detector(predictor.model, images)
+            if is_onnx:
+                nasfcos.export_onnx(program, args.output, predictor.class_names)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        if not is_onnx:
+            names = {"classes.json": json.dumps(predictor.class_names)}
+            with replacing(args.output) as temporary:
+                torch.export.save(program, temporary, extra_files=names)
+        logger.info(
+            "%s takes images %s %s and gives boxes, scores, labels and counts",
+            args.output, "uint8" if args.uint8 else "float32", list(images.shape),
+        )  # fmt: skip
+
+    return run(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
