@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,6 +125,7 @@ def build_executor(cfg: CfgNode, task: Task) -> Executor:
         ConfigError: MODEL.DEVICE names a single GPU.
     """
     name, workers = cfg.SEARCH.EXECUTOR, cfg.SEARCH.WORKERS
+    timeout = cfg.SEARCH.TRIAL_TIMEOUT or math.inf
     use_gpus = cfg.MODEL.DEVICE != "cpu"
     if name == "inline":
         return InlineExecutor(task)
@@ -133,8 +135,8 @@ def build_executor(cfg: CfgNode, task: Task) -> Executor:
             "GPUs out: set it to auto, and choose GPUs by CUDA_VISIBLE_DEVICES"
         )
     if name == "local":
-        return LocalExecutor(task, workers, visible_gpus() if use_gpus else ())
-    return RayExecutor(task, workers, use_gpus, (task.train, task.val))
+        return LocalExecutor(task, workers, visible_gpus() if use_gpus else (), timeout)
+    return RayExecutor(task, workers, use_gpus, (task.train, task.val), timeout)
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -154,11 +156,13 @@ class _Worker:
         place: its number; a worker that dies is replaced by one at the same place.
         ready: it has started.
         job: what it is at.
+        deadline: when that must be done, by `time.monotonic`.
     """
 
     place: int
     ready: bool = False
     job: TrialJob | None = None
+    deadline: float = math.inf
 
 
 class _Pool(Executor):
@@ -166,10 +170,12 @@ class _Pool(Executor):
 
     Args:
         count: of the workers.
+        timeout: seconds that a trial may take; a worker that takes longer counts as dead.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, timeout: float) -> None:
         self._count = count
+        self._timeout = timeout
         self._workers: dict[int, Any] = {}
         self._start_failures = 0
         # Of the workers that died since the last result, the trials they were at (or themselves).
@@ -184,8 +190,8 @@ class _Pool(Executor):
         """Send a job to a worker that is ready."""
 
     @abstractmethod
-    def _news(self) -> list[tuple[Any, str, Any]]:
-        """Wait until workers have something to tell.
+    def _news(self, seconds: float) -> list[tuple[Any, str, Any]]:
+        """Wait until workers have something to tell, at most so long.
 
         Returns:
             (worker, "ready", anything), (worker, "result", `TrialResult`), (worker, "error", text)
@@ -207,12 +213,14 @@ class _Pool(Executor):
                         worker.job = next(jobs, None)
                         more = worker.job is not None
                         if more:
+                            worker.deadline = time.monotonic() + self._timeout
                             self._give(worker, worker.job)
                 # Only now: workers do not wait for what is done with the outcomes.
                 yield from outcomes
                 if not more and all(worker.job is None for worker in self._workers.values()):
                     return
-                outcomes = [o for news in self._news() if (o := self._outcome(*news)) is not None]
+                told = (self._outcome(*news) for news in self._all_news())
+                outcomes = [outcome for outcome in told if outcome is not None]
         finally:
             for worker in list(self._workers.values()):
                 if worker.job is not None:
@@ -230,6 +238,14 @@ class _Pool(Executor):
     def _remove(self, worker: _Worker) -> None:
         del self._workers[worker.place]
         self._end(worker)
+
+    def _all_news(self) -> Iterator[tuple[Any, str, Any]]:
+        """`_news`, and then of workers that are overdue that they are lost."""
+        deadlines = [worker.deadline for worker in self._workers.values() if worker.job is not None]
+        yield from self._news(max(0.0, min(deadlines, default=math.inf) - time.monotonic()))
+        for worker in list(self._workers.values()):
+            if worker.job is not None and worker.deadline <= time.monotonic():
+                yield worker, "lost", f"it took longer than {format_duration(self._timeout)}"
 
     def _outcome(
         self, worker: _Worker, kind: str, content: Any
@@ -267,7 +283,6 @@ class _Pool(Executor):
                 )
         return None if job is None else (job, WorkerLost(content))
 
-
     def _too_many_deaths(self) -> bool:
         """Whether something else must be to blame than a few trials that kill their worker each
         time: these are tried again after all others, and so die in a row."""
@@ -293,10 +308,17 @@ class LocalExecutor(_Pool):
         task: what runs; pickled for the workers.
         workers: how many. 0: one for each GPU, or where there is none, for each core.
         gpus: as CUDA_VISIBLE_DEVICES names them.
+        timeout: seconds that a trial may take.
     """
 
-    def __init__(self, task: Task, workers: int = 0, gpus: Sequence[str] = ()) -> None:
-        super().__init__(workers or len(gpus) or available_cores())
+    def __init__(
+        self,
+        task: Task,
+        workers: int = 0,
+        gpus: Sequence[str] = (),
+        timeout: float = math.inf,
+    ) -> None:
+        super().__init__(workers or len(gpus) or available_cores(), timeout)
         self._gpus = tuple(gpus)
         self._task = pickle.dumps(task)
         self._threads = max(1, available_cores() // self._count)
@@ -325,12 +347,13 @@ class LocalExecutor(_Pool):
     def _give(self, worker: _Process, job: TrialJob) -> None:
         _send(worker.pipe, job)
 
-    def _news(self) -> list[tuple[_Process, str, Any]]:
+    def _news(self, seconds: float) -> list[tuple[_Process, str, Any]]:
         workers = {worker.pipe: worker for worker in self._workers.values()}
-        while not (ready := wait(list(workers), timeout=SILENT)):
+        ready = wait(list(workers), timeout=min(seconds, SILENT))
+        if not ready and seconds > SILENT:
             logger.warning(
                 "no worker has had anything to tell for %s: %s. Should one hang, kill its process; "
-                "its trial is tried again",
+                "its trial is tried again. SEARCH.TRIAL_TIMEOUT does so by itself",
                 format_duration(SILENT),
                 ", ".join(map(_whereabouts, self._workers.values())),
             )
@@ -455,6 +478,7 @@ class RayExecutor(_Pool):
             batch on.
         use_gpus: whether to take GPUs where the cluster has some.
         folders: that the task reads; each worker makes sure that it has them.
+        timeout: seconds that a trial may take.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -462,7 +486,12 @@ class RayExecutor(_Pool):
     """
 
     def __init__(
-        self, task: Task, workers: int = 0, use_gpus: bool = True, folders: Sequence[Path] = ()
+        self,
+        task: Task,
+        workers: int = 0,
+        use_gpus: bool = True,
+        folders: Sequence[Path] = (),
+        timeout: float = math.inf,
     ) -> None:
         # Ray takes SIGTERM for itself, and exits; how a search ends is not Ray's to say.
         with _signal_handlers_kept():
@@ -473,7 +502,7 @@ class RayExecutor(_Pool):
         self._asked, self._use_gpus = workers, use_gpus
         self._task = pickle.dumps(task)
         self._folders = [str(Path(folder).resolve()) for folder in folders]
-        super().__init__(self._share_out()[0])
+        super().__init__(self._share_out()[0], timeout)
         self._start_missing()
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, TrialResult | WorkerLost]]:
@@ -506,10 +535,10 @@ class RayExecutor(_Pool):
     def _give(self, worker: _Actor, job: TrialJob) -> None:
         worker.answer = worker.handle.run.remote(job)
 
-    def _news(self) -> list[tuple[_Actor, str, Any]]:
+    def _news(self, seconds: float) -> list[tuple[_Actor, str, Any]]:
         errors = self._ray.exceptions
         waiting = {w.answer: w for w in self._workers.values() if w.answer is not None}
-        answers, _ = self._ray.wait(list(waiting), num_returns=1, timeout=PATIENCE)
+        answers, _ = self._ray.wait(list(waiting), num_returns=1, timeout=min(seconds, PATIENCE))
         if not answers and not any(worker.ready for worker in self._workers.values()):
             _, cpus, gpus = self._share_out()
             logger.warning(

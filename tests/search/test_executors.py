@@ -183,6 +183,17 @@ def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
     assert "trial 6 in process " in caplog.text and "kill its process" in caplog.text
 
 
+def test_a_worker_that_takes_too_long_is_ended(tmp_path):
+    with LocalExecutor(Play(tmp_path), workers=2, timeout=3.0) as executor:
+        list(executor.run([job(i, "meet", "ready") for i in range(2)]))
+        jobs = [job(0, "note", ("slow", 60.0)), *(job(i, "sleep", 0.5) for i in range(1, 4))]
+        outcomes = {finished.index: outcome for finished, outcome in executor.run(jobs)}
+        assert outcomes.pop(0) == WorkerLost("it took longer than 00:00:03")
+        assert not is_alive(read_when_there(tmp_path / "slow"))
+        assert {i: outcome.reward for i, outcome in outcomes.items()} == {1: -1, 2: -2, 3: -3}
+        assert len(list(executor.run(jobs[1:]))) == 3
+
+
 def test_workers_that_only_die_are_an_error(monkeypatch):
     monkeypatch.setattr(executors, "MAX_DEATHS", 4)
     with LocalExecutor(Play(), workers=1) as executor:
@@ -279,6 +290,12 @@ def test_ray_survives_the_loss_of_a_worker(tmp_path, monkeypatch):
         assert {i: outcome.reward for i, outcome in outcomes.items()} == {
             i: -i for i in range(1, 5)
         }
+        executor._timeout = 5.0
+        jobs = [job(5, "note", ("slow", 60.0)), job(6)]
+        outcomes = {finished.index: outcome for finished, outcome in executor.run(jobs)}
+        assert outcomes[5] == WorkerLost("it took longer than 00:00:05")
+        assert outcomes[6].reward == -6
+        wait_for(lambda: not is_alive(read_when_there(tmp_path / "slow")))
         with pytest.raises(ExecutorError, match="LookupError"):
             list(executor.run([job(4, "raise", "the cache is gone")]))
         elsewhere = RayExecutor(Play(), 3, False, folders=[tmp_path / "not shared"])
