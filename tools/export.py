@@ -1,9 +1,10 @@
 """Write a trained detector, from images to detections, as one file for a fixed size of images.
 
-python tools/export.py --config-file FILE --output detector.onnx MODEL.WEIGHT model.pth
+python tools/export.py --config-file FILE --output detector.onnx --size 800 1088
 python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
 """
 
+import io
 import json
 import logging
 import sys
@@ -30,18 +31,21 @@ def main() -> int:
         "--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2"
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
-        help="of the images (default: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST)",
+        "--size", nargs=2, type=int, required=True, metavar=("HEIGHT", "WIDTH"),
+        help="of the canvases that images lie on; best such as they nearly fill",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--uint8", action="store_true", help="images are bytes, not floats in 0..1")
     args = parser.parse_intermixed_args()
     if args.output.suffix not in SUFFIXES:
         parser.error(f"--output must end in {' or '.join(SUFFIXES)}, not {args.output.name!r}")
-    if min([args.batch, *(args.size or [])]) < 1:
+    if min(args.batch, *args.size) < 1:
         parser.error("--size and --batch must be above 0")
 
     def job() -> None:
+        if args.output.is_dir():
+            raise ConfigError(f"--output {args.output} is a folder; name a file")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         is_onnx = args.output.suffix == ".onnx"
         # Of the device nothing is left in an ONNX file.
         device = ["MODEL.DEVICE", "cpu"] if is_onnx else []
@@ -51,9 +55,8 @@ def main() -> int:
                 f"TEST.DTYPE: ONNX files are written in float32, not {cfg.TEST.DTYPE}"
             )
         predictor = nasfcos.Predictor(cfg)
-        size = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         dtype = torch.uint8 if args.uint8 else torch.float32
-        images = torch.zeros(args.batch, 3, *size, dtype=dtype, device=predictor.device)
+        images = torch.zeros(args.batch, 3, *args.size, dtype=dtype, device=predictor.device)
         try:
             program = nasfcos.export_detector(predictor.model, images)
             if is_onnx:
@@ -62,8 +65,10 @@ def main() -> int:
             raise ConfigError(str(error)) from error
         if not is_onnx:
             names = {"classes.json": json.dumps(predictor.class_names)}
+            content = io.BytesIO()  # where the disk is full, PyTorch's own writing ends the process
+            torch.export.save(program, content, extra_files=names)
             with replacing(args.output) as temporary:
-                torch.export.save(program, temporary, extra_files=names)
+                temporary.write_bytes(content.getbuffer())
         logger.info(
             "%s takes images %s %s and gives boxes, scores, labels and counts",
             args.output, "uint8" if args.uint8 else "float32", list(images.shape),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ConfigError
@@ -66,6 +67,26 @@ class Preprocess(nn.Module):
             padded[:, h:] = 0
             padded[:, :h, w:] = 0
         return batch, sizes
+
+    def canvases(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """The same batch of images that lie in the upper left corners of canvases of one size, in
+        operations that do not depend on the images' own.
+
+        Args:
+            images: [N, 3, H, W], RGB, float in 0..1 or uint8 in 0..255.
+            sizes: [N, 2] int64, each image's (height, width). What lies outside has no effect.
+        """
+        images, sizes = (to_device(x, self.mean.device) for x in (images, sizes))
+        row, column = (torch.arange(side, device=sizes.device) for side in images.shape[-2:])
+        height, width = sizes[:, :, None, None].unbind(1)
+        inside = (row[:, None] < height) & (column < width)
+        pixels = images.float()
+        if images.is_floating_point():
+            pixels = pixels * 255
+        mean, std = (x[:, None, None] for x in (self.mean, self.std))
+        batch = torch.where(inside[:, None], (pixels - mean) / std, 0).flip(1)
+        bottom, right = (-side % self.size_divisibility for side in images.shape[-2:])
+        return F.pad(batch, (0, right, 0, bottom))
 
 
 class Detector(nn.Module):

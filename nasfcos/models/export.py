@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..transfer import to_device
 from .heads.cells import STRIDES
 from .heads.post_process import MOST_IN_NMS
 from .inference import InferenceDetector
@@ -13,9 +14,10 @@ from .inference import InferenceDetector
 def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.ExportedProgram:
     """The whole way from images to detections as a program of fixed shapes.
 
-    The program is called with ``images``, a batch like the one given here, and ``sizes`` [N, 2]
-    int64: the height and width that each image really has. It lies in the top left corner; what is
-    in the rest has no effect, so images of all sizes that fit can be given.
+    The program is called with ``images``, canvases like those given here, and ``sizes`` [N, 2]
+    int64: the height and width of the image that lies in the upper left corner of each. What is in
+    the rest has no effect, but that there is a rest has some, as in a batch with larger images:
+    group norms take the mean of a whole map. So choose a canvas that images nearly fill.
 
     It returns ``boxes`` [N, D, 4] float32 (legacy xyxy in pixels), ``scores`` [N, D] float32 and
     ``labels`` [N, D] int64 from 1, best first, and ``counts`` [N] int64 of each image's detections;
@@ -25,8 +27,8 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
 
     Args:
         model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
-        images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type that the program will
-            be given. The values do not matter.
+        images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type of the canvases that
+            the program will be given. The values do not matter.
 
     Raises:
         TypeError: another model, or images in a list.
@@ -46,7 +48,7 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
-    sizes = torch.tensor([shape[2:]] * shape[0], device=model.preprocess.mean.device)
+    sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)
     with torch.no_grad():
         return torch.export.export(_FixedShapes(model), (images, sizes), strict=False)
 
@@ -60,13 +62,10 @@ class _FixedShapes(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         model = self.model
-        batch, _ = model.preprocess(list(images))
-        row, column = (torch.arange(side, device=batch.device) for side in batch.shape[-2:])
-        height, width = sizes[:, :, None, None].unbind(1)
-        batch = torch.where(((row[:, None] < height) & (column < width))[:, None], batch, 0)
+        batch = model.preprocess.canvases(images, sizes)
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
         outputs = model.head(model.neck(model.backbone(batch)))
-        ranked = model.head.rank(outputs, sizes)
+        ranked = model.head.rank(outputs, to_device(sizes, batch.device))
         boxes, scores, labels, kept = ranked.first(model.head.post_process.detections_per_image)
         return {
             "boxes": torch.where(kept[..., None], boxes, 0),

@@ -181,7 +181,8 @@ class FusedConv(nn.Module):
         )
 
     def _activate(self, x: Tensor) -> Tensor:
-        return x.clamp_(0, self.limit) if self.relu else x
+        # A float, which PyTorch's exporter to ONNX cannot do without.
+        return x.clamp_(0.0, self.limit) if self.relu else x
 
 
 def _onednn_dtypes() -> set[torch.dtype]:
@@ -233,7 +234,7 @@ class FusedDeformConv(nn.Module):
         self.conv = folded(block.conv, block.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).relu_()
+        return self.conv(x).relu()  # not in place, for exporters of PyTorch 2.6
 
 
 class FusedConcat(nn.Module):

@@ -18,6 +18,8 @@ OPSET = 20
 # onnx.TensorProto's numbers of types.
 _INT32, _BOOL = 6, 9
 
+_NMS_MASK = torch.ops.nasfcos.nms_mask.default
+
 
 def export_onnx(
     program: torch.export.ExportedProgram,
@@ -37,7 +39,7 @@ def export_onnx(
 
     Raises:
         ImportError: the packages of ``nasfcos[onnx]`` are not installed.
-        ValueError: a program in another dtype.
+        ValueError: a program in another dtype, or with TEST.NMS_IOU 0.
     """
     try:
         import onnxscript  # noqa: F401
@@ -49,6 +51,9 @@ def export_onnx(
     dtypes = {x.dtype for x in program.state_dict.values()} & {torch.float16, torch.bfloat16}
     if dtypes:
         raise ValueError(f"a detector for ONNX must be in float32, not {dtypes.pop()}")
+    suppression = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
+    if any(node.args[3] <= 0 for node in suppression):
+        raise ValueError("NMS of ONNX cannot suppress boxes that do not overlap (TEST.NMS_IOU 0)")
 
     translated = translations()
     operators = {getattr(torch.ops.nasfcos, name).default: name for name in OPERATORS}
@@ -64,6 +69,8 @@ def export_onnx(
         dynamo=True,
         verbose=False,
     )
+    for node in written.model.graph:  # lines and paths of the sources
+        node.metadata_props.clear()
     written.model.metadata_props["classes"] = json.dumps(list(class_names))
     with replacing(file) as temporary:
         written.save(temporary)
@@ -76,14 +83,17 @@ def translations() -> dict[torch._ops.OpOverload, object]:
     """
     from onnxscript import opset20 as op
 
-    def deform_conv(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
+    def deform_conv(
+        input, offset, mask, weight, bias, stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], offset_groups: int,
+    ):  # fmt: skip
         return op.DeformConv(
             input, weight, offset, bias, mask,
             kernel_shape=list(weight.shape[2:]), strides=list(stride), pads=[*padding, *padding],
             dilations=list(dilation), offset_group=offset_groups,
         )  # fmt: skip
 
-    def nms_mask(boxes, labels, counts, iou_threshold, legacy):
+    def nms_mask(boxes, labels, counts, iou_threshold: float, legacy: bool):
         images, most = boxes.shape[:2]
         limit = np.float32(iou_threshold)  # ONNX: above it
         if legacy or float(limit) > iou_threshold:
@@ -101,7 +111,7 @@ def translations() -> dict[torch._ops.OpOverload, object]:
         ones = op.Expand(1, op.Slice(op.Shape(places), [0], [1]))
         return op.Cast(op.ScatterND(op.Expand(0, [images, most]), places, ones), to=_BOOL)
 
-    def stable_sort(input, stable, dim=-1, descending=False):
+    def stable_sort(input, stable: bool, dim: int = -1, descending: bool = False):
         """TopK takes the earlier one of equals, but no booleans."""
         is_bool, count = input.dtype == _BOOL, input.shape[dim]
         input = op.Cast(input, to=_INT32) if is_bool else input
@@ -110,6 +120,6 @@ def translations() -> dict[torch._ops.OpOverload, object]:
 
     return {
         torch.ops.nasfcos.modulated_deform_conv2d.default: deform_conv,
-        torch.ops.nasfcos.nms_mask.default: nms_mask,
+        _NMS_MASK: nms_mask,
         torch.ops.aten.sort.stable: stable_sort,
     }

@@ -264,7 +264,7 @@ def weighted_sum_backward(
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     output = F.conv2d(input, weight, bias, padding=1)
     if relu:
-        output = output.relu()
+        output = output.relu()  # not in place, which exporters want of what they see through
     return output.contiguous(memory_format=memory_format(input))
 
 
