@@ -27,9 +27,10 @@ from nasfcos.data.catalog import class_names
 from nasfcos.engine.distributed import resolve_device
 from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.genotype import Cell
-from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
+from nasfcos.search.cache import build_caches, cache_pyramid
 from nasfcos.search.crops import Crops
 from nasfcos.search.executors import LocalExecutor
+from nasfcos.search.features import FeatureCache
 from nasfcos.search.prepare import prepare_backbone
 from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
 from nasfcos.search.records import TrialJob, TrialResult

@@ -48,8 +48,8 @@ from ..models.heads.dense import Assignment, DenseHead
 from ..models.heads.post_process import PostProcess
 from ..models.weights import WeightsError, read_torch_file
 from ..transfer import free_gpu_memory, to_device
-from .cache import FeatureCache
 from .cost import build_objective, latency_ms, multiply_adds
+from .features import FeatureCache
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
 
 logger = logging.getLogger(__name__)

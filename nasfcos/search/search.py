@@ -31,9 +31,10 @@ from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
 from ..transfer import free_gpu_memory
-from .cache import FeatureCache, build_caches, cache_pyramid
+from .cache import build_caches, cache_pyramid
 from .cost import build_objective
 from .executors import Executor, build_executor
+from .features import FeatureCache
 from .journal import Journal, check_settings, read_records, read_settings, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
 from .proxy import ProxyTask, read_saved, train_neck

@@ -23,18 +23,13 @@ from nasfcos.data import DataError, build_dataset, class_names
 from nasfcos.genotype import Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.necks.nas_fpn import NASFPN
-from nasfcos.search import cache as module
-from nasfcos.search.cache import (
-    CacheError,
-    FeatureCache,
-    build_caches,
-    cache_features,
-    cache_pyramid,
-    estimate_bytes,
-    feature_shapes,
-)
+from nasfcos.search import features, keys, store
+from nasfcos.search.cache import build_caches, cache_features, cache_pyramid, feature_shapes
 from nasfcos.search.crops import Crops
+from nasfcos.search.features import CacheError, FeatureCache
+from nasfcos.search.keys import feature_key
 from nasfcos.search.split import split_training_data
+from nasfcos.search.store import estimate_bytes
 
 SIZE = 64
 
@@ -140,10 +135,10 @@ def test_a_cache_held_on_the_gpu(model, dataset, folder, monkeypatch):
     indices = [3, 1, 3]
     expected = cache.read(indices)
     streamed = cache.read(indices, "cuda")
-    monkeypatch.setattr(module, "GPU_SHARE", 0.0)
+    monkeypatch.setattr(features, "GPU_SHARE", 0.0)
     assert not cache.to_device("cuda")
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_TRANSFER", 100_000)
+    monkeypatch.setattr(features, "_TRANSFER", 100_000)
     assert cache.to_device("cuda")
     held = cache.read(indices, "cuda")
     for one, other, third in zip(expected, streamed, held, strict=True):
@@ -179,7 +174,7 @@ def own_copy(cfg, data_root, tmp_path):
 
 def test_what_makes_another_cache(model, own_copy, tmp_path):
     def key(crops=0, size=SIZE, seed=0):
-        return module._feature_key(model, Crops([own_copy()], size, crops, seed), tmp_path)
+        return feature_key(model, Crops([own_copy()], size, crops, seed), tmp_path)
 
     def repaint():
         """Another picture, to the byte as large."""
@@ -207,7 +202,7 @@ def test_what_makes_another_cache(model, own_copy, tmp_path):
     assert key() == first  # a copy of the data need not keep the files' times
     assert key(seed=1) == first  # the centre is not random
     keys = [first, key(size=96), key(crops=1), key(crops=2), key(crops=1, seed=1)]
-    assert module._feature_key(model, Crops([own_copy()] * 2, SIZE), tmp_path) not in keys
+    assert feature_key(model, Crops([own_copy()] * 2, SIZE), tmp_path) not in keys
     model.head.cls_logits.bias.data += 1
     assert key() == first  # the head takes no part
     changes = [
@@ -239,7 +234,7 @@ def test_images_are_read_once_to_know_their_content(model, own_copy, tmp_path, m
 
     def key():
         read.clear()
-        return module._feature_key(model, Crops([own_copy()], SIZE), tmp_path / "cache")
+        return feature_key(model, Crops([own_copy()], SIZE), tmp_path / "cache")
 
     (tmp_path / "cache").mkdir()
     images = sorted((tmp_path / "copy/images").iterdir())
@@ -399,7 +394,7 @@ def test_a_disk_that_fills_up_meanwhile(model, dataset, folder, monkeypatch, num
     def full(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module.np, "savez", full)
+    monkeypatch.setattr(np, "savez", full)
     with pytest.raises(CacheError) as error:
         cache_features(folder, model, Crops([dataset], SIZE))
     needed = estimate_bytes(feature_shapes(model, SIZE), len(dataset))
@@ -496,7 +491,7 @@ def test_a_process_may_have_the_number_of_one_that_was_killed(
 ):
     """As in a container that was started anew; here on a file system without locks."""
     first = cache_features(folder, model, Crops([dataset], SIZE))
-    monkeypatch.setattr(module, "unless_held", lambda path: contextlib.nullcontext(None))
+    monkeypatch.setattr(store, "unless_held", lambda path: contextlib.nullcontext(None))
     name = f"{first.folder.name}.{socket.gethostname()}-{os.getpid()}.partial"
     first.folder.rename(folder / name)
     assert len(cache_features(folder, model, Crops([dataset], SIZE))) == len(first)
@@ -526,7 +521,8 @@ def test_two_processes_make_it_once(model, dataset, folder):
 
 
 def test_progress_in_the_log(model, dataset, folder, caplog, monkeypatch):
-    monkeypatch.setattr(module, "LOG_EVERY", 0.0)
+    for module in (keys, store):
+        monkeypatch.setattr(module, "LOG_EVERY", 0.0)
     caplog.set_level(logging.INFO)
     cache_features(folder, model, Crops([dataset], SIZE), batch_size=4, title="meta-val")
     lines = [r.getMessage() for r in caplog.records if getattr(r, "periodic", False)]

@@ -13,7 +13,7 @@ from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
 from nasfcos.models.heads.cells import STRIDES
 from nasfcos.search import proxy
-from nasfcos.search.cache import FeatureCache
+from nasfcos.search.features import FeatureCache
 from nasfcos.search.proxy import (
     ProxyTask,
     batch_order,
@@ -37,7 +37,7 @@ PYRAMID = [(8, math.ceil(SIZE / stride), math.ceil(SIZE / stride)) for stride in
 
 
 def write_cache(folder, count, shapes, seed, empty=False, size=SIZE):
-    """A cache as `nasfcos.search.cache` lays it out, of random maps and boxes."""
+    """A cache as `nasfcos.search.store` lays it out, of random maps and boxes."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for level, shape in enumerate(shapes):

@@ -1,0 +1,214 @@
+"""Feature maps computed once: C2..C5 of all crops, or P3..P7 of a frozen neck, on the disk.
+
+Each cache is a folder, which holds ``level0.npy`` ... (float16 [N, H, W, C], channels last as
+decoders want them), ``targets.npz``, and ``cache.json``, which says what the rest is. How it is
+made: :mod:`.cache`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import DataError
+from ..transfer import free_gpu_memory, to_device
+
+logger = logging.getLogger(__name__)
+
+Targets = list[dict[str, Tensor]]
+
+META, TARGETS = "cache.json", "targets.npz"
+# Of the free memory of a GPU, what a cache may take.
+GPU_SHARE = 0.6
+# Bytes that go to the GPU at a time.
+_TRANSFER = 2**28
+
+
+class CacheError(DataError):
+    """A cache that cannot be made or read; the message says why and what to do."""
+
+
+class FeatureCache:
+    """The maps and targets of N crops.
+
+    Attributes:
+        folder: of the files; `FeatureCache.open(folder)` gives the same cache in another process.
+        targets: per crop a dict of `boxes` [M, 4] float32 (legacy xyxy in pixels of the crop) and
+            `labels` [M] int64; M may be 0.
+        size: side of the crops, in pixels.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        """For `open`; `meta` is the content of ``cache.json``."""
+        self.folder = folder
+        self.size: int = meta["size"]
+        # Rows of images that could not be read are left over at the end.
+        self._arrays = [
+            np.load(folder / level_file(level), mmap_mode="r")[: meta["count"]]
+            for level in range(len(meta["shapes"]))
+        ]
+        with np.load(folder / TARGETS) as arrays:
+            boxes, labels = torch.from_numpy(arrays["boxes"]), torch.from_numpy(arrays["labels"])
+            counts = arrays["counts"].tolist()
+        self.targets: Targets = [
+            {"boxes": b, "labels": n}
+            for b, n in zip(boxes.split(counts), labels.split(counts), strict=True)
+        ]
+        self._held: list[Tensor] | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FeatureCache:
+        """The cache in a folder.
+
+        Raises:
+            CacheError: there is none, or its files are not those that were written.
+        """
+        folder = Path(folder).resolve()
+        return cls(folder, read_meta(folder))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __reduce__(self) -> tuple:
+        return FeatureCache.open, (self.folder,)
+
+    @property
+    def maps(self) -> list[np.ndarray]:
+        """One read-only float16 array [N, C, H, W] (memory-mapped) per level."""
+        return [array.transpose(0, 3, 1, 2) for array in self._arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all maps."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> list[Tensor]:
+        """The maps of some crops, in the order of `indices`: a float16 tensor [B, C, H, W],
+        channels-last, per level, on the device."""
+        device = torch.device(device)
+        indices = np.asarray(indices, dtype=np.int64)
+        if self._held is not None:
+            rows = to_device(torch.from_numpy(indices), self._held[0].device)
+            found = [held.index_select(0, rows).to(device) for held in self._held]
+        else:
+            found = [
+                _rows(array, indices, device).to(device, non_blocking=True)
+                for array in self._arrays
+            ]
+        return [rows.permute(0, 3, 1, 2) for rows in found]
+
+    def to_device(self, device: torch.device | str) -> bool:
+        """Hold all maps in the memory of a GPU, in half precision, if `GPU_SHARE` of what is free
+        there is enough; `read` then takes them from there.
+
+        Returns:
+            whether they are held; False on the CPU, where the file cache of the system does this.
+        """
+        device = torch.device(device)
+        if device.type != "cuda":
+            return False
+        free_gpu_memory()
+        free, _ = torch.cuda.mem_get_info(device)
+        if self.nbytes > GPU_SHARE * free:
+            logger.info(
+                "%s stays on the disk: it takes %s, and of the %s that are free on %s at most "
+                "%.0f%% are used for it",
+                self.folder.name, gigabytes(self.nbytes), gigabytes(free), device,
+                100 * GPU_SHARE,
+            )  # fmt: skip
+            return False
+        held = []
+        for array in self._arrays:
+            try:
+                tensor = torch.empty(array.shape, dtype=torch.float16, device=device)
+            except torch.OutOfMemoryError:  # another worker was faster
+                logger.info("%s stays on the disk: %s is full by now", self.folder.name, device)
+                return False
+            step = max(1, _TRANSFER // array[0].nbytes)
+            for first in range(0, len(array), step):
+                rows = np.arange(first, min(first + step, len(array)))
+                tensor[first : first + step].copy_(_rows(array, rows, device))
+            held.append(tensor)
+        self._held = held
+        return True
+
+    def release(self) -> bool:
+        """Undo `to_device`; gives whether there was anything to undo."""
+        held, self._held = self._held, None
+        return held is not None
+
+
+def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tensor:
+    """Some rows of a memory-mapped array, read in the order in which they lie on the disk."""
+    rows = torch.empty(
+        (len(indices), *array.shape[1:]), dtype=torch.float16, pin_memory=device.type == "cuda"
+    )
+    target = rows.numpy()
+    for place in np.argsort(indices, kind="stable"):
+        target[place] = array[indices[place]]
+    return rows
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: against damage, and as fast as disks are."""
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def verify(folder: Path) -> None:
+    """Compare the content of a cache's files, whose sizes are right, with their checksums.
+
+    Raises:
+        CacheError: a file is another one.
+    """
+    meta = read_meta(folder)
+    if (size := sum(meta["files"].values())) > 1e10:
+        logger.info("comparing the checksums of %s in %s", gigabytes(size), folder)
+    for name in meta["files"]:
+        if checksum(folder / name) != meta.get("checksums", {}).get(name):
+            raise CacheError(f"{folder / name} is damaged: its checksum is wrong; delete {folder}")
+
+
+def level_file(level: int) -> str:
+    """The name of the file of a level's maps."""
+    return f"level{level}.npy"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """``cache.json``, with the sizes of the other files checked.
+
+    Raises:
+        CacheError: it, or another file, is missing or damaged.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        files = meta["files"]
+    except FileNotFoundError:
+        raise CacheError(f"{folder} is no feature cache: it has no {META}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheError(f"{folder / META} is damaged ({error}); delete {folder}") from None
+    for name, size in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
+            raise CacheError(f"{path} {state}; delete {folder}")
+    return meta
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,125 @@
+"""What makes a cache another one: hashes over everything that its content follows from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data import DetectionDataset
+from ..engine.logging import PERIODIC
+from ..files import write_json
+from ..models import Detector
+from .crops import Crops
+from .store import LOG_EVERY
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 3  # of the crops and files; raise it whenever they change
+_IMAGES = "images.json"
+# Image files that are read at a time for their hashes.
+_READERS = 8
+_HASH_DIGITS = 16
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:_HASH_DIGITS]
+
+
+def _module_hash(module: nn.Module) -> str:
+    """Of the weights and buffers, and of the layers' settings (strides are no weights)."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _data_hash(datasets: Sequence[DetectionDataset], folder: Path) -> str:
+    """Of the annotations, and of the name and content of each image file."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        images = dataset.spec.images.resolve()
+        files = _image_hashes(folder, [images / record.file_name for record in dataset.records])
+        for record, file in zip(dataset.records, files, strict=True):
+            fields = (record.file_name, file, record.height, record.width, len(record.boxes))
+            digest.update(repr(fields).encode())
+            for array in (record.boxes, record.labels, record.ignored):
+                digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
+    """Of the content of each image file; None where it cannot be read.
+
+    Remembered in `folder`: a file is read again only after its size or one of its times changed.
+    """
+    memory = folder / _IMAGES
+    known = _remembered(memory)
+
+    def identify(path: Path) -> list | None:
+        try:
+            found = path.stat()
+            stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            before = known.get(str(path))
+            if before is not None and before[:-1] == stamp:
+                return before
+            return [*stamp, hashlib.sha256(path.read_bytes()).hexdigest()[: 2 * _HASH_DIGITS]]
+        except OSError:
+            return None
+
+    entries: list[list | None] = []
+    last_line = time.perf_counter()
+    step = 16 * _READERS  # what is begun is finished, and an interrupt should not wait for long
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(paths), step):
+            entries += pool.map(identify, paths[first : first + step])
+            if time.perf_counter() - last_line > LOG_EVERY:
+                last_line = time.perf_counter()
+                logger.info("image files read to know their content: %d of %d",
+                            len(entries), len(paths), extra=PERIODIC)  # fmt: skip
+    new = {
+        str(path): entry for path, entry in zip(paths, entries, strict=True) if entry is not None
+    }
+    if not new.items() <= known.items():
+        try:
+            write_json(memory, known | new)
+        except OSError as error:
+            logger.warning("%s cannot be written, so the images will be read again: %s",
+                           memory, error)  # fmt: skip
+    return [None if entry is None else entry[-1] for entry in entries]
+
+
+def _remembered(memory: Path) -> dict[str, list]:
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def feature_key(model: Detector, crops: Crops, folder: Path) -> str:
+    """Of C2..C5 that a model makes of crops. The hashes of the image files, which take long, are
+    remembered in `folder`."""
+    return _hash(
+        _VERSION,
+        _module_hash(model.preprocess),
+        model.preprocess.size_divisibility,
+        _module_hash(model.backbone),
+        _data_hash(crops.datasets, folder),
+        crops.settings,
+    )
+
+
+def pyramid_key(neck: nn.Module, source: str) -> str:
+    """Of P3..P7 that a neck makes of the maps with key `source`."""
+    # How the cells are connected is neither in the weights nor in the layers.
+    wiring = getattr(neck, "genotype", None)
+    return _hash(_VERSION, source, _module_hash(neck), wiring)
