@@ -15,9 +15,9 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
+from .figures import kendall_tau
 from .journal import read_records
 from .records import COMPLETE, TrialJob, TrialRecord, ranked
-from .report import kendall_tau
 from .search import JOURNAL, reopen_task
 from .select import check_full_training, full_config, train_in_full
 

@@ -16,7 +16,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
-from nasfcos.search import report
+from nasfcos.search import figures
+from nasfcos.search.figures import kendall_tau, moving_average, pareto_front
 from nasfcos.search.records import (
     COMPLETE,
     FAILED,
@@ -27,13 +28,7 @@ from nasfcos.search.records import (
     own_trials,
     ranked,
 )
-from nasfcos.search.report import (
-    StageReport,
-    kendall_tau,
-    moving_average,
-    pareto_front,
-    write_report,
-)
+from nasfcos.search.report import StageReport, write_report
 from nasfcos.search.space import FPNSpace, HeadSpace
 from nasfcos.search.status import trials_per_hour
 from tests.known import PUBLISHED
@@ -142,7 +137,7 @@ def test_nothing_beats_the_pareto_front():
 
 def test_shares_follow_the_trials():
     records = trials(FPN, 40)
-    shares = report._Shares(StageReport("fpn", records[::-1], FPN.decisions))
+    shares = figures._Shares(records[::-1], FPN.decisions)
     assert list(shares.edges) == [0, 10, 20, 30, 40]
     ops = [d for d in FPN.decisions if d.kind == "op"]
     values = shares.of(ops, FPN_OPS)
@@ -151,7 +146,7 @@ def test_shares_follow_the_trials():
     chosen = [records[t].choices[i] for t in range(10, 20) for i in positions]
     for op in range(len(FPN_OPS)):
         assert values[op, 1] == pytest.approx(chosen.count(op) / len(chosen))
-    assert len(report._Shares(StageReport("fpn", trials(FPN, 200, batch=1), ())).edges) == 61
+    assert len(figures._Shares(trials(FPN, 200, batch=1), ()).edges) == 61
 
 
 # ------------------------------------------------------------------------------------------- page
@@ -331,12 +326,12 @@ def _in_view(axis, text, labels):
 
 
 FIGURES = {
-    "rewards": lambda s: report._draw_rewards.__wrapped__(s.records),
-    "strategy": lambda s: report._draw_strategy.__wrapped__(s.batch_figures),
-    "choices": lambda s: report._draw_choices.__wrapped__(s),
-    "places": lambda s: report._draw_places.__wrapped__(s),
-    "costs": lambda s: report._draw_costs.__wrapped__(ranked(s.records)),
-    "agreement": lambda s: report._draw_agreement.__wrapped__({s.stage: ranking([s], 9)}),
+    "rewards": lambda s: figures.draw_rewards.__wrapped__(s.records),
+    "strategy": lambda s: figures.draw_strategy.__wrapped__(s.batch_figures),
+    "choices": lambda s: figures.draw_choices.__wrapped__(s.records, s.decisions),
+    "places": lambda s: figures.draw_places.__wrapped__(s.records, s.decisions),
+    "costs": lambda s: figures.draw_costs.__wrapped__(ranked(s.records)),
+    "agreement": lambda s: figures.draw_agreement.__wrapped__({s.stage: ranking([s], 9)}),
 }
 
 
@@ -354,7 +349,7 @@ FIGURES = {
 def test_no_text_overlaps_or_leaves_the_picture(name, search):
     if name == "strategy" and not search.batch_figures:
         pytest.skip("the strategy has told nothing yet")
-    with matplotlib.rc_context(report.STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         figure = FIGURES[name](search)
         written = texts(figure)
     assert len(written) > 4
@@ -370,5 +365,5 @@ def test_no_text_overlaps_or_leaves_the_picture(name, search):
 
 def test_one_outlier_does_not_flatten_the_curve():
     values = np.append(np.linspace(-2, -1, 99), -500.0)
-    low, high = report._limits(values)
+    low, high = figures._limits(values)
     assert -3 < low < -1.9 and high == -1
