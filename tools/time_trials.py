@@ -29,10 +29,13 @@ from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.genotype import Cell
 from nasfcos.search.cache import build_caches, cache_pyramid
 from nasfcos.search.crops import Crops
+from nasfcos.search.decoder import stage_config
+from nasfcos.search.examples import Examples, assigning_head
 from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.features import FeatureCache
+from nasfcos.search.neck import train_neck
 from nasfcos.search.prepare import prepare_backbone
-from nasfcos.search.proxy import Examples, ProxyTask, assigning_head, stage_config, train_neck
+from nasfcos.search.proxy import ProxyTask
 from nasfcos.search.records import TrialJob, TrialResult
 from nasfcos.search.space import build_space, given_cells
 from nasfcos.search.split import split_training_data

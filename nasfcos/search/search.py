@@ -36,8 +36,9 @@ from .cost import build_objective
 from .executors import Executor, build_executor
 from .features import FeatureCache
 from .journal import Journal, check_settings, read_records, read_settings, writing
+from .neck import read_saved, train_neck
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
-from .proxy import ProxyTask, read_saved, train_neck
+from .proxy import ProxyTask
 from .records import COMPLETE, TrialRecord, ranked
 from .report import StageReport, write_report
 from .retrials import try_again

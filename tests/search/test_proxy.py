@@ -12,20 +12,13 @@ from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
 from nasfcos.models.heads.cells import STRIDES
-from nasfcos.search import proxy
+from nasfcos.search.decoder import build_decoder, proxy_config, stage_config, weight_seed
+from nasfcos.search.examples import Examples, open_examples
 from nasfcos.search.features import FeatureCache
-from nasfcos.search.proxy import (
-    ProxyTask,
-    batch_order,
-    build_decoder,
-    build_training,
-    open_examples,
-    proxy_config,
-    stage_config,
-    train_neck,
-    weight_seed,
-)
+from nasfcos.search.neck import train_neck
+from nasfcos.search.proxy import ProxyTask
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialJob
+from nasfcos.search.training import Training, batch_order, build_training
 
 CPU = torch.device("cpu")
 SIZE, CLASSES, WIDTHS = 64, 3, (4, 6, 8, 10)
@@ -329,8 +322,8 @@ def test_bf16_is_near(folders):
 @pytest.mark.parametrize("stage, decoder", [("fpn", CELLS), ("fpn", OTHER), ("head", HEAD)])
 def test_bf16_maps_are_what_autocast_makes_of_them(folders, monkeypatch, stage, decoder):
     found = task(folders, stage, AMP="bf16").run(TrialJob(0, decoder))
-    batch = proxy.Examples.batch
-    monkeypatch.setattr(proxy.Examples, "batch", lambda self, rows, dtype=None: batch(self, rows))
+    batch = Examples.batch
+    monkeypatch.setattr(Examples, "batch", lambda self, rows, dtype=None: batch(self, rows))
     assert task(folders, stage, AMP="bf16").run(TrialJob(0, decoder)).losses == found.losses
 
 
@@ -361,7 +354,7 @@ def test_any_error_fails_the_trial_alone(folders, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy.Training, "_step", broken)
+        patch.setattr(Training, "_step", broken)
         result = one.run(TrialJob(0, CELLS))
     assert result.status == FAILED and result.seconds > 0
     assert result.reason.startswith(type(error).__name__) and "\n" not in result.reason
@@ -376,14 +369,14 @@ def test_a_trial_that_needs_the_memory_of_the_caches_gets_it(folders, monkeypatc
     caches = [examples.cache for examples in one.examples]
     for cache in caches:  # as if on a GPU
         monkeypatch.setattr(cache, "_held", [torch.from_numpy(a.copy()) for a in cache._arrays])
-    step = proxy.Training._step
+    step = Training._step
 
     def short_of_memory(*args):
         if sum(cache._held is None for cache in caches) < needed:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(*args)
 
-    monkeypatch.setattr(proxy.Training, "_step", short_of_memory)
+    monkeypatch.setattr(Training, "_step", short_of_memory)
     result = one.run(TrialJob(0, CELLS))
     if needed > len(caches):
         assert result.status == FAILED
@@ -402,7 +395,7 @@ def test_interrupts_pass_through(folders, monkeypatch, signal):
     def interrupted(*args):
         raise signal
 
-    monkeypatch.setattr(proxy.Training, "_step", interrupted)
+    monkeypatch.setattr(Training, "_step", interrupted)
     with pytest.raises(signal):
         task(folders).run(TrialJob(0, CELLS))
 
@@ -428,7 +421,7 @@ def test_neck_of_the_head_stage(folders, tmp_path, monkeypatch):
     def broken(*args):
         raise AssertionError("is trained again")
 
-    monkeypatch.setattr(proxy.Training, "_step", broken)
+    monkeypatch.setattr(Training, "_step", broken)
     again = train_neck(cfg, caches, cells, CLASSES, CPU, tmp_path)
     for name, value in neck.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -456,7 +449,7 @@ def test_the_neck_gets_the_memory_of_the_caches_too(folders, tmp_path, monkeypat
         cache._held = [torch.from_numpy(array.copy()) for array in cache._arrays]
         opened.append(cache)
 
-    step = proxy.Training._step
+    step = Training._step
 
     def short_of_memory(*args):
         if sum(cache._held is None for cache in opened) < needed:
@@ -464,7 +457,7 @@ def test_the_neck_gets_the_memory_of_the_caches_too(folders, tmp_path, monkeypat
         return step(*args)
 
     monkeypatch.setattr(FeatureCache, "to_device", held)
-    monkeypatch.setattr(proxy.Training, "_step", short_of_memory)
+    monkeypatch.setattr(Training, "_step", short_of_memory)
     if needed > 2:
         with pytest.raises(ConfigError, match="memory.*SEARCH.PROXY.BATCH"):
             train_neck(config(), caches, cells, CLASSES, CPU, tmp_path / "again")

@@ -33,8 +33,9 @@ from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.search import select  # noqa: E402
 from nasfcos.search.agreement import check_repeats  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
+from nasfcos.search.neck import read_saved  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
-from nasfcos.search.proxy import ProxyTask, read_saved  # noqa: E402
+from nasfcos.search.proxy import ProxyTask  # noqa: E402
 from nasfcos.search.records import COMPLETE, TrialJob  # noqa: E402
 from nasfcos.search.search import reopen_task, search, search_status  # noqa: E402
 

@@ -1,0 +1,100 @@
+"""The decoder that a trial trains, from the ordinary registries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from ..genotype import Genotype
+from ..models import HEADS, NECKS
+from ..models.heads.dense import DenseHead
+from ..models.heads.post_process import PostProcess
+
+
+def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
+    """The config from which the ordinary builders make a trial's decoder.
+
+    Args:
+        cfg: of the search.
+        stage: "fpn" (the genotype's cells and the plain head) or "head" (the genotype's head; the
+            neck's outputs are cached).
+        genotype: the whole decoder, as a nested list.
+
+    Raises:
+        GenotypeError: it cannot be built.
+        ValueError: another stage, or "head" for a genotype without a head.
+    """
+    parsed = Genotype.parse(genotype)
+    if stage == "head" and not parsed.head_ops:
+        raise ValueError(f"the head stage needs a genotype with a head, not {genotype}")
+    config = stage_config(cfg, stage)
+    config.defrost()
+    config.MODEL.GENOTYPE = genotype
+    config.freeze()
+    return config
+
+
+def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
+    """What `proxy_config` gives for every genotype of a stage."""
+    widths = {"fpn": cfg.SEARCH.PROXY.FPN_CHANNELS, "head": cfg.SEARCH.PROXY.HEAD_CHANNELS}
+    if stage not in widths:
+        raise ValueError(f"the stages are 'fpn' and 'head', not {stage!r}")
+    # The size ranges shrink with the images, from those of testing to the crops.
+    scale = cfg.SEARCH.CACHE.SIZE / cfg.INPUT.MIN_SIZE_TEST
+    config = cfg.clone()
+    config.defrost()
+    config.MODEL.NECK.NAME = "nas_fpn"
+    config.MODEL.NECK.CHANNELS = widths[stage]
+    config.MODEL.HEAD.TOWER = {"fpn": "plain", "head": "searched"}[stage]
+    config.MODEL.FCOS.SIZE_LIMITS = [limit * scale for limit in cfg.MODEL.FCOS.SIZE_LIMITS]
+    config.MODEL.RETINANET.ANCHOR_SIZE = cfg.MODEL.RETINANET.ANCHOR_SIZE * scale
+    config.freeze()
+    return config
+
+
+class Decoder(nn.Module):
+    """What a trial trains: ``head(neck(maps))``, or the head alone on the maps of a cached neck."""
+
+    def __init__(self, neck: nn.Module | None, head: DenseHead) -> None:
+        super().__init__()
+        self.neck = nn.Identity() if neck is None else neck
+        self.head = head
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        """Maps [N, C, H, W] by level to the head's raw outputs."""
+        return self.head(self.neck(maps))
+
+
+def build_decoder(
+    cfg: CfgNode, in_channels: Sequence[int] | None, num_classes: int, seed: int
+) -> Decoder:
+    """A fresh decoder on the CPU, in training mode.
+
+    Args:
+        cfg: as `proxy_config` gives it.
+        in_channels: of C2..C5; None: without a neck.
+        num_classes: object classes, background not counted.
+        seed: of the search. The weights follow from it and, of searched parts, from the genotype;
+            the global random state is neither used nor changed.
+    """
+    own = weight_seed(seed, cfg.MODEL.GENOTYPE)
+    plain = cfg.MODEL.HEAD.TOWER == "plain"
+    generator = torch.random.default_generator
+    with torch.random.fork_rng(devices=[]):
+        neck = None
+        if in_channels is not None:
+            generator.manual_seed(own)
+            neck = NECKS[cfg.MODEL.NECK.NAME](cfg, in_channels)
+        generator.manual_seed(weight_seed(seed, []) if plain else own)
+        return Decoder(neck, HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, PostProcess()))
+
+
+def weight_seed(seed: int, genotype: list) -> int:
+    """A seed of weights, from the search's seed and a genotype as it is written; [] is none."""
+    text = json.dumps([seed, genotype])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,133 @@
+"""The neck below the head stage: the FPN that was found, trained once and frozen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from ..engine.monitor import NonFiniteLossError
+from ..files import replacing
+from ..genotype import Cell, Genotype
+from ..models.weights import WeightsError, read_torch_file
+from .decoder import Decoder, build_decoder, proxy_config
+from .examples import Examples, make_room, open_examples
+from .features import FeatureCache
+from .training import NonFinite, build_training
+
+logger = logging.getLogger(__name__)
+
+# How often the reward is logged meanwhile.
+NECK_REPORTS = 5
+
+
+def train_neck(
+    cfg: CfgNode,
+    caches: tuple[FeatureCache, FeatureCache],
+    cells: Sequence[Cell],
+    num_classes: int,
+    device: torch.device,
+    folder: Path,
+) -> nn.Module:
+    """The neck of the head stage: an FPN trained with the plain head, as a trial but at the width
+    of the head stage, for SEARCH.PROXY.NECK_ITERATIONS.
+
+    Args:
+        cfg: of the search.
+        caches: C2..C5 of meta-train and meta-val.
+        cells: of the FPN.
+        num_classes: object classes, background not counted.
+        device: to train on; the neck is left there.
+        folder: the neck is kept there as ``neck.pth``, and taken from there if the one that is
+            asked for was trained before.
+
+    Returns:
+        The neck with averaged weights, in evaluation mode.
+
+    Raises:
+        NonFiniteLossError: the training diverged.
+        ConfigError: it needs more memory than the GPU has.
+    """
+    genotype = Genotype(tuple(cells)).to_list()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEARCH.PROXY.FPN_CHANNELS = cfg.SEARCH.PROXY.HEAD_CHANNELS
+    cfg.freeze()
+    config = proxy_config(cfg, "fpn", genotype)
+    # Handles of its own, so that what they hold on a GPU is free again afterwards.
+    train, val = (
+        open_examples(config, cache.folder, num_classes, device) for cache in caches
+    )
+    path = Path(folder) / "neck.pth"
+    made_from = {
+        "genotype": genotype,
+        "caches": [cache.folder.name for cache in caches],
+        "seed": cfg.SEED,
+        "num_classes": num_classes,
+        "model": [config.MODEL[key].dump() for key in ("HEAD", "FCOS", "RETINANET")],
+        "proxy": cfg.SEARCH.PROXY.dump(),
+    }
+    saved = read_saved(path)
+    if saved.get("made_from") == made_from:
+        logger.info("the FPN of the head stage is taken from %s", path)
+        neck = build_decoder(config, train.channels, num_classes, cfg.SEED).neck
+        neck.load_state_dict(saved["neck"])
+        return neck.to(device, memory_format=torch.channels_last).eval()
+    neck = None
+    try:
+        while neck is None:
+            decoder = build_decoder(config, train.channels, num_classes, cfg.SEED)
+            neck = _trained_neck(cfg, decoder, train, val)
+    except NonFinite as error:
+        raise NonFiniteLossError(
+            f"the FPN of the head stage cannot be trained: {error}; fewer "
+            "SEARCH.PROXY.NECK_ITERATIONS or a lower SEARCH.PROXY.LR may help"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the FPN of the head stage cannot be trained in the GPU's memory. A search of the head "
+            "alone (SEARCH.STAGES (head,)), in another OUTPUT_DIR and on the FPN that was found "
+            "(MODEL.GENOTYPE), may have a smaller SEARCH.PROXY.BATCH, or SEARCH.PROXY.AMP bf16. "
+            f"{error}"
+        ) from error
+    with replacing(path) as temporary:
+        torch.save({"neck": neck.state_dict(), "made_from": made_from}, temporary)
+    return neck
+
+
+def _trained_neck(
+    cfg: CfgNode, decoder: Decoder, train: Examples, val: Examples
+) -> nn.Module | None:
+    """The averaged neck of a decoder; None: the GPU's memory did not suffice, and a cache has left
+    it: to be tried again."""
+    iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
+    logger.info("training the FPN of the head stage for %d iterations", iterations)
+    try:
+        training = build_training(cfg, decoder, train, iterations, cfg.SEED)
+        for part in range(1, NECK_REPORTS + 1):
+            training.advance(iterations * part // NECK_REPORTS)
+            logger.info(
+                "FPN of the head stage: iteration %d, reward %.4f",
+                training.done, -sum(training.evaluate(val).values()),
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        if not make_room(train, val):
+            raise
+        return None
+    return training.averaged.neck.eval()
+
+
+def read_saved(path: Path) -> dict:
+    """A dict saved by torch; empty where the file is missing or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(read_torch_file(path))
+    except (WeightsError, TypeError, ValueError) as error:
+        logger.warning("%s is damaged: %s", path, error)
+        return {}
