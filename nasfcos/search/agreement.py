@@ -18,8 +18,9 @@ from .executors import WorkerLost, build_executor
 from .figures import kendall_tau
 from .journal import read_records
 from .records import COMPLETE, TrialJob, TrialRecord, ranked
-from .search import JOURNAL, reopen_task
 from .select import check_full_training, full_config, train_in_full
+from .status import JOURNAL
+from .tasks import reopen_task
 
 logger = logging.getLogger(__name__)
 

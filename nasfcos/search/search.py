@@ -13,33 +13,29 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..config import ConfigError, load_config
 from ..config.inheritance import copy_with_bases, ordinary_base
 from ..config.run_file import RUN_CONFIG, check_run_config, write_run_config
-from ..config.tree import get_setting, leaves, nested
-from ..data.catalog import class_names
+from ..config.tree import get_setting, nested
 from ..engine import distributed
 from ..engine.checkpoint import FINAL, load_checkpoint
-from ..engine.logging import PERIODIC, on_terminal
-from ..engine.metrics import format_duration, tensorboard_writer
 from ..engine.train import check_device
 from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
 from ..transfer import free_gpu_memory
-from .cache import build_caches, cache_pyramid
+from .cache import build_caches
 from .cost import build_objective
 from .executors import Executor, build_executor
 from .features import FeatureCache
 from .journal import Journal, check_settings, read_records, read_settings, writing
-from .neck import read_saved, train_neck
+from .neck import read_saved
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
-from .proxy import ProxyTask
-from .records import COMPLETE, TrialRecord, ranked
+from .progress import StageProgress
+from .records import TrialRecord, ranked
 from .report import StageReport, write_report
 from .retrials import try_again
 from .select import (
@@ -54,42 +50,15 @@ from .select import (
     train_in_full,
     write_ranking,
 )
+from .settings import FEATURES, FPN, PYRAMIDS, SPLIT, fixed_settings
 from .space import Space, build_space, given_cells, graph_key, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
-from .status import (
-    FINISHED,
-    LOCK_FILE,
-    best_in_words,
-    format_status,
-    write_progress,
-)
+from .status import FINISHED, JOURNAL, LOCK_FILE, format_status, write_progress
 from .strategies import build_strategy
+from .tasks import build_task, cache_folder, cache_pyramids
 
 logger = logging.getLogger(__name__)
-
-JOURNAL = "search.db"
-
-# Of the sections on which a stage's trials depend, what matters to the other stage alone.
-OF_OTHERS = {
-    "fpn": (
-        *("SEARCH.SPACE.HEAD_LAYERS", "SEARCH.SPACE.HEAD_OPS"),
-        *("SEARCH.PROXY.HEAD_CHANNELS", "SEARCH.PROXY.NECK_ITERATIONS"),
-        "SEARCH.OBJECTIVE.TARGET_HEAD",
-    ),
-    "head": (
-        *("SEARCH.SPACE.CELLS", "SEARCH.SPACE.FPN_OPS", "SEARCH.SPACE.AGGREGATIONS"),
-        *("SEARCH.PROXY.FPN_CHANNELS", "SEARCH.OBJECTIVE.TARGET"),
-    ),
-}
-
-# What a stage's trials depend on beyond the config, by the names in its journal.
-SPLIT = "the split of the data (DATASETS.TRAIN, their images and boxes)"
-FEATURES = ("features of meta-train (data, PREPARE, CACHE)", "features of meta-val (data, PREPARE)")
-FPN = "the FPN below the head (the best of the FPN stage, or MODEL.GENOTYPE)"
-PYRAMIDS = ("outputs of the FPN on meta-train (neck.pth)", "outputs of the FPN on meta-val")
-# Earlier code gave the head of each trial others, which changes all rewards.
-PLAIN_HEAD = {"first weights of the plain head (by the version of nasfcos)": "as in all trials"}
 
 
 def search(
@@ -171,18 +140,18 @@ class _Search:
         write_progress(folder, "preparing the backbone")
         detector = prepare_backbone(proxy_cfg, self.device, folder / "backbone")
         write_progress(folder, "caching the backbone's features")
-        caches = build_caches(proxy_cfg, detector, _cache_folder(cfg), self._check_features)
+        caches = build_caches(proxy_cfg, detector, cache_folder(cfg), self._check_features)
         del detector
 
         best: Selected | None = None
         for stage in cfg.SEARCH.STAGES:
             stage_caches = caches
-            settings = _fixed_settings(cfg, stage) | {SPLIT: split.name} | _names(FEATURES, caches)
+            settings = fixed_settings(cfg, stage) | {SPLIT: split.name} | _names(FEATURES, caches)
             if stage == "head":
                 settings[FPN] = Genotype(cells).to_list()
                 self._check("head", settings)
                 write_progress(folder, "training the FPN of the head stage")
-                stage_caches = _cache_pyramids(proxy_cfg, caches, cells, self.device)
+                stage_caches = cache_pyramids(proxy_cfg, caches, cells, self.device)
                 settings |= _names(PYRAMIDS, stage_caches)
             space = build_space(cfg, stage, cells)
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
@@ -227,7 +196,7 @@ class _Search:
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
         """Refuse to go on where finished trials would not count, while nothing is touched yet."""
-        begun = [s for s in self.cfg.SEARCH.STAGES if self._check(s, _fixed_settings(self.cfg, s))]
+        begun = [s for s in self.cfg.SEARCH.STAGES if self._check(s, fixed_settings(self.cfg, s))]
         for stage in begun:
             self._check(stage, {SPLIT: split.name})
         if cells is not None:
@@ -264,16 +233,14 @@ class _Search:
         trials = settings.TRIALS[stage.upper()]
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
                     space.describe())  # fmt: skip
-        task = _build_task(cfg, stage, caches, self.device)
+        task = build_task(cfg, stage, caches, self.device)
         journal = Journal(self.folder / JOURNAL, space, settings.RETRIES, fixed)
         start = starting_choices(cfg, space)
-        self.reports[stage] = StageReport(
-            stage, [], space.decisions, [], settings.STRATEGY, trials
-        )
+        self.reports[stage] = StageReport(stage, [], space.decisions, [], settings.STRATEGY, trials)
         with (
             writing(journal.path),
             build_executor(cfg, task) as executor,
-            _Progress(self, journal, stage, trials) as note,
+            StageProgress(self.folder, journal, trials, self.reports[stage], self._report) as note,
         ):
             run_stage(
                 journal,
@@ -430,171 +397,6 @@ class _Search:
         return best, {name: saved[name] for name in names}
 
 
-class _Progress:
-    """Shows a stage's progress: bar, log, TensorBoard, progress.json, the report and the table."""
-
-    def __init__(self, run: _Search, journal: Journal, stage: str, trials: int) -> None:
-        self.run = run
-        self.journal = journal
-        self.stage = stage
-        self.trials = trials
-        self.shown: set[int] = set()
-        self.plotted = self.batches = 0
-        self.best = -math.inf
-
-    def __enter__(self) -> _Progress:
-        records = self._records()
-        self.shown = {record.index for record in records}
-        self.began, self.before = time.monotonic(), len(self.shown)
-        self.bar = tqdm(
-            total=self.trials, initial=self.before, unit="trial", disable=not on_terminal()
-        )
-        # From the beginning: an earlier run may have been killed before its curves were written.
-        self.board = tensorboard_writer(self.run.folder / "tensorboard" / self.stage, start=0)
-        self._plot(records, self.journal.batch_figures())
-        self._note_phase()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        self.board.close()
-        self._refresh(self._records(), self.journal.batch_figures())
-        self._publish(force=True)  # also of a search that ends here by an error
-
-    def _records(self) -> list[TrialRecord]:
-        """Those of the planned trials; an earlier run may have planned more."""
-        return [record for record in self.journal.records() if record.index < self.trials]
-
-    def __call__(self, journal: Journal) -> None:
-        records = self._records()
-        new = [record for record in records if record.index not in self.shown]
-        if new:
-            self.shown.update(record.index for record in new)
-            self._log(records, new)
-            self.bar.update(len(new))
-        figures = journal.batch_figures()
-        self._plot(new, figures)
-        self._note_phase()
-        self._refresh(records, figures)
-        self._publish()
-
-    def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
-        best = ranked(records)[:1]
-        per_trial = (time.monotonic() - self.began) / max(1, len(records) - self.before)
-        for record in new:
-            result = record.result
-            logger.info(
-                "%s trial %d  reward %.4f%s  best %s  %.1f s  (%d/%d done, %.0f/h, %s to go)",
-                self.stage, record.index, result.reward, _remark(record),
-                best_in_words(best[0]) if best else "-",
-                result.seconds, len(records), self.trials, 3600 / per_trial,
-                format_duration(per_trial * (self.trials - len(records))),
-                extra=PERIODIC,
-            )  # fmt: skip
-        if best:
-            self.bar.set_postfix(best=f"{best[0].objective:.4f}", refresh=False)
-
-    def _plot(self, new: Sequence[TrialRecord], figures: Sequence[dict[str, float]]) -> None:
-        """Add trials, and what the strategy tells of batches, to TensorBoard's curves."""
-        for record in sorted(new, key=lambda record: record.finished):
-            self.board.add_scalar(f"{self.stage}/reward", record.result.reward, record.index)
-            self.best = max([self.best, *(one.objective for one in ranked([record]))])
-            if math.isfinite(self.best):
-                self.board.add_scalar(f"{self.stage}/best", self.best, self.plotted)
-            self.plotted += 1
-        for number in range(self.batches, len(figures)):
-            for name, value in figures[number].items():
-                self.board.add_scalar(f"{self.stage}/{name}", value, number)
-        self.batches = len(figures)
-
-    def _note_phase(self) -> None:
-        phase = f"trials of the {self.stage} stage"
-        write_progress(self.run.folder, phase, done=len(self.shown), total=self.trials)
-
-    def _publish(self, force: bool = False) -> None:
-        """Refresh the report and, with it, the table."""
-        if not self.run._report(force):
-            return
-        path = self.run.folder / f"trials_{self.stage}.csv"
-        try:
-            self.journal.export_csv(path)
-        except Exception:  # nor is a table a reason to end a search
-            logger.exception("%s could not be written", path)
-
-    def _refresh(self, records: list[TrialRecord], figures: list[dict[str, float]]) -> None:
-        report = self.run.reports[self.stage]
-        report.records, report.batch_figures = records, figures
-
-
-def _remark(record: TrialRecord) -> str:
-    if record.reused is not None:
-        return f" (of trial {record.reused}, the same graph)"
-    return "" if record.result.status == COMPLETE else f" ({record.result.status})"
-
-
-def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
-    """The trials of a stage of the search in OUTPUT_DIR, on its caches. Changes nothing.
-
-    Args:
-        cfg: of the search.
-        device: of trials in this process.
-        stage: "fpn" or "head".
-
-    Raises:
-        ConfigError, JournalError: there is no such search, its caches are gone, or its trials are
-            those of earlier code.
-    """
-    path = Path(cfg.OUTPUT_DIR) / JOURNAL
-    settings = read_settings(path, stage)
-    if stage == "fpn" and not PLAIN_HEAD.items() <= settings.items():
-        raise ConfigError(
-            f"{path} holds an FPN stage of an earlier version of nasfcos, whose trials started "
-            "from other weights: they cannot be tried again"
-        )
-    names = FEATURES if stage == "fpn" else PYRAMIDS
-    folders = [_cache_folder(cfg) / str(settings.get(name)) for name in names]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"the cache {folder} of the search is gone (SEARCH.CACHE.FOLDER): make it anew by "
-                "tools/search_net.py --resume"
-            )
-    return _build_task(cfg, stage, tuple(map(FeatureCache.open, folders)), device)
-
-
-def _build_task(
-    cfg: CfgNode, stage: str, caches: tuple[FeatureCache, FeatureCache], device: torch.device
-) -> ProxyTask:
-    train, val = caches
-    return ProxyTask(
-        cfg=cfg,
-        stage=stage,
-        train=train.folder,
-        val=val.folder,
-        num_classes=len(class_names(cfg)),
-        # Workers elsewhere have devices of their own.
-        device=str(device) if cfg.SEARCH.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
-        seed=cfg.SEED,
-    )
-
-
-def _cache_folder(cfg: CfgNode) -> Path:
-    given = cfg.SEARCH.CACHE.FOLDER
-    return Path(given).expanduser() if given else Path(cfg.OUTPUT_DIR) / "cache"
-
-
-def _cache_pyramids(
-    cfg: CfgNode,
-    caches: tuple[FeatureCache, FeatureCache],
-    cells: Sequence[Cell],
-    device: torch.device,
-) -> tuple[FeatureCache, FeatureCache]:
-    """The outputs of the FPN of the head stage, trained once with the plain head."""
-    classes = len(class_names(cfg))
-    neck = train_neck(cfg, caches, cells, classes, device, Path(cfg.OUTPUT_DIR) / "neck")
-    return tuple(cache_pyramid(_cache_folder(cfg), neck, cache) for cache in caches)
-
-
 def search_status(cfg: CfgNode) -> str:
     """How far the search in OUTPUT_DIR is, in words; it may be running or not."""
     folder = Path(cfg.OUTPUT_DIR)
@@ -609,34 +411,6 @@ def search_status(cfg: CfgNode) -> str:
         records = read_records(path, stage) if path.exists() else []
         stages.append((stage, [record for record in records if record.index < trials], trials))
     return format_status(folder, stages)
-
-
-def _fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
-    """What must stay the same as long as a stage is resumed: all in the config that its trials
-    depend on, but for the training of the backbone."""
-    sections = [
-        f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
-    ]
-    sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
-    names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH", "SEARCH.META_VAL"]
-    names += ["DATALOADER.SKIP_EMPTY", "SEARCH.CACHE.SIZE", "SEARCH.CACHE.CROPS"]
-    names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]
-    fixed = {name: get_setting(cfg, name) for name in names}
-    fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
-    if stage == "fpn":
-        fixed.update(PLAIN_HEAD)
-    if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
-        chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
-        chose += ["SEARCH.SELECT.RETRIALS"]
-        chose += ["SEARCH.SELECT.CANDIDATES"] if cfg.SEARCH.SELECT.RETRIALS else []
-        chose += ["SEARCH.SELECT.SEEDS"] if cfg.SEARCH.SELECT.FPN > 1 else []
-        for name in chose:
-            fixed[f"{name} (which chose the FPN below the head)"] = get_setting(cfg, name)
-    if stage == "head":
-        fixed["SEARCH.STAGES"] = list(cfg.SEARCH.STAGES)
-    for section in sections:
-        fixed.update(leaves(get_setting(cfg, section), f"{section}."))
-    return {name: value for name, value in fixed.items() if name not in OF_OTHERS[stage]}
 
 
 def _names(settings: Sequence[str], caches: Sequence[FeatureCache]) -> dict[str, str]:

@@ -14,7 +14,6 @@ import torch
 
 from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.distributed import available_cores
-from nasfcos.search import executors
 from nasfcos.search.executors import (
     ExecutorError,
     InlineExecutor,
@@ -22,6 +21,9 @@ from nasfcos.search.executors import (
     RayExecutor,
     WorkerLost,
     build_executor,
+    cluster,
+    local,
+    pool,
     share_out,
     visible_gpus,
 )
@@ -171,14 +173,14 @@ def test_what_a_task_raises_ends_the_run(pair):
 
 
 def test_workers_that_never_start_are_an_error(monkeypatch):
-    monkeypatch.setattr(executors, "MAX_START_FAILURES", 2)
+    monkeypatch.setattr(pool, "MAX_START_FAILURES", 2)
     with LocalExecutor(Unloadable(), workers=1) as executor:
         with pytest.raises(ExecutorError, match="2 workers in a row died while .*: exit code 7"):
             list(executor.run([job(0)]))
 
 
 def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
-    monkeypatch.setattr(executors, "SILENT", 0.2)
+    monkeypatch.setattr(local, "SILENT", 0.2)
     list(pair.run([job(6, "sleep", 1.0)]))
     assert "trial 6 in process " in caplog.text and "kill its process" in caplog.text
 
@@ -195,7 +197,7 @@ def test_a_worker_that_takes_too_long_is_ended(tmp_path):
 
 
 def test_workers_that_only_die_are_an_error(monkeypatch):
-    monkeypatch.setattr(executors, "MAX_DEATHS", 4)
+    monkeypatch.setattr(pool, "MAX_DEATHS", 4)
     with LocalExecutor(Play(), workers=1) as executor:
         # Not where a few trials kill their worker each time.
         for _ in range(2):
@@ -275,7 +277,7 @@ def test_a_cluster_is_shared_out_so_that_all_workers_fit(cpus, gpus, workers, ex
 
 def test_ray_survives_the_loss_of_a_worker(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr(executors, "available_cores", lambda: 3)
+    monkeypatch.setattr(cluster, "available_cores", lambda: 3)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
     with RayExecutor(Play(tmp_path), workers=2, use_gpus=False, folders=[tmp_path]) as executor:

@@ -37,7 +37,8 @@ from nasfcos.search.neck import read_saved  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
 from nasfcos.search.proxy import ProxyTask  # noqa: E402
 from nasfcos.search.records import COMPLETE, TrialJob  # noqa: E402
-from nasfcos.search.search import reopen_task, search, search_status  # noqa: E402
+from nasfcos.search.search import search, search_status  # noqa: E402
+from nasfcos.search.tasks import reopen_task  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

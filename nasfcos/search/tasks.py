@@ -1,0 +1,92 @@
+"""The trials of a stage on the caches of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from ..config import ConfigError
+from ..data.catalog import class_names
+from ..genotype import Cell
+from .cache import cache_pyramid
+from .features import FeatureCache
+from .journal import read_settings
+from .neck import train_neck
+from .proxy import ProxyTask
+from .settings import FEATURES, PLAIN_HEAD, PYRAMIDS
+from .status import JOURNAL
+
+
+def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
+    """The trials of a stage of the search in OUTPUT_DIR, on its caches. Changes nothing.
+
+    Args:
+        cfg: of the search.
+        device: of trials in this process.
+        stage: "fpn" or "head".
+
+    Raises:
+        ConfigError, JournalError: there is no such search, its caches are gone, or its trials are
+            those of earlier code.
+    """
+    path = Path(cfg.OUTPUT_DIR) / JOURNAL
+    settings = read_settings(path, stage)
+    if stage == "fpn" and not PLAIN_HEAD.items() <= settings.items():
+        raise ConfigError(
+            f"{path} holds an FPN stage of an earlier version of nasfcos, whose trials started "
+            "from other weights: they cannot be tried again"
+        )
+    names = FEATURES if stage == "fpn" else PYRAMIDS
+    folders = [cache_folder(cfg) / str(settings.get(name)) for name in names]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the cache {folder} of the search is gone (SEARCH.CACHE.FOLDER): make it anew by "
+                "tools/search_net.py --resume"
+            )
+    return build_task(cfg, stage, tuple(map(FeatureCache.open, folders)), device)
+
+
+def build_task(
+    cfg: CfgNode, stage: str, caches: tuple[FeatureCache, FeatureCache], device: torch.device
+) -> ProxyTask:
+    """The trials of a stage.
+
+    Args:
+        cfg: of the search.
+        stage: "fpn" or "head".
+        caches: of meta-train and meta-val, for that stage.
+        device: of trials in this process.
+    """
+    train, val = caches
+    return ProxyTask(
+        cfg=cfg,
+        stage=stage,
+        train=train.folder,
+        val=val.folder,
+        num_classes=len(class_names(cfg)),
+        # Workers elsewhere have devices of their own.
+        device=str(device) if cfg.SEARCH.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
+        seed=cfg.SEED,
+    )
+
+
+def cache_folder(cfg: CfgNode) -> Path:
+    """Where a search has its caches."""
+    given = cfg.SEARCH.CACHE.FOLDER
+    return Path(given).expanduser() if given else Path(cfg.OUTPUT_DIR) / "cache"
+
+
+def cache_pyramids(
+    cfg: CfgNode,
+    caches: tuple[FeatureCache, FeatureCache],
+    cells: Sequence[Cell],
+    device: torch.device,
+) -> tuple[FeatureCache, FeatureCache]:
+    """The outputs of the FPN of the head stage, trained once with the plain head."""
+    classes = len(class_names(cfg))
+    neck = train_neck(cfg, caches, cells, classes, device, Path(cfg.OUTPUT_DIR) / "neck")
+    return tuple(cache_pyramid(cache_folder(cfg), neck, cache) for cache in caches)
