@@ -1,9 +1,12 @@
 """Write a trained detector, from images to detections, as one file for a fixed size of images.
 
+A .pt2 file has MODEL.DEVICE and TEST.DTYPE built in, an ONNX file is float32 for any device.
+
 python tools/export.py --config-file FILE --output detector.onnx --size 800 1088
 python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
 """
 
+import importlib.util
 import io
 import json
 import logging
@@ -11,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from yacs.config import CfgNode
 
 import nasfcos
 from nasfcos.config import ConfigError, load_config
@@ -20,6 +24,20 @@ from nasfcos.files import replacing
 logger = logging.getLogger("nasfcos.export")
 
 SUFFIXES = (".onnx", ".pt2")
+
+
+def check_onnx(cfg: CfgNode) -> None:
+    """Say before the work what stands against an ONNX file.
+
+    Raises:
+        ConfigError: something does.
+    """
+    if cfg.TEST.DTYPE != "float32":
+        raise ConfigError(f"TEST.DTYPE: ONNX files are written in float32, not {cfg.TEST.DTYPE}")
+    if cfg.TEST.NMS_IOU <= 0:
+        raise ConfigError("TEST.NMS_IOU 0: NMS of ONNX does not suppress boxes without an overlap")
+    if importlib.util.find_spec("onnxscript") is None:
+        raise ConfigError("ONNX files are written with onnxscript: pip install 'nasfcos[onnx]'")
 
 
 def main() -> int:
@@ -50,27 +68,22 @@ def main() -> int:
         # Of the device nothing is left in an ONNX file.
         device = ["MODEL.DEVICE", "cpu"] if is_onnx else []
         cfg = load_config(args.config_file, [*args.overrides, *device])
-        if is_onnx and cfg.TEST.DTYPE != "float32":
-            raise ConfigError(
-                f"TEST.DTYPE: ONNX files are written in float32, not {cfg.TEST.DTYPE}"
-            )
+        if is_onnx:
+            check_onnx(cfg)
         predictor = nasfcos.Predictor(cfg)
         dtype = torch.uint8 if args.uint8 else torch.float32
         images = torch.zeros(args.batch, 3, *args.size, dtype=dtype, device=predictor.device)
-        try:
-            program = nasfcos.export_detector(predictor.model, images)
-            if is_onnx:
-                nasfcos.export_onnx(program, args.output, predictor.class_names)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(str(error)) from error
-        if not is_onnx:
+        program = nasfcos.export_detector(predictor.model, images)
+        if is_onnx:
+            nasfcos.export_onnx(program, args.output, predictor.class_names)
+        else:
             names = {"classes.json": json.dumps(predictor.class_names)}
             content = io.BytesIO()  # where the disk is full, PyTorch's own writing ends the process
             torch.export.save(program, content, extra_files=names)
             with replacing(args.output) as temporary:
                 temporary.write_bytes(content.getbuffer())
         logger.info(
-            "%s takes images %s %s and gives boxes, scores, labels and counts",
+            "%s takes images %s %s and their sizes, and gives boxes, scores, labels and counts",
             args.output, "uint8" if args.uint8 else "float32", list(images.shape),
         )  # fmt: skip
 

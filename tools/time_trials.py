@@ -27,16 +27,15 @@ from nasfcos.data.catalog import class_names
 from nasfcos.engine.distributed import resolve_device
 from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.genotype import Cell
-from nasfcos.search.cache import build_caches, cache_pyramid
+from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
 from nasfcos.search.crops import Crops
 from nasfcos.search.decoder import stage_config
 from nasfcos.search.examples import Examples, assigning_head
 from nasfcos.search.executors import LocalExecutor
-from nasfcos.search.features import FeatureCache
 from nasfcos.search.neck import train_neck
 from nasfcos.search.prepare import prepare_backbone
 from nasfcos.search.proxy import ProxyTask
-from nasfcos.search.records import TrialJob, TrialResult
+from nasfcos.search.records import TrialJob
 from nasfcos.search.space import build_space, given_cells
 from nasfcos.search.split import split_training_data
 
@@ -89,10 +88,9 @@ class LiveTask(ProxyTask):
     cells: tuple[Cell, ...] | None = None
     c2_to_c5: tuple[Path, Path] | None = None
 
-    def run(self, job: TrialJob) -> TrialResult:
+    def open(self) -> None:
         if self.examples is None:
             self.examples = self._examples(resolve_device(self.device))
-        return super().run(job)
 
     def _examples(self, device: torch.device) -> tuple[Examples, Examples]:
         cfg = self.cfg

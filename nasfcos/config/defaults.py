@@ -282,8 +282,8 @@ _C.SEARCH.EXECUTOR = "inline"
 _C.SEARCH.WORKERS = 0
 # How often a trial is tried again whose worker died.
 _C.SEARCH.RETRIES = 2
-# Seconds after which a worker that is still at its trial counts as dead ("local" and "ray"). 0: it
-# may take as long as it does.
+# Seconds after which a worker that is still at its trial counts as dead ("local" and "ray"): then
+# what fails may depend on the machine. 0: a trial may take as long as it does.
 _C.SEARCH.TRIAL_TIMEOUT = 0
 # Seconds between refreshed reports.
 _C.SEARCH.REPORT_PERIOD = 60

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 PACKAGE = logging.getLogger("nasfcos")
 # `extra` of the lines that repeat what the progress bar of a terminal shows.
 PERIODIC = {"periodic": True}
+# Seconds between two such lines about work of minutes.
+LOG_EVERY = 10.0
 
 
 class _Console(logging.Handler):

@@ -47,7 +47,7 @@ class Preprocess(nn.Module):
             ValueError: an image of another shape or type.
         """
         for index, image in enumerate(images):
-            _check_image(image, index)
+            check_image(image, index)
         sizes = [tuple(image.shape[-2:]) for image in images]
         height, width = (
             math.ceil(max(side) / self.size_divisibility) * self.size_divisibility
@@ -179,7 +179,7 @@ class Detector(nn.Module):
             )
 
 
-def _check_image(image: Tensor, index: int) -> None:
+def check_image(image: Tensor, index: int) -> None:
     is_image = isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
     if not is_image or 0 in image.shape:
         what = f"shape {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

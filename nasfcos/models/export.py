@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transfer import to_device
+from .detector import check_image
 from .heads.cells import STRIDES
 from .heads.post_process import MOST_IN_NMS
 from .inference import InferenceDetector
@@ -43,8 +44,9 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor [N, 3, H, W], not a {type(images).__name__}")
     shape = list(images.shape)
-    if len(shape) != 4 or shape[0] == 0 or shape[1] != 3:
+    if len(shape) != 4 or shape[0] == 0:
         raise ValueError(f"images must be a tensor [N, 3, H, W] of one or more, not {shape}")
+    check_image(images[0], 0)
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")

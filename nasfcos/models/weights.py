@@ -250,6 +250,17 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     )
 
 
+def read_saved(path: Path) -> dict:
+    """A dict saved by torch; empty where the file is missing or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(read_torch_file(path))
+    except (WeightsError, TypeError, ValueError) as error:
+        logger.warning("%s is damaged: %s", path, error)
+        return {}
+
+
 def _read_source(source: str) -> Any:
     path = resolve_source(source)
     try:

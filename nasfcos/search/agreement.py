@@ -15,11 +15,9 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
-from .figures import kendall_tau
-from .journal import read_records
-from .records import COMPLETE, TrialJob, TrialRecord, ranked
+from .journal import JOURNAL, read_records
+from .records import COMPLETE, TrialJob, TrialRecord, kendall_tau, ranked
 from .select import check_full_training, full_config, train_in_full
-from .status import JOURNAL
 from .tasks import reopen_task
 
 logger = logging.getLogger(__name__)

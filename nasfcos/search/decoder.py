@@ -1,4 +1,5 @@
-"""The decoder that a trial trains, from the ordinary registries."""
+"""The decoder that a trial trains, from the ordinary registries; its first weights as :mod:`.proxy`
+says."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from yacs.config import CfgNode
 from ..models.heads.cells import STRIDES
 from ..models.heads.dense import Assignment, DenseHead
 from ..transfer import to_device
+from .cache import FeatureCache
 from .decoder import build_decoder
-from .features import FeatureCache
 
 logger = logging.getLogger(__name__)
 

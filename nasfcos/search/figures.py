@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..drawing import draw_architecture, operation_color, short_name
 from ..genotype import FPN_OPS, HEAD_OPS, Genotype, node_names
-from .records import COMPLETE, FAILED, PRUNED, TrialRecord
+from .records import COMPLETE, FAILED, PRUNED, TrialRecord, kendall_tau
 from .select import Selected
 from .space import Decision
 
@@ -66,16 +66,6 @@ def pareto_front(costs: Sequence[float], rewards: Sequence[float]) -> list[int]:
         if not front or rewards[i] > rewards[front[-1]]:
             front.append(i)
     return front
-
-
-def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
-    """Kendall's tau-b: agreement of two rankings from -1 to 1, ties accounted for.
-
-    nan where one of the two is constant, or for fewer than two pairs.
-    """
-    dx, dy = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(x), np.asarray(y)))
-    untied = math.sqrt((dx**2).sum() * (dy**2).sum())
-    return float((dx * dy).sum() / untied) if untied else math.nan
 
 
 def _with_style(draw: Callable[..., Figure]) -> Callable[..., bytes]:

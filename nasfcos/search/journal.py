@@ -63,6 +63,9 @@ from .space import Space
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "search.db"
+"""The file of a search's journals, in its OUTPUT_DIR."""
+
 # Otherwise there would be a line for each study that is made.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -14,15 +14,15 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing
 from ..genotype import Cell, Genotype
-from ..models.weights import WeightsError, read_torch_file
+from ..models.weights import read_saved
+from .cache import FeatureCache
 from .decoder import Decoder, build_decoder, proxy_config
 from .examples import Examples, make_room, open_examples
-from .features import FeatureCache
 from .training import NonFinite, build_training
 
 logger = logging.getLogger(__name__)
 
-# How often the reward is logged meanwhile.
+# How often the reward is logged while the neck is trained.
 NECK_REPORTS = 5
 
 
@@ -120,14 +120,3 @@ def _trained_neck(
             raise
         return None
     return training.averaged.neck.eval()
-
-
-def read_saved(path: Path) -> dict:
-    """A dict saved by torch; empty where the file is missing or, with a warning, damaged."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(read_torch_file(path))
-    except (WeightsError, TypeError, ValueError) as error:
-        logger.warning("%s is damaged: %s", path, error)
-        return {}

@@ -58,8 +58,8 @@ class ProxyTask:
         num_classes: object classes, background not counted.
         device: that the trials run on, as MODEL.DEVICE names it: "auto" is for the worker to find.
         seed: of the search.
-        examples: of the two; None: opened from the folders by the first trial, as they are by that
-            of a pickled task, with which they do not go.
+        examples: of the two; None: opened from the folders by `open`, or else the first trial. With
+            a pickled task they do not go.
     """
 
     cfg: CfgNode
@@ -74,6 +74,19 @@ class ProxyTask:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "examples": None}
 
+    def open(self) -> None:
+        """Open the caches, unless they are.
+
+        Raises:
+            CacheError: one of them does not.
+        """
+        if self.examples is None:
+            cfg, device = stage_config(self.cfg, self.stage), resolve_device(self.device)
+            self.examples = tuple(
+                open_examples(cfg, folder, self.num_classes, device)
+                for folder in (self.train, self.val)
+            )
+
     def run(self, job: TrialJob) -> TrialResult:
         """Run one trial. Its result follows from the seed, the job, the caches and, on CPUs, the
         number of threads, to the last bit (GPUs add in varying order).
@@ -82,17 +95,11 @@ class ProxyTask:
         cache that does not open, a GPU that has failed (`DeviceLost`).
         """
         started = time.perf_counter()
-        device = resolve_device(self.device)
-        if self.examples is None:
-            cfg = stage_config(self.cfg, self.stage)
-            self.examples = tuple(
-                open_examples(cfg, folder, self.num_classes, device)
-                for folder in (self.train, self.val)
-            )
+        self.open()
         result = None
         while result is None:
             result = self._try(job, *self.examples)
-            if device.type == "cuda" and (result is None or result.status == FAILED):
+            if result is None or result.status == FAILED:
                 free_gpu_memory()
         return replace(result, seconds=time.perf_counter() - started)
 

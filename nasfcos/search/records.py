@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 """How a trial ends: trained to its end, stopped early as hopeless, or without a reward."""
 
@@ -109,3 +111,13 @@ def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
         and math.isfinite(record.objective)
     ]
     return sorted(complete, key=lambda record: (-record.objective, record.index))
+
+
+def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
+    """Kendall's tau-b: agreement of two rankings from -1 to 1, ties accounted for.
+
+    nan where one of the two is constant, or for fewer than two pairs.
+    """
+    dx, dy = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(x), np.asarray(y)))
+    untied = math.sqrt((dx**2).sum() * (dy**2).sum())
+    return float((dx * dy).sum() / untied) if untied else math.nan

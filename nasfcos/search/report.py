@@ -22,10 +22,9 @@ from .figures import (
     draw_places,
     draw_rewards,
     draw_strategy,
-    kendall_tau,
     number_text,
 )
-from .records import FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
+from .records import FAILED, PRUNED, TrialRecord, ended_as, kendall_tau, own_trials, ranked
 from .select import Selected
 from .space import Decision
 from .status import trials_per_hour

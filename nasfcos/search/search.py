@@ -25,16 +25,14 @@ from ..engine.train import check_device
 from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..locks import only_one
+from ..models.weights import read_saved
 from ..signals import StopRequest
 from ..transfer import free_gpu_memory
-from .cache import build_caches
+from .cache import FeatureCache, build_caches
 from .cost import build_objective
 from .executors import Executor, build_executor
-from .features import FeatureCache
-from .journal import Journal, check_settings, read_records, read_settings, writing
-from .neck import read_saved
+from .journal import JOURNAL, Journal, check_settings, read_records, read_settings, writing
 from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
-from .progress import StageProgress
 from .records import TrialRecord, ranked
 from .report import StageReport, write_report
 from .retrials import try_again
@@ -54,9 +52,10 @@ from .settings import FEATURES, FPN, PYRAMIDS, SPLIT, fixed_settings
 from .space import Space, build_space, given_cells, graph_key, starting_choices
 from .split import Split, plan_split
 from .stage import Pruning, run_stage
-from .status import FINISHED, JOURNAL, LOCK_FILE, format_status, write_progress
+from .stage_progress import StageProgress
+from .status import FINISHED, LOCK_FILE, format_status, write_progress
 from .strategies import build_strategy
-from .tasks import build_task, cache_folder, cache_pyramids
+from .tasks import build_task, cache_folder, head_caches
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class _Search:
                 settings[FPN] = Genotype(cells).to_list()
                 self._check("head", settings)
                 write_progress(folder, "training the FPN of the head stage")
-                stage_caches = cache_pyramids(proxy_cfg, caches, cells, self.device)
+                stage_caches = head_caches(proxy_cfg, caches, cells, self.device)
                 settings |= _names(PYRAMIDS, stage_caches)
             space = build_space(cfg, stage, cells)
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)

@@ -23,8 +23,6 @@ from .records import FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
 
 PROGRESS_FILE = "progress.json"
 
-JOURNAL = "search.db"
-
 LOCK_FILE = "lock"
 """Held by the process of a search as long as it runs."""
 

@@ -1,4 +1,4 @@
-"""The trials of a stage on the caches of a search."""
+"""The caches of a search, and the trials of a stage on them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..data.catalog import class_names
 from ..genotype import Cell
-from .cache import cache_pyramid
-from .features import FeatureCache
-from .journal import read_settings
+from .cache import FeatureCache, cache_pyramid
+from .journal import JOURNAL, read_settings
 from .neck import train_neck
 from .proxy import ProxyTask
 from .settings import FEATURES, PLAIN_HEAD, PYRAMIDS
-from .status import JOURNAL
 
 
 def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
@@ -80,7 +78,7 @@ def cache_folder(cfg: CfgNode) -> Path:
     return Path(given).expanduser() if given else Path(cfg.OUTPUT_DIR) / "cache"
 
 
-def cache_pyramids(
+def head_caches(
     cfg: CfgNode,
     caches: tuple[FeatureCache, FeatureCache],
     cells: Sequence[Cell],

@@ -1,4 +1,7 @@
-"""The training of a trial: some iterations on cached maps, judged by averaged weights."""
+"""The training of a trial: some iterations on cached maps, judged by averaged weights.
+
+:mod:`.proxy` says why it is as it is.
+"""
 
 from __future__ import annotations
 

@@ -128,6 +128,13 @@ def test_what_cannot_be_exported():
     ):
         with pytest.raises(ValueError, match=rf"tensor \[N, 3, H, W\] .*, not {given}"):
             nasfcos.export_detector(fast, batch)
+    for batch, given in (
+        (images().long(), "int64"),
+        (images()[..., :0], r"\[3, 96, 0\]"),
+        (images()[:, :1], r"\[1, 96, 128\]"),
+    ):
+        with pytest.raises(ValueError, match=given):
+            nasfcos.export_detector(fast, batch)
     with pytest.raises(TypeError, match="not a list"):
         nasfcos.export_detector(fast, list(images()))
     fast.head.post_process = dataclasses.replace(fast.head.post_process, pre_nms_top_n=4000)

@@ -70,7 +70,7 @@ class Mask(nn.Module):
 
 
 def nms_inputs(grid=None):
-    """Of several classes and images, some of them empty."""
+    """Of several classes and images, one of them empty."""
     rows = [random_boxes(200, seed, grid=grid) for seed in range(4)]
     boxes, _, labels = (torch.stack(column) for column in zip(*rows, strict=True))
     return {"boxes": boxes, "labels": labels + 1, "counts": torch.tensor([200, 0, 1, 131])}
@@ -87,10 +87,12 @@ def test_suppresses_the_same(grid, legacy, tmp_path):
             program, opset_version=OPSET, custom_translation_table=translations(), verbose=False
         )
         written.save(tmp_path / "nms.onnx")
-        (kept,) = session(tmp_path / "nms.onnx")(
-            **{name: x.numpy() for name, x in given.items()}
-        ).values()
-        assert kept.any() and (kept == nms_mask(*given.values(), threshold, legacy).numpy()).all()
+        run = session(tmp_path / "nms.onnx")
+        for counts in (given["counts"], torch.zeros(4, dtype=torch.int64)):
+            inputs = given | {"counts": counts}
+            (kept,) = run(**{name: x.numpy() for name, x in inputs.items()}).values()
+            assert kept.any() == counts.any()
+            assert (kept == nms_mask(*inputs.values(), threshold, legacy).numpy()).all()
 
 
 def test_what_cannot_be_written(tmp_path, monkeypatch):

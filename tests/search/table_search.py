@@ -31,6 +31,9 @@ class TableTask:
     def __init__(self, log):
         self.log = Path(log)
 
+    def open(self):
+        pass
+
     def run(self, job: TrialJob) -> TrialResult:
         with self.log.open("a") as file:
             file.write(f"{job.index} {os.getpid()}\n")

@@ -23,13 +23,21 @@ from nasfcos.data import DataError, build_dataset, class_names
 from nasfcos.genotype import Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.necks.nas_fpn import NASFPN
-from nasfcos.search import features, keys, store
-from nasfcos.search.cache import build_caches, cache_features, cache_pyramid, feature_shapes
+from nasfcos.search.cache import (
+    CacheError,
+    FeatureCache,
+    build_caches,
+    cache_features,
+    cache_pyramid,
+    feature_shapes,
+    features,
+    keys,
+    store,
+)
+from nasfcos.search.cache.keys import feature_key
+from nasfcos.search.cache.store import estimate_bytes
 from nasfcos.search.crops import Crops
-from nasfcos.search.features import CacheError, FeatureCache
-from nasfcos.search.keys import feature_key
 from nasfcos.search.split import split_training_data
-from nasfcos.search.store import estimate_bytes
 
 SIZE = 64
 

@@ -35,6 +35,10 @@ class Play:
     """A task that does what the genotype of a job says: [what, argument]."""
 
     folder: Path | None = None
+    opening: float = 0.0
+
+    def open(self):
+        time.sleep(self.opening)
 
     def run(self, job):
         what, argument = job.genotype
@@ -186,7 +190,11 @@ def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
 
 
 def test_a_worker_that_takes_too_long_is_ended(tmp_path):
-    with LocalExecutor(Play(tmp_path), workers=2, timeout=3.0) as executor:
+    cfg = get_defaults()
+    cfg.MODEL.DEVICE, cfg.SEARCH.EXECUTOR, cfg.SEARCH.WORKERS = "cpu", "local", 2
+    cfg.SEARCH.TRIAL_TIMEOUT = 3
+    # What all trials have in common is not of their time.
+    with build_executor(cfg, Play(tmp_path, opening=4.0)) as executor:
         list(executor.run([job(i, "meet", "ready") for i in range(2)]))
         jobs = [job(0, "note", ("slow", 60.0)), *(job(i, "sleep", 0.5) for i in range(1, 4))]
         outcomes = {finished.index: outcome for finished, outcome in executor.run(jobs)}

@@ -12,9 +12,9 @@ from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
 from nasfcos.models.heads.cells import STRIDES
+from nasfcos.search.cache import FeatureCache
 from nasfcos.search.decoder import build_decoder, proxy_config, stage_config, weight_seed
 from nasfcos.search.examples import Examples, open_examples
-from nasfcos.search.features import FeatureCache
 from nasfcos.search.neck import train_neck
 from nasfcos.search.proxy import ProxyTask
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialJob
@@ -30,7 +30,7 @@ PYRAMID = [(8, math.ceil(SIZE / stride), math.ceil(SIZE / stride)) for stride in
 
 
 def write_cache(folder, count, shapes, seed, empty=False, size=SIZE):
-    """A cache as `nasfcos.search.store` lays it out, of random maps and boxes."""
+    """A cache as `nasfcos.search.cache.store` lays it out, of random maps and boxes."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for level, shape in enumerate(shapes):

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
-from nasfcos.search import figures
+from nasfcos.search import figures, report
 from nasfcos.search.figures import kendall_tau, moving_average, pareto_front
 from nasfcos.search.records import (
     COMPLETE,
@@ -331,7 +331,9 @@ FIGURES = {
     "choices": lambda s: figures.draw_choices.__wrapped__(s.records, s.decisions),
     "places": lambda s: figures.draw_places.__wrapped__(s.records, s.decisions),
     "costs": lambda s: figures.draw_costs.__wrapped__(ranked(s.records)),
-    "agreement": lambda s: figures.draw_agreement.__wrapped__({s.stage: ranking([s], 9)}),
+    "agreement": lambda s: figures.draw_agreement.__wrapped__(
+        {report._stage_name(s.stage): ranking([s], 9)}
+    ),
 }
 
 

@@ -151,6 +151,9 @@ class Scripted:
     def ran(self):
         return [job.index for job in self.jobs]
 
+    def open(self):
+        pass
+
     def run(self, job):
         self.jobs.append(job)
         return self.results[job.index]

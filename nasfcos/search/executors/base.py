@@ -14,6 +14,9 @@ from ..records import TrialJob, TrialResult
 class Task(Protocol):
     """What an executor runs; picklable."""
 
+    def open(self) -> None:
+        """Make ready what trials have in common, before the first one."""
+
     def run(self, job: TrialJob) -> TrialResult:
         """Try an architecture. A trial that fails gives a result that says so."""
 
@@ -68,6 +71,7 @@ class InlineExecutor(Executor):
         self.task = task
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, TrialResult | WorkerLost]]:
+        self.task.open()
         for job in jobs:
             yield job, self.task.run(job)
 

@@ -110,7 +110,9 @@ class RayExecutor(Pool):
     def _news(self, seconds: float) -> list[tuple[_Actor, str, Any]]:
         errors = self._ray.exceptions
         waiting = {w.answer: w for w in self._workers.values() if w.answer is not None}
-        answers, _ = self._ray.wait(list(waiting), num_returns=1, timeout=min(seconds, PATIENCE))
+        self._ray.wait(list(waiting), num_returns=1, timeout=min(seconds, PATIENCE))
+        # All that there are: a worker without an answer may be overdue.
+        answers, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         if not answers and not any(worker.ready for worker in self._workers.values()):
             _, cpus, gpus = self._share_out()
             logger.warning(
@@ -150,6 +152,7 @@ class _RemoteWorker:
                 "a folder on shared storage by SEARCH.CACHE.FOLDER"
             )
         self.task = pickle.loads(task)
+        self.task.open()
 
     def run(self, job: TrialJob) -> TrialResult:
         try:

@@ -30,6 +30,9 @@ from .pool import Pool, Worker
 
 logger = logging.getLogger(__name__)
 
+# Seconds for a process that was killed to be gone.
+END_WAIT = 10.0
+
 
 @dataclass(eq=False)
 class _Process(Worker):
@@ -91,8 +94,8 @@ class LocalExecutor(Pool):
         ready = wait(list(workers), timeout=min(seconds, SILENT))
         if not ready and seconds > SILENT:
             logger.warning(
-                "no worker has had anything to tell for %s: %s. Should one hang, kill its process; "
-                "its trial is tried again. SEARCH.TRIAL_TIMEOUT does so by itself",
+                "no worker has had anything to tell for %s: %s. Should one hang, kill its process: "
+                "its trial is tried again. SEARCH.TRIAL_TIMEOUT, where it is set, does so",
                 format_duration(SILENT),
                 ", ".join(map(_whereabouts, self._workers.values())),
             )
@@ -108,7 +111,9 @@ class LocalExecutor(Pool):
 
     def _end(self, worker: _Process) -> None:
         worker.process.kill()
-        worker.process.join()
+        worker.process.join(timeout=END_WAIT)
+        if worker.process.is_alive():  # inside a driver, or at a file of a server that is gone
+            logger.warning("process %d cannot be killed at the moment", worker.process.pid)
         worker.pipe.close()
 
 
@@ -129,10 +134,11 @@ def _work(pipe: Connection, task: bytes, threads: int) -> None:
     threading.Thread(target=_receive, args=(pipe, jobs), daemon=True).start()
     try:
         torch.set_num_threads(threads)
-        run = pickle.loads(task).run
+        ready_task = pickle.loads(task)
+        ready_task.open()
         _send(pipe, ("ready", None))
         while True:
-            _send(pipe, ("result", run(jobs.get())))
+            _send(pipe, ("result", ready_task.run(jobs.get())))
     except DeviceLost as error:
         sys.exit(f"worker: {error}")  # a new one takes its place
     except Exception:

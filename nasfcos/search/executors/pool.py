@@ -152,7 +152,8 @@ class Pool(Executor):
             if too_many:
                 raise ExecutorError(
                     f"{number} workers in a row {when}, the last one so: {content}. "
-                    "SEARCH.EXECUTOR inline runs trials in this process and may show more"
+                    "SEARCH.EXECUTOR inline runs trials in this process and may show more; where "
+                    "they only take long, raise SEARCH.TRIAL_TIMEOUT"
                 )
         return None if job is None else (job, WorkerLost(content))
 

@@ -1,15 +1,14 @@
 """Feature maps computed once: C2..C5 of all crops, or P3..P7 of a frozen neck, on the disk.
 
 Each cache is a folder, which holds ``level0.npy`` ... (float16 [N, H, W, C], channels last as
-decoders want them), ``targets.npz``, and ``cache.json``, which says what the rest is. How it is
-made: :mod:`.cache`.
+decoders want them), ``targets.npz``, and ``cache.json``, which says what the rest is; :mod:`.store`
+writes them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import DataError
-from ..transfer import free_gpu_memory, to_device
+from ...data import DataError
+from ...transfer import free_gpu_memory, to_device
 
 logger = logging.getLogger(__name__)
 
 Targets = list[dict[str, Tensor]]
 
+VERSION = 3  # of the crops and of the files; raise it whenever they change
 META, TARGETS = "cache.json", "targets.npz"
 # Of the free memory of a GPU, what a cache may take.
 GPU_SHARE = 0.6
@@ -157,29 +157,6 @@ def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tenso
     for place in np.argsort(indices, kind="stable"):
         target[place] = array[indices[place]]
     return rows
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file: against damage, and as fast as disks are."""
-    value = 0
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            value = zlib.crc32(part, value)
-    return value
-
-
-def verify(folder: Path) -> None:
-    """Compare the content of a cache's files, whose sizes are right, with their checksums.
-
-    Raises:
-        CacheError: a file is another one.
-    """
-    meta = read_meta(folder)
-    if (size := sum(meta["files"].values())) > 1e10:
-        logger.info("comparing the checksums of %s in %s", gigabytes(size), folder)
-    for name in meta["files"]:
-        if checksum(folder / name) != meta.get("checksums", {}).get(name):
-            raise CacheError(f"{folder / name} is damaged: its checksum is wrong; delete {folder}")
 
 
 def level_file(level: int) -> str:

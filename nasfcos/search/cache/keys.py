@@ -13,16 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data import DetectionDataset
-from ..engine.logging import PERIODIC
-from ..files import write_json
-from ..models import Detector
-from .crops import Crops
-from .store import LOG_EVERY
+from ...data import DetectionDataset
+from ...engine.logging import LOG_EVERY, PERIODIC
+from ...files import write_json
+from ...models import Detector
+from ..crops import Crops
+from .features import VERSION
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3  # of the crops and files; raise it whenever they change
 _IMAGES = "images.json"
 # Image files that are read at a time for their hashes.
 _READERS = 8
@@ -109,7 +108,7 @@ def feature_key(model: Detector, crops: Crops, folder: Path) -> str:
     """Of C2..C5 that a model makes of crops. The hashes of the image files, which take long, are
     remembered in `folder`."""
     return _hash(
-        _VERSION,
+        VERSION,
         _module_hash(model.preprocess),
         model.preprocess.size_divisibility,
         _module_hash(model.backbone),
@@ -122,4 +121,4 @@ def pyramid_key(neck: nn.Module, source: str) -> str:
     """Of P3..P7 that a neck makes of the maps with key `source`."""
     # How the cells are connected is neither in the weights nor in the layers.
     wiring = getattr(neck, "genotype", None)
-    return _hash(_VERSION, source, _module_hash(neck), wiring)
+    return _hash(VERSION, source, _module_hash(neck), wiring)

@@ -1,10 +1,4 @@
-"""The caches of a search: C2..C5 of all crops, and P3..P7 that a frozen neck makes of them.
-
-A trial trains a decoder only, so the backbone need not run in it (paper, section 4). Each cache is
-called by a hash (:mod:`.keys`) over the weights that computed it, the annotations and the content
-of the image files, the settings. So a stale one is never used. ``images.json`` beside the caches
-remembers the hashes of the image files.
-"""
+"""What is cached: C2..C5 of all crops, and P3..P7 that a frozen neck makes of them."""
 
 from __future__ import annotations
 
@@ -18,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from ..data import DataError, build_dataset, class_names
-from ..data.build import BatchLoader, collate, start_worker
-from ..models import Detector
-from .crops import Crops
+from ...data import DataError, build_dataset, class_names
+from ...data.build import BatchLoader, collate, start_worker
+from ...models import Detector
+from ..crops import Crops
 from .features import FeatureCache
 from .keys import feature_key, pyramid_key
 from .store import check_space, find_or_build, is_whole, mention_unused, remove_partial
