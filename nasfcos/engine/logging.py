@@ -21,7 +21,7 @@ PACKAGE = logging.getLogger("nasfcos")
 # `extra` of the lines that repeat what the progress bar of a terminal shows.
 PERIODIC = {"periodic": True}
 # Seconds between two such lines about work of minutes.
-LOG_EVERY = 10.0
+LOG_EVERY = 15.0
 
 
 class _Console(logging.Handler):

@@ -25,13 +25,10 @@ from ..models.weights import Weights, read_weights
 from ..transfer import to_cpu
 from . import distributed
 from .checkpoint import check_classes, find_weights
-from .logging import PERIODIC, on_terminal
+from .logging import LOG_EVERY, PERIODIC, on_terminal
 from .metrics import format_duration
 
 logger = logging.getLogger(__name__)
-
-# Seconds between two lines about the progress.
-LOG_EVERY = 30.0
 
 Detections = dict[int, dict[str, Tensor]]
 
