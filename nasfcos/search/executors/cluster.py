@@ -26,7 +26,7 @@ from .pool import Pool, Worker
 
 logger = logging.getLogger(__name__)
 
-# Seconds between warnings that a cluster gives no room to any worker.
+# Seconds between warnings that no worker has started.
 PATIENCE = 60.0
 
 
@@ -116,8 +116,8 @@ class RayExecutor(Pool):
         if not answers and not any(worker.ready for worker in self._workers.values()):
             _, cpus, gpus = self._share_out()
             logger.warning(
-                "the cluster has no room for any worker yet: one needs %g CPUs and %g GPUs, and "
-                "free are %s",
+                "no worker has started on the cluster yet: one needs %g CPUs and %g GPUs, and free "
+                "are %s; each then opens the caches",
                 cpus, gpus, self._ray.available_resources(),
             )  # fmt: skip
         news = []
