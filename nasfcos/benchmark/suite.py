@@ -50,6 +50,7 @@ def _all() -> Iterator[Benchmark]:
     for name in OURS:
         yield Benchmark(f"inference/{name}", partial(whole.inference, name), 9)
         yield Benchmark(f"throughput/{name}", partial(whole.throughput, name), 18)
+        yield Benchmark(f"onnx/{name}", partial(whole.onnx, name), 6)
         yield Benchmark(f"stages/{name}", partial(whole.stages, name), 8)
         yield Benchmark(f"training/{name}", partial(whole.training, name), 8)
     yield Benchmark("inference/torchvision", whole.their_inference, 6)

@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models import export_detector, export_onnx
 from ..models.inference import InferenceDetector
 from ..search.cost import multiply_adds
 from .detectors import (
@@ -124,6 +126,39 @@ def _add_theirs(case: Case, name: str, images: list[Tensor], setting: Setting) -
         case.variants.append(
             Variant(mode, call, theirs=True, held_bytes=partial(tensor_bytes, model))
         )
+
+
+def onnx(name: str, setting: Setting) -> Case:
+    """The latency of detection by a config of ours, and by ONNX Runtime with the file of it.
+
+    Raises:
+        Skip: on a GPU, or where the packages are missing.
+    """
+    if setting.cuda:
+        raise Skip("ONNX Runtime is measured on the CPU only")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    rival = f"ONNX Runtime {onnxruntime.__version__}"
+    case, images = _inference_case(1, setting, rivals=[rival])
+    model = our_detector(name, setting.image_size(), setting.device)
+    fast, canvases = optimized(model, torch.float32, False), torch.stack(images)
+    file = setting.folder / "detector.onnx"
+    export_onnx(export_detector(fast, canvases), file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would wait for more work on the cores on which ours then compute.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    sizes = np.array([images[0].shape[1:]], dtype=np.int64)
+    inputs = {"images": canvases.numpy(), "sizes": sizes}
+    case.variants += [
+        Variant("optimized float32", inference_call(fast, images)),
+        Variant(rival, lambda: session.run(None, inputs), theirs=True),
+    ]
+    return case
 
 
 def training(name: str, setting: Setting) -> Case:

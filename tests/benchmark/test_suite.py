@@ -26,7 +26,7 @@ def test_benchmarks_are_chosen_by_name_beginning_or_pattern():
     assert names("nms") == ["nms/1000", "nms/5000"]
     assert names("inference/R_50_NAS_head", "limits") == ["limits", "inference/R_50_NAS_head"]
     assert {name.split("/")[0] for name in names("*/Mobile_NAS_head")} == {
-        "inference", "throughput", "stages", "training",
+        "inference", "throughput", "onnx", "stages", "training",
     }  # fmt: skip
     assert choose([]) == list(BENCHMARKS)
     assert len({b.name for b in BENCHMARKS}) == len(BENCHMARKS)
