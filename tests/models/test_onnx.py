@@ -44,7 +44,12 @@ def check(found, expected):
 
 
 @pytest.mark.parametrize(
-    "name, factor", [("Mobile_NAS_head", 1), ("R_50_NAS_retinanet", 1000), ("other operations", 1)]
+    "name, factor",
+    [
+        ("Mobile_NAS_head", 1),
+        ("R_50_NAS_retinanet", 1000),
+        pytest.param("other operations", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_finds_the_same(name, factor, tmp_path):
     model = lively(name)
@@ -119,26 +124,24 @@ def test_the_tool(tmp_path):
     nn.init.normal_(model.head.cls_logits.weight, std=0.1)
     torch.save({"model": model.state_dict(), "classes": ["ox", "ass", "cow"]}, settings[-1])
 
-    def export(name, *options):
-        (tmp_path / "empty.yaml").touch()
-        command = [sys.executable, ROOT / "tools" / "export.py", *options]
-        command += ["--config-file", tmp_path / "empty.yaml", "--output", tmp_path / "deep" / name]
-        done = subprocess.run([*map(str, [*command, *settings])], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return tmp_path / "deep" / name
-
     picture = images(1).mul(255).to(torch.uint8)
     predictor = nasfcos.Predictor(nasfcos.load_config(None, settings))
     expected = by_parts(predictor.model, picture, SIZES[1:])
     assert len(expected[0]["scores"]) > 50
 
-    file = export("a.onnx", "--size", 96, 128, "--uint8")
-    assert str(ROOT).encode() not in file.read_bytes()
-    run = session(file, ["ox", "ass", "cow"])
+    (tmp_path / "empty.yaml").touch()
+    common = ["--config-file", tmp_path / "empty.yaml", "--size", 96, 128, "--output"]
+    onnx, pt2 = tmp_path / "deep" / "a.onnx", tmp_path / "deep" / "a.pt2"
+    for arguments in ([*common, onnx, "--uint8", *settings], [*common, pt2, *settings]):
+        command = [sys.executable, ROOT / "tools" / "export.py", *arguments]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    assert str(ROOT).encode() not in onnx.read_bytes()
+    run = session(onnx, ["ox", "ass", "cow"])
     check(run(images=picture.numpy(), sizes=SIZES[1:].numpy()), expected)
     files = {"classes.json": ""}
-    file = export("a.pt2", "--size", 96, 128)
-    program = torch.export.load(file, extra_files=files).module()
+    program = torch.export.load(pt2, extra_files=files).module()
     found = {name: x.numpy() for name, x in program(images(1), SIZES[1:]).items()}
     check(found, by_parts(predictor.model, images(1), SIZES[1:]))
     assert json.loads(files["classes.json"]) == ["ox", "ass", "cow"]

@@ -192,13 +192,13 @@ def test_a_worker_that_hangs_is_told_of(pair, monkeypatch, caplog):
 def test_a_worker_that_takes_too_long_is_ended(tmp_path):
     cfg = get_defaults()
     cfg.MODEL.DEVICE, cfg.SEARCH.EXECUTOR, cfg.SEARCH.WORKERS = "cpu", "local", 2
-    cfg.SEARCH.TRIAL_TIMEOUT = 3
+    cfg.SEARCH.TRIAL_TIMEOUT = 2
     # What all trials have in common is not of their time.
-    with build_executor(cfg, Play(tmp_path, opening=4.0)) as executor:
+    with build_executor(cfg, Play(tmp_path, opening=2.5)) as executor:
         list(executor.run([job(i, "meet", "ready") for i in range(2)]))
-        jobs = [job(0, "note", ("slow", 60.0)), *(job(i, "sleep", 0.5) for i in range(1, 4))]
+        jobs = [job(0, "note", ("slow", 60.0)), *(job(i, "sleep", 0.2) for i in range(1, 4))]
         outcomes = {finished.index: outcome for finished, outcome in executor.run(jobs)}
-        assert outcomes.pop(0) == WorkerLost("it took longer than 00:00:03")
+        assert outcomes.pop(0) == WorkerLost("it took longer than 00:00:02")
         assert not is_alive(read_when_there(tmp_path / "slow"))
         assert {i: outcome.reward for i, outcome in outcomes.items()} == {1: -1, 2: -2, 3: -3}
         assert len(list(executor.run(jobs[1:]))) == 3
