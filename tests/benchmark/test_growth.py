@@ -116,6 +116,7 @@ def test_a_picture_of_an_axis(made_up_axis, setting, tmp_path):
         assert len(picture.convert("RGB").getcolors(2**20)) > 50
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     result = tmp_path / "result.json"
     command = [

@@ -300,10 +300,10 @@ def test_ray_survives_the_loss_of_a_worker(tmp_path, monkeypatch):
         assert {i: outcome.reward for i, outcome in outcomes.items()} == {
             i: -i for i in range(1, 5)
         }
-        executor._timeout = 5.0
+        executor._timeout = 3.0
         jobs = [job(5, "note", ("slow", 60.0)), job(6)]
         outcomes = {finished.index: outcome for finished, outcome in executor.run(jobs)}
-        assert outcomes[5] == WorkerLost("it took longer than 00:00:05")
+        assert outcomes[5] == WorkerLost("it took longer than 00:00:03")
         assert outcomes[6].reward == -6
         wait_for(lambda: not is_alive(read_when_there(tmp_path / "slow")))
         with pytest.raises(ExecutorError, match="LookupError"):

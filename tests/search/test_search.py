@@ -439,6 +439,7 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
     go_on(*settings)
 
 
+@pytest.mark.slow
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
     run_trial = ProxyTask.run
     # The later the better, whatever the machine's arithmetic makes of the rewards.
