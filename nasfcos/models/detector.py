@@ -73,10 +73,10 @@ class Preprocess(nn.Module):
         operations that do not depend on the images' own.
 
         Args:
-            images: [N, 3, H, W], RGB, float in 0..1 or uint8 in 0..255.
-            sizes: [N, 2] int64, each image's (height, width). What lies outside has no effect.
+            images: [N, 3, H, W], RGB, float in 0..1 or uint8 in 0..255, on this module's device.
+            sizes: [N, 2] int64, there too: each image's (height, width). What lies outside has no
+                effect.
         """
-        images, sizes = (to_device(x, self.mean.device) for x in (images, sizes))
         row, column = (torch.arange(side, device=sizes.device) for side in images.shape[-2:])
         height, width = sizes[:, :, None, None].unbind(1)
         inside = (row[:, None] < height) & (column < width)

@@ -64,10 +64,12 @@ class _FixedShapes(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         model = self.model
+        device = model.preprocess.mean.device
+        images, sizes = to_device(images, device), to_device(sizes, device)
         batch = model.preprocess.canvases(images, sizes)
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
         outputs = model.head(model.neck(model.backbone(batch)))
-        ranked = model.head.rank(outputs, to_device(sizes, batch.device))
+        ranked = model.head.rank(outputs, sizes)
         boxes, scores, labels, kept = ranked.first(model.head.post_process.detections_per_image)
         return {
             "boxes": torch.where(kept[..., None], boxes, 0),
