@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional as F
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -144,15 +143,19 @@ class TrainTransform:
         return self.min_sizes[int(rng.integers(len(self.min_sizes)))]
 
     def _jitter(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
+        order = rng.permutation(len(strengths))
+        if not any(strength > 0 for strength in strengths):
+            return pixels
+        # Not at the top: it takes a second, and who only predicts does not need it.
+        from torchvision.transforms.v2 import functional as F
+
         changes = [
             (F.adjust_brightness, self.brightness, 1.0),
             (F.adjust_contrast, self.contrast, 1.0),
             (F.adjust_saturation, self.saturation, 1.0),
             (F.adjust_hue, self.hue, 0.0),
         ]
-        order = rng.permutation(len(changes))
-        if not any(strength > 0 for _, strength, _ in changes):
-            return pixels
         image = Image.fromarray(pixels)
         for i in order:
             change, strength, centre = changes[i]

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torchvision
 from tqdm import tqdm
 
 from . import distributed
@@ -88,7 +87,7 @@ def log_environment(device: torch.device) -> None:
     """Say what the run runs on."""
     lines = [
         f"nasfcos {_version('nasfcos')}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"torch {torch.__version__}, torchvision {_version('torchvision')}, "
         f"CUDA {torch.version.cuda or 'not built in'}",
         f"{distributed.world_size()} process(es); this one on {_describe(device)}, "
         f"{torch.get_num_threads()} threads on {distributed.available_cores()} CPU cores",

@@ -6,7 +6,6 @@ against. Signatures are those of the schemas in :mod:`.library`.
 
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  (defines torch.ops.torchvision)
 from torch import Tensor
 
 # Any sample this many pixels out reads as zero whatever the image; torchvision's CPU kernel reads
@@ -312,7 +311,7 @@ def modulated_deform_conv2d(
     offset, mask = _tame(offset, mask)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    output = torch.ops.torchvision.deform_conv2d(
+    output = _torchvision().deform_conv2d(
         input, weight, offset, mask, bias, *stride, *padding, *dilation, 1, offset_groups, True
     )
     return output.contiguous(memory_format=memory_format(input))
@@ -332,7 +331,7 @@ def modulated_deform_conv2d_backward(
     tame_offset, tame_mask = _tame(offset, mask)
     bias = weight.new_zeros(weight.shape[0])
     grad_input, grad_weight, grad_offset, grad_mask, _ = (
-        torch.ops.torchvision._deform_conv2d_backward(
+        _torchvision()._deform_conv2d_backward(
             grad.contiguous(), input, weight, tame_offset, tame_mask, bias,
             *stride, *padding, *dilation, 1, offset_groups, True,
         )
@@ -343,6 +342,14 @@ def modulated_deform_conv2d_backward(
             (grad_input, input), (grad_offset, offset), (grad_mask, mask), (grad_weight, weight),
         )
     )  # fmt: skip
+
+
+def _torchvision():
+    """Its operators. They are there once it is imported, which takes a second: only who has no
+    compiled operator waits for it."""
+    import torchvision  # noqa: F401
+
+    return torch.ops.torchvision
 
 
 def memory_format(maps: Tensor) -> torch.memory_format:
