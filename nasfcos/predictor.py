@@ -59,6 +59,7 @@ class Predictor:
         >>> predictor = Predictor(load_config("configs/search/R_50_NAS_head.yaml"), "model.pth")
         >>> found = predictor("street.jpg")
         >>> [predictor.class_names[label - 1] for label in found["labels"]]
+        >>> predictor.draw("street.jpg", found).save("found.jpg")
 
     Attributes:
         model: the detector, in its form for inference in TEST.DTYPE.
@@ -118,8 +119,26 @@ class Predictor:
         """
         if isinstance(image, (list, tuple)):
             return [self(one) for one in image]
-        picture = _open(image) if isinstance(image, (str, os.PathLike)) else to_picture(image)
-        return self._detect(picture)
+        return self._detect(_to_picture(image))
+
+    def draw(
+        self,
+        image: str | os.PathLike[str] | AnyImage,
+        found: Detections,
+        score_threshold: float = 0.3,
+    ) -> Image.Image:
+        """A copy of an image with what was found in it: boxes, names of classes, scores.
+
+        Args:
+            image: as for detection.
+            found: its detections.
+            score_threshold: those below it are not drawn.
+
+        Raises:
+            UnreadableImage, ValueError: as for detection.
+        """
+        drawn = draw_detections(_to_picture(image), found, self.class_names, score_threshold)
+        return Image.fromarray(drawn)
 
     @torch.no_grad()
     def _detect(self, picture: Image.Image) -> Detections:
@@ -141,6 +160,10 @@ def _choose_names(cfg: CfgNode, recorded: list[str] | None, count: int) -> list[
         if len(names) == count:
             return names
     return [str(label) for label in range(1, count + 1)]
+
+
+def _to_picture(image: str | os.PathLike[str] | AnyImage) -> Image.Image:
+    return _open(image) if isinstance(image, (str, os.PathLike)) else to_picture(image)
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
@@ -335,9 +358,8 @@ def _write_picture(
     score_threshold: float,
 ) -> dict[str, Any]:
     """Write the picture with its boxes; gives the image's entry of detections.json."""
-    drawn = draw_detections(picture, found, predictor.class_names, score_threshold)
     with replacing(output) as temporary:
-        Image.fromarray(drawn).save(temporary, quality=92)
+        predictor.draw(picture, found, score_threshold).save(temporary, quality=92)
     return {
         "width": picture.width,
         "height": picture.height,
@@ -393,8 +415,8 @@ def _predict_video(
                         if not writer.isOpened():
                             raise OSError(f"this OpenCV cannot write the video {output}")
                     found = predictor(frame)
-                    drawn = draw_detections(frame, found, predictor.class_names, score_threshold)
-                    writer.write(np.ascontiguousarray(drawn[..., ::-1]))
+                    drawn = predictor.draw(frame, found, score_threshold)
+                    writer.write(np.ascontiguousarray(np.asarray(drawn)[..., ::-1]))
                     entry = {
                         "frame": index,
                         "time": round(index / rate, 4),

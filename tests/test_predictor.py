@@ -19,6 +19,7 @@ from nasfcos.engine.checkpoint import CONTENT
 from nasfcos.models.build import build_detector
 from nasfcos.models.weights import WeightsError
 from nasfcos.predictor import Predictor, find_inputs, predict_files
+from nasfcos.visualize import draw_detections
 
 CLASSES = ["cat", "dog", "ox"]
 
@@ -96,6 +97,20 @@ def test_every_way_to_give_an_image_gives_the_same(predictor, picture, tmp_path)
     assert isinstance(both, list) and len(both) == 2
     assert_same(both[1], expected)
     assert predictor([]) == []
+
+
+def test_draws_what_it_found(predictor, picture, tmp_path):
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    found = predictor(path)
+    threshold = float(found["scores"][1:3].mean())
+    best = {key: x[:2] for key, x in found.items()}
+    drawn = predictor.draw(path, found, threshold)
+    assert isinstance(drawn, Image.Image) and drawn.size == picture.size
+    expected = draw_detections(picture, best, CLASSES, 0.0)
+    np.testing.assert_array_equal(np.asarray(drawn), expected)
+    np.testing.assert_array_equal(np.asarray(predictor.draw(picture, best, 0.0)), expected)
+    assert predictor.draw(path, found, 1.1).tobytes() == picture.tobytes()
 
 
 def test_files_are_turned_upright(predictor, picture, tmp_path):
