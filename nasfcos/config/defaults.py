@@ -26,9 +26,13 @@ _C.MODEL.NUM_CLASSES = 0
 _C.MODEL.GENOTYPE = []
 # Compute the trainable batch norms over all processes (training on several GPUs).
 _C.MODEL.SYNC_BN = False
+# Your own Python modules (by name, on PYTHONPATH) that register backbones, necks or heads; see
+# nasfcos/models/registry.py. CUSTOM is for whatever settings these have.
+_C.MODEL.IMPORTS = ()
+_C.MODEL.CUSTOM = CN(new_allowed=True)
 
 _C.MODEL.BACKBONE = CN()
-# A registered backbone: "resnet" or "mobilenet_v2".
+# "resnet", "mobilenet_v2", or one of your own.
 _C.MODEL.BACKBONE.NAME = "resnet"
 # What is not trained. resnet: 0 nothing, 1 the stem, 2 the stem and the first stage, ... 5 all.
 # mobilenet_v2: so many of its 18 layers (the stem and 17 blocks; 14 to C4, 18 all).
@@ -52,13 +56,13 @@ _C.MODEL.MOBILENET = CN()
 _C.MODEL.MOBILENET.WIDTH = 1.0
 
 _C.MODEL.NECK = CN()
-# "fpn" (the plain pyramid) or "nas_fpn" (the cells of MODEL.GENOTYPE).
+# "fpn" (the plain pyramid), "nas_fpn" (the cells of MODEL.GENOTYPE), or one of your own.
 _C.MODEL.NECK.NAME = "fpn"
 # Channels of every pyramid level.
 _C.MODEL.NECK.CHANNELS = 256
 
 _C.MODEL.HEAD = CN()
-# "fcos" or "retinanet".
+# "fcos", "retinanet", or one of your own.
 _C.MODEL.HEAD.NAME = "fcos"
 # "plain" (NUM_CONVS 3x3 convs) or "searched" (the head part of MODEL.GENOTYPE).
 _C.MODEL.HEAD.TOWER = "plain"

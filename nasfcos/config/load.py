@@ -38,8 +38,6 @@ _FILES_WEIGHT = "__files_weight__"
 FREE_LISTS = ("SEARCH.PREPARE.OVERRIDES", "SEARCH.SELECT.OVERRIDES")
 
 CHOICES = {
-    "MODEL.NECK.NAME": ("nas_fpn", "fpn"),
-    "MODEL.HEAD.NAME": ("fcos", "retinanet"),
     "MODEL.HEAD.TOWER": ("plain", "searched"),
     "MODEL.RESNET.NORM": ("frozen_bn", "bn"),
     "SOLVER.OPTIMIZER": ("sgd", "adamw"),

@@ -11,7 +11,7 @@ from ..genotype import Genotype
 from . import backbones, heads, necks  # noqa: F401  (they register themselves)
 from .detector import Detector, Preprocess
 from .heads.post_process import PostProcess
-from .registry import BACKBONES, HEADS, NECKS
+from .registry import BACKBONES, HEADS, NECKS, import_parts
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
         num_classes: object classes, background not counted.
 
     Raises:
-        ConfigError: the name of a part that is not registered.
+        ConfigError: the name of a part that is not registered, or of a module that is not there.
     """
+    import_parts(cfg.MODEL.IMPORTS)
     if cfg.MODEL.GENOTYPE:
         logger.debug("genotype:\n%s", Genotype.parse(cfg.MODEL.GENOTYPE).describe())
     backbone = BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)

@@ -1,8 +1,21 @@
-"""Names for the parts that a config can choose."""
+"""Names for the parts that a config can choose, and own ones among them.
+
+A builder takes the config tree and what it builds upon, and gives a module:
+
+- ``BACKBONES``: ``build(cfg)``. The module turns a batch [N, 3, H, W] into the maps C2..C5 (strides
+  4 to 32), has their channels as ``out_channels``, and ``freeze_after(index)``, which ends the
+  training of what lies behind map `index`.
+- ``NECKS``: ``build(cfg, in_channels)``. The module turns C2..C5 into P3..P7 (strides 8 to 128) of
+  MODEL.NECK.CHANNELS channels, and has the index of the deepest map that it uses as
+  ``deepest_input``.
+- ``HEADS``: ``build(cfg, num_classes, post_process)``. The module is a
+  `nasfcos.models.heads.dense.DenseHead`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..config.errors import ConfigError, nearest
@@ -41,3 +54,19 @@ class Registry:
 BACKBONES = Registry("MODEL.BACKBONE.NAME")
 NECKS = Registry("MODEL.NECK.NAME")
 HEADS = Registry("MODEL.HEAD.NAME")
+
+
+def import_parts(modules: Sequence[str]) -> None:
+    """Import modules, by their names in Python, that register parts.
+
+    Raises:
+        ConfigError: a module that Python does not find, or that needs one that is not there.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"MODEL.IMPORTS names {name!r}, which cannot be imported ({error}). Its folder "
+                "must be named by the environment variable PYTHONPATH"
+            ) from error

@@ -15,6 +15,7 @@ from ..genotype import Genotype
 from ..models import HEADS, NECKS
 from ..models.heads.dense import DenseHead
 from ..models.heads.post_process import PostProcess
+from ..models.registry import import_parts
 
 
 def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
@@ -83,6 +84,7 @@ def build_decoder(
         seed: of the search. The weights follow from it and, of searched parts, from the genotype;
             the global random state is neither used nor changed.
     """
+    import_parts(cfg.MODEL.IMPORTS)
     own = weight_seed(seed, cfg.MODEL.GENOTYPE)
     plain = cfg.MODEL.HEAD.TOWER == "plain"
     generator = torch.random.default_generator
