@@ -3,6 +3,10 @@ import os
 import pytest
 import torch
 
+from tests.small import cfg, checkpoint, picture, predictor
+
+__all__ = ["cfg", "checkpoint", "picture", "predictor"]
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that test at a time
     torch.set_num_threads(1)
 

@@ -10,7 +10,8 @@ import sys
 from nasfcos.config import load_config
 from nasfcos.data import DataError
 from nasfcos.engine.launch import argument_parser, run
-from nasfcos.predictor import Predictor, predict_files
+from nasfcos.prediction import predict_files
+from nasfcos.predictor import Predictor
 from nasfcos.signals import StopRequest
 
 logger = logging.getLogger("nasfcos.predict")

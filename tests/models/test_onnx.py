@@ -17,7 +17,7 @@ from tests.known import ROOT
 from tests.models.test_export import SIZES, by_parts, images
 from tests.models.test_inference import lively
 from tests.ops.test_nms import random_boxes
-from tests.test_predictor import SMALL
+from tests.small import SMALL
 
 onnxruntime = pytest.importorskip("onnxruntime", "1.25")
 
