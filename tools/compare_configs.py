@@ -24,22 +24,27 @@ from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.files import replacing, write_json
 from nasfcos.search.select import check_full_training, train_in_full
 
-logger = logging.getLogger("nasfcos.compare")
+logger = logging.getLogger("nasfcos.compare_configs")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train configs with several seeds, compare AP.")
+    parser = argparse.ArgumentParser(
+        description="Train configs with several seeds, compare AP.", allow_abbrev=False
+    )
     parser.add_argument("--configs", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    args, overrides = parser.parse_known_args()
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="config keys to override, in pairs"
+    )
+    args = parser.parse_intermixed_args()
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
     output = Path(args.output)
     results: dict[str, list[dict[str, float]]] = {file: [] for file in args.configs}
 
     def job() -> None:
-        configs = {file: load_config(file, overrides) for file in args.configs}
+        configs = {file: load_config(file, args.overrides) for file in args.configs}
         with session(configs[args.configs[0]].MODEL.DEVICE) as device:
             log_to_file(output)
             for cfg in configs.values():

@@ -36,7 +36,7 @@ from nasfcos.search.space import Space, build_space, given_cells
 from nasfcos.search.stage import Pruning
 from nasfcos.search.strategies import build_strategy
 
-logger = logging.getLogger("nasfcos.compare")
+logger = logging.getLogger("nasfcos.compare_strategies")
 
 STRATEGIES = ("ppo", "evolution", "random")
 MOST_SEQUENCES = 10**6
