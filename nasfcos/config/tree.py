@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from yacs.config import CfgNode
+
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every setting of a tree; an empty section has none."""
@@ -37,6 +39,25 @@ def get_setting(tree: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         tree = tree[part]
     return tree
+
+
+def with_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
+    """A frozen copy of a config tree with settings by their dotted names, set as they are:
+    `override_config` is for what people write, which needs reading and checks.
+
+    Raises:
+        KeyError: there is no such setting, and none may be added.
+    """
+    copy = cfg.clone()
+    copy.defrost()
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        node = get_setting(copy, section) if section else copy
+        if key not in node and not node.is_new_allowed():
+            raise KeyError(name)
+        node[key] = value
+    copy.freeze()
+    return copy
 
 
 def literal(value: Any) -> Any:

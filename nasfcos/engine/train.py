@@ -27,6 +27,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..config.run_file import check_run_config, write_run_config
+from ..config.tree import with_settings
 from ..data import build_dataset, build_train_loader, class_names, num_classes
 from ..data.build import BatchLoader
 from ..download import local_path
@@ -493,15 +494,12 @@ def _with_seed(cfg: CfgNode, state: dict[str, Any] | None) -> CfgNode:
     """The config with an actual seed: where it has none, that of the resumed run or a new one."""
     if cfg.SEED >= 0:
         return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
     if state is not None:
-        cfg.SEED = yaml.safe_load(state["config"])["SEED"]
+        seed = yaml.safe_load(state["config"])["SEED"]
     else:
-        cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
-    cfg.freeze()
-    logger.info("SEED is -1: the seed of this run is %d", cfg.SEED)
-    return cfg
+        seed = distributed.broadcast(secrets.randbelow(2**31))
+    logger.info("SEED is -1: the seed of this run is %d", seed)
+    return with_settings(cfg, {"SEED": seed})
 
 
 def _seed_everything(seed: int) -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from nasfcos.config import ConfigError, get_defaults, load_config, override_config
 from nasfcos.config.inheritance import ordinary_base
-from nasfcos.config.tree import get_setting
+from nasfcos.config.tree import get_setting, with_settings
 from tests.known import GOLDEN, ROOT
 
 RELEASED = json.loads((GOLDEN / "configs.json").read_text())
@@ -226,6 +226,19 @@ def test_overriding_a_tree_checks_and_leaves_it_alone():
     cfg = override_config(cfg, ["SEARCH.PRUNING.RUNGS", (10,)], "there")
     with pytest.raises(ConfigError, match=r"^elsewhere: SEARCH\.PRUNING\.RUNGS ends at 10"):
         override_config(cfg, ["SEARCH.PROXY.ITERATIONS", 5], "elsewhere")
+
+
+def test_settings_of_a_copy():
+    cfg = load_config()
+    entry = {"FORMAT": "coco"}
+    settings = {"SEED": 5, "MODEL.NECK.CHANNELS": 8, "DATASETS.CUSTOM.mine": entry}
+    other = with_settings(cfg, settings)
+    assert other.SEED == 5 and other.MODEL.NECK.CHANNELS == 8
+    assert other.DATASETS.CUSTOM.mine is entry
+    assert cfg == load_config() and other.is_frozen() and other.MODEL.is_frozen()
+    for name in ("SEEDS", "MODEL.NECKS", "MODEL.NECKS.CHANNELS"):
+        with pytest.raises(KeyError, match="SEEDS|NECKS"):
+            with_settings(cfg, {name: 1})
 
 
 def test_what_a_config_adds_to_the_nearest_one_without_a_search(tmp_path):
