@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the file, the key and the remedy."""
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the closest of the candidates, or an empty string."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+def did_you_mean(matches: Sequence[str]) -> str:
+    """`` Did you mean 'x'?`` for the first of what may be meant, or an empty string."""
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`did_you_mean` for the closest of the candidates."""
+    return did_you_mean(difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5))
