@@ -39,7 +39,8 @@ from ..config.defaults import get_defaults
 from ..config.run_file import RUN_CONFIG
 from ..config.tree import leaves
 from ..files import replacing
-from ..models.weights import Weights, WeightsError, read_torch_file, read_weights
+from ..models.weights import Weights, read_weights
+from ..torch_files import TorchFileError, read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         state = read_torch_file(path)
-    except WeightsError as error:
+    except TorchFileError as error:
         raise CheckpointError(str(error)) from error
     missing = CONTENT - (state.keys() if isinstance(state, dict) else set())
     if missing:

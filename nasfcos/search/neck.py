@@ -14,7 +14,7 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing
 from ..genotype import Cell, Genotype
-from ..models.weights import read_saved
+from ..torch_files import read_saved
 from .cache import FeatureCache
 from .decoder import Decoder, build_decoder, proxy_config
 from .examples import Examples, make_room, open_examples

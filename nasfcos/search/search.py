@@ -25,8 +25,8 @@ from ..engine.train import check_device
 from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..locks import only_one
-from ..models.weights import read_saved
 from ..signals import StopRequest
+from ..torch_files import read_saved
 from ..transfer import free_gpu_memory
 from .cache import FeatureCache, build_caches
 from .cost import build_objective

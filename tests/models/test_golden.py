@@ -9,7 +9,7 @@ import torch
 
 import nasfcos
 from nasfcos.engine import build_lr_scheduler, build_optimizer
-from nasfcos.models.weights import released_names
+from nasfcos.models.layouts import released_names
 from tests.known import (
     ROOT,
     TARGETS,
