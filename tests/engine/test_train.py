@@ -18,7 +18,8 @@ from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
-from nasfcos.engine.train import Run, build_model, forward_backward, update
+from nasfcos.engine.run import Run, save_run
+from nasfcos.engine.train import build_model, forward_backward, update
 from nasfcos.locks import only_one
 from nasfcos.models.weights import WeightsError
 from nasfcos.signals import Interrupted
@@ -518,7 +519,7 @@ def test_weights_that_are_not_finite_are_never_saved(config, tmp_path):
     with torch.no_grad():
         model.backbone.stem.conv1.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
-        train_module._save(cfg, run, tmp_path / "model_0000004.pth", StepMonitor())
+        save_run(cfg, run, tmp_path / "model_0000004.pth", StepMonitor())
     assert not (tmp_path / "model_0000004.pth").exists()
 
 
