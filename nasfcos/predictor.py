@@ -14,15 +14,14 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from .config import ConfigError
-from .data import DataError, class_names, num_classes, resized_shape
+from .data import DataError, class_names, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
 from .engine.checkpoint import NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
-from .engine.test import inference_form, to_original_size
-from .models.build import build_detector
-from .models.weights import Weights, WeightsError, load_weights, read_weights
+from .engine.test import build_trained, inference_form, to_original_size
+from .models.weights import Weights, WeightsError, read_weights
 from .transfer import to_cpu
 from .visualize import AnyImage, draw_detections, to_picture
 
@@ -68,12 +67,10 @@ class Predictor:
             recorded = read_weights(recorded)
         if recorded.kind != "detector":
             raise WeightsError(f"{recorded.name} is a {recorded.description}: {NEEDS_DETECTOR}")
-        classes = cfg.MODEL.NUM_CLASSES or len(recorded.classes or ()) or num_classes(cfg)
-        self.class_names = _choose_names(cfg, recorded.classes, classes)
         self.device = resolve_device(cfg.MODEL.DEVICE)
-        model = build_detector(cfg, classes)
-        load_weights(model, recorded)
-        self.model = inference_form(cfg, model.to(self.device))
+        model = build_trained(cfg, recorded, self.device)
+        self.class_names = _choose_names(cfg, recorded.classes, model.head.num_classes)
+        self.model = inference_form(cfg, model)
         self.min_size = cfg.INPUT.MIN_SIZE_TEST
         self.max_size = cfg.INPUT.MAX_SIZE_TEST
 

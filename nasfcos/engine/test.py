@@ -94,7 +94,7 @@ def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
 
 def load_test_model(
     cfg: CfgNode, device: torch.device
-) -> tuple[nn.Module, list[str] | None]:
+) -> tuple[Detector, list[str] | None]:
     """The detector to be tested, with the weights that `find_weights` finds.
 
     Where MODEL.NUM_CLASSES is 0 and the annotations of the training data are not at hand, the
@@ -114,10 +114,22 @@ def load_test_model(
     """
     weights = _read_test_weights(cfg)
     _check_classes(cfg, weights)
+    return build_trained(cfg, weights, device), weights.classes
+
+
+def build_trained(cfg: CfgNode, weights: Weights, device: torch.device) -> Detector:
+    """The config's detector with a whole detector's weights, on `device`.
+
+    Where MODEL.NUM_CLASSES is 0, there are as many classes as the weights record, or else as the
+    training data has.
+
+    Raises:
+        WeightsError: they are not those of a whole detector of this config.
+    """
     classes = cfg.MODEL.NUM_CLASSES or len(weights.classes or ()) or num_classes(cfg)
     model = build_detector(cfg, classes)
     load_weights(model, weights)
-    return model.to(device), weights.classes
+    return model.to(device)
 
 
 def _read_test_weights(cfg: CfgNode) -> Weights:
