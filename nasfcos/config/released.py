@@ -7,7 +7,7 @@ Each key is named here once: with the key it becomes, with the value it must hav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ConfigError, nearest
 from .tree import leaves, literal, nested
@@ -16,6 +16,21 @@ RESNET_BLOCKS = {
     "R-50": [3, 4, 6, 3],
     "R-101": [3, 4, 23, 3],
 }
+
+
+class Rule(NamedTuple):
+    """What becomes of a released key.
+
+    Attributes:
+        settings: made of a value of it.
+        target: the key of this project that stands for it, if one does.
+    """
+
+    settings: Callable[[Any], dict[str, Any]]
+    target: str | None = None
+
+
+UNUSED = Rule(lambda value: {})
 
 
 def _body(value: str) -> dict[str, Any]:
@@ -27,22 +42,22 @@ def _body(value: str) -> dict[str, Any]:
     return {"MODEL.BACKBONE.NAME": "resnet", "MODEL.RESNET.BLOCKS": blocks}
 
 
-def _to(key: str, convert: Callable[[Any], Any] = lambda v: v) -> Callable[[Any], dict[str, Any]]:
-    return lambda value: {key: convert(value)}
+def _to(key: str, convert: Callable[[Any], Any] = lambda v: v) -> Rule:
+    return Rule(lambda value: {key: convert(value)}, key)
 
 
-def _when(**keys: Any) -> Callable[[Any], dict[str, Any]]:
-    """Sets keys (dots written as two underscores) if the released switch is on."""
-    return lambda value: {k.replace("__", "."): v for k, v in keys.items()} if value else {}
+def _when(key: str, setting: Any) -> Rule:
+    """Sets a key if the released switch is on."""
+    return Rule(lambda value: {key: setting} if value else {}, key)
 
 
-def _only(*allowed: Any) -> Callable[[Any], dict[str, Any]]:
+def _only(*allowed: Any) -> Rule:
     def check(value: Any) -> dict[str, Any]:
         if value not in allowed:
             raise ValueError(f"only {' or '.join(map(repr, allowed))} is supported")
         return {}
 
-    return check
+    return Rule(check)
 
 
 def _classes(count: int) -> dict[str, Any]:
@@ -51,53 +66,45 @@ def _classes(count: int) -> dict[str, Any]:
     return {"MODEL.NUM_CLASSES": count - 1}
 
 
-def _unused(_: Any) -> dict[str, Any]:
-    return {}
-
-
-def _same(key: str) -> tuple[str, Callable[[Any], dict[str, Any]]]:
-    return key, _to(key)
-
-
 # Released key -> the settings it becomes. A key ending in ".*" stands for a whole section.
-TRANSLATION: dict[str, Callable[[Any], dict[str, Any]]] = {
+TRANSLATION: dict[str, Rule] = {
     "MODEL.META_ARCHITECTURE": _only("SingleStageDetector"),
     "MODEL.RPN_ONLY": _only(True),
-    "MODEL.DENSEBOX_ON": _when(MODEL__HEAD__NAME="fcos"),
-    "MODEL.RETINANET_ON": _when(MODEL__HEAD__NAME="retinanet"),
-    "MODEL.BACKBONE.CONV_BODY": _body,
-    "MODEL.BACKBONE.OUT_CHANNELS": _unused,
-    "MODEL.BACKBONE.ENCODER_OUT_CHANNELS": _unused,
+    "MODEL.DENSEBOX_ON": _when("MODEL.HEAD.NAME", "fcos"),
+    "MODEL.RETINANET_ON": _when("MODEL.HEAD.NAME", "retinanet"),
+    "MODEL.BACKBONE.CONV_BODY": Rule(_body, "MODEL.BACKBONE.NAME"),
+    "MODEL.BACKBONE.OUT_CHANNELS": UNUSED,
+    "MODEL.BACKBONE.ENCODER_OUT_CHANNELS": UNUSED,
     "MODEL.BACKBONE.FREEZE_CONV_BODY_AT": _to("MODEL.BACKBONE.FREEZE_AT", lambda n: max(n, 0)),
     "MODEL.RESNETS.STRIDE_IN_1X1": _to("MODEL.RESNET.STRIDE_IN_1X1"),
     "MODEL.RESNETS.NUM_GROUPS": _to("MODEL.RESNET.NUM_GROUPS"),
     "MODEL.RESNETS.WIDTH_PER_GROUP": _to("MODEL.RESNET.WIDTH_PER_GROUP"),
-    "MODEL.RESNETS.BACKBONE_OUT_CHANNELS": _unused,
-    "MODEL.RETINANET.NUM_CLASSES": _classes,
+    "MODEL.RESNETS.BACKBONE_OUT_CHANNELS": UNUSED,
+    "MODEL.RETINANET.NUM_CLASSES": Rule(_classes, "MODEL.NUM_CLASSES"),
     "MODEL.RETINANET.NMS_TH": _to("TEST.NMS_IOU"),
     "MODEL.RETINANET.FG_IOU_THRESHOLD": _to("MODEL.RETINANET.FG_IOU"),
     "MODEL.RETINANET.BG_IOU_THRESHOLD": _to("MODEL.RETINANET.BG_IOU"),
     "MODEL.RETINANET.SCALES_PER_OCTAVE": _to("MODEL.RETINANET.SCALES_PER_OCTAVE"),
     "MODEL.RETINANET.STRADDLE_THRESH": _only(-1),
     "MODEL.RETINANET.USE_C5": _only(False),
-    "MODEL.RPN.*": _unused,
-    "MODEL.ROI_HEADS.*": _unused,
-    "MODEL.ROI_BOX_HEAD.*": _unused,
-    "SEARCH.NAS_DECODER_ON": _when(MODEL__NECK__NAME="nas_fpn"),
-    "SEARCH.NAS_HEAD_ON": _when(MODEL__HEAD__TOWER="searched"),
+    "MODEL.RPN.*": UNUSED,
+    "MODEL.ROI_HEADS.*": UNUSED,
+    "MODEL.ROI_BOX_HEAD.*": UNUSED,
+    "SEARCH.NAS_DECODER_ON": _when("MODEL.NECK.NAME", "nas_fpn"),
+    "SEARCH.NAS_HEAD_ON": _when("MODEL.HEAD.TOWER", "searched"),
     "SEARCH.DECODER.CONFIG": _to("MODEL.GENOTYPE"),
     "SEARCH.DECODER.AGG_SIZE": _to("MODEL.NECK.CHANNELS"),
     "SEARCH.DECODER.VERSION": _only(2),
-    "SEARCH.DECODER.NUM_CELLS": _unused,
-    "SEARCH.DECODER.OP_SIZE": _unused,
-    "SEARCH.HEAD.NUM_HEAD_LAYERS": _unused,
-    "SEARCH.HEAD.OP_SIZE": _unused,
-    "SEARCH.HEAD.AGG_OP_SIZE": _unused,
+    "SEARCH.DECODER.NUM_CELLS": UNUSED,
+    "SEARCH.DECODER.OP_SIZE": UNUSED,
+    "SEARCH.HEAD.NUM_HEAD_LAYERS": UNUSED,
+    "SEARCH.HEAD.OP_SIZE": UNUSED,
+    "SEARCH.HEAD.AGG_OP_SIZE": UNUSED,
     "SEARCH.HEAD.OUTPUT_CONCAT": _only(False),
     "SEARCH.HEAD.WEIGHT_SHARE_SEARCH": _only(True),
-    "SOLVER.NUM_GPUS": _unused,
-    **dict(
-        _same(key)
+    "SOLVER.NUM_GPUS": UNUSED,
+    **{
+        key: _to(key)
         for key in (
             "MODEL.WEIGHT",
             "MODEL.DEVICE",
@@ -127,7 +134,7 @@ TRANSLATION: dict[str, Callable[[Any], dict[str, Any]]] = {
             "TEST.IMS_PER_BATCH",
             "OUTPUT_DIR",
         )
-    ),
+    },
 }
 
 MARKS = (("MODEL", "META_ARCHITECTURE"), ("MODEL", "RPN_ONLY"), ("SEARCH", "NAS_DECODER_ON"))
@@ -162,7 +169,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
             )
         value = literal(raw)  # the release writes tuples as text: (60000,80000,)
         try:
-            made = rule(value)
+            made = rule.settings(value)
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: {name} is {value!r}: {error}") from None
         settings.update(made)
@@ -180,13 +187,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
 
 def successor_of(name: str) -> str | None:
     """The key of this project that a released one of another name became, if one did."""
-    for example in (2, "R-50"):
-        try:
-            made = TRANSLATION[name](example)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            continue
-        return next(iter(made), None)
-    return None
+    return TRANSLATION[name].target if name in TRANSLATION else None
 
 
 def _sections(name: str) -> Iterator[str]:
