@@ -240,7 +240,7 @@ def restore_solver(
     that are trained: those that were not until now start without moments.
 
     Raises:
-        CheckpointError: the moments are those of other parameters.
+        CheckpointError: the moments are those of other parameters, or of parameters without names.
     """
     own = optimizer.state_dict()
     moments = _moments(optimizer, own, state["optimizer"])
@@ -259,13 +259,6 @@ def _moments(
     """The saved moments by the numbers that the parameters have now, laid out as these are: a fused
     optimizer looks neither at shapes nor at strides."""
     names, saved_names = _numbers_by_name(own), _numbers_by_name(saved)
-    if names is None or saved_names is None:  # checkpoints had no names at first
-        names, saved_names = (_numbers_by_place(groups) for groups in (own, saved))
-        if names.keys() != saved_names.keys():
-            raise CheckpointError(
-                "the checkpoint to resume from trained other parameters, and does not name them: "
-                "resume with its MODEL.BACKBONE.FREEZE_AT, or start anew from it by MODEL.WEIGHT"
-            )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {}
     for name, number in names.items():
@@ -290,22 +283,15 @@ def _moments(
     return moments
 
 
-def _numbers_by_name(optimizer_state: dict[str, Any]) -> dict[str, int] | None:
-    """None: the parameters have no names there."""
+def _numbers_by_name(optimizer_state: dict[str, Any]) -> dict[str, int]:
     groups = optimizer_state["param_groups"]
     if not all("param_names" in group for group in groups):
-        return None
+        raise CheckpointError(
+            "the checkpoint to resume from does not name the parameters that it trained: start "
+            "anew from it by MODEL.WEIGHT"
+        )
     pairs = (zip(group["param_names"], group["params"], strict=True) for group in groups)
     return dict(itertools.chain(*pairs))
-
-
-def _numbers_by_place(optimizer_state: dict[str, Any]) -> dict[str, int]:
-    """The same by group and place in the group."""
-    return {
-        f"{place} of group {number}": parameter
-        for number, group in enumerate(optimizer_state["param_groups"])
-        for place, parameter in enumerate(group["params"])
-    }
 
 
 def check_classes(recorded: Sequence[str] | None, wanted: Sequence[str], source: str) -> None:
