@@ -66,12 +66,10 @@ class Weights:
 class LoadReport:
     """What `load_weights` did with each tensor (names are this project's)."""
 
-    kind: str
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
-    classes: list[str] | None = None
 
     @property
     def complete(self) -> bool:
@@ -125,7 +123,7 @@ def load_weights(
         tensors = _fit_batch_norms(model, tensors)
         wanted = {k: v for k, v in own.items() if k.startswith(("backbone.", "preprocess."))}
 
-    report = LoadReport(weights.kind, classes=weights.classes)
+    report = LoadReport()
     for key in wanted:
         if key not in tensors:
             report.missing.append(key)
