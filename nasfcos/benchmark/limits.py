@@ -35,8 +35,10 @@ def matmul_limit(dtype: torch.dtype, setting: Setting) -> Variant:
     def run() -> None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(like_convolutions)
-        torch.mm(a, b, out=product)
-        torch.set_float32_matmul_precision(before)
+        try:
+            torch.mm(a, b, out=product)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     name = matmul_name(dtype)
     return Variant(name, run, True, side**3 / 1e9, MULTIPLY_ADDS, memory=False)
