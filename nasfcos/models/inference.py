@@ -226,17 +226,6 @@ class FusedInvertedResidual(nn.Module):
         return self.last(self.first(x), x if self.residual else None)
 
 
-class FusedDeformConv(nn.Module):
-    """`DeformConv` with its norm folded in."""
-
-    def __init__(self, block: DeformConv) -> None:
-        super().__init__()
-        self.conv = folded(block.conv, block.norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).relu()  # not in place, for exporters of PyTorch 2.6
-
-
 class FusedConcat(nn.Module):
     """`Concat` in one pass."""
 
@@ -300,10 +289,6 @@ def folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
 def optimized(module: nn.Module) -> nn.Module:
     """A module's form for inference; the module given is used up. Other modules' layers are
     optimised where they are."""
-    return _with_optimized_layers(module)
-
-
-def _with_optimized_layers(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, optimized(child))
     return module
@@ -347,34 +332,26 @@ def _(module: InvertedResidual) -> nn.Module:
     return FusedInvertedResidual(module)
 
 
-@optimized.register
-def _(module: ConvNormAct) -> nn.Module:
-    if isinstance(module.norm, FIXED_NORMS):
-        return FusedConv(folded(module.conv, module.norm), relu=True)
-    if isinstance(module.norm, nn.Identity):
-        return FusedConv(module.conv, relu=True)
-    if isinstance(module.norm, nn.GroupNorm):
-        return nn.Sequential(module.conv, GroupNormRelu(module.norm))
-    return _with_optimized_layers(module)
+def _rectified(conv: nn.Module, norm: nn.Module) -> list[nn.Module]:
+    """Layers for a convolution, its norm and ReLU."""
+    if isinstance(norm, nn.GroupNorm):
+        return [conv, GroupNormRelu(norm)]
+    if isinstance(norm, FIXED_NORMS):
+        conv, norm = folded(conv, norm), nn.Identity()
+    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.Identity):
+        return [FusedConv(conv, relu=True)]
+    return [conv, optimized(norm), nn.ReLU()]  # not in place, for exporters of PyTorch 2.6
+
+
+@optimized.register(ConvNormAct)
+@optimized.register(DeformConv)
+def _(module: ConvNormAct | DeformConv) -> nn.Module:
+    return nn.Sequential(*_rectified(module.conv, module.norm))
 
 
 @optimized.register
 def _(module: SeparableConv) -> nn.Module:
-    if isinstance(module.norm, FIXED_NORMS):
-        pointwise = FusedConv(folded(module.pointwise, module.norm), relu=True)
-        return nn.Sequential(module.depthwise, pointwise)
-    if isinstance(module.norm, nn.GroupNorm):
-        return nn.Sequential(module.depthwise, module.pointwise, GroupNormRelu(module.norm))
-    return _with_optimized_layers(module)
-
-
-@optimized.register
-def _(module: DeformConv) -> nn.Module:
-    if isinstance(module.norm, FIXED_NORMS):
-        return FusedDeformConv(module)
-    if isinstance(module.norm, nn.GroupNorm):
-        return nn.Sequential(module.conv, GroupNormRelu(module.norm))
-    return _with_optimized_layers(module)
+    return nn.Sequential(module.depthwise, *_rectified(module.pointwise, module.norm))
 
 
 @optimized.register

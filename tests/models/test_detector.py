@@ -142,7 +142,7 @@ def test_stages_that_no_cell_takes_are_not_trained(backbone):
 def test_extra_outputs_are_added_to_each_level():
     """Skip connections and sums only: the pyramid is a sum of resized adapters."""
     genotype = Genotype.parse([[[i, i, 3, 3, 0]] for i in (1, 3, 2, 1)])
-    neck = NASFPN([4, 4, 4, 4], 4, genotype, norm=lambda c: torch.nn.Identity()).eval()
+    neck = NASFPN([4, 4, 4, 4], 4, genotype).eval()
     features = [torch.rand(1, 4, size, size) for size in (32, 16, 8, 4)]
     c3, c4, c5 = (neck.adapt[i](features[i]) * 2 for i in (1, 2, 3))
 

@@ -47,11 +47,11 @@ def plain_tower(channels: int, num_convs: int, norm: Norm | None) -> Tower:
     return Tower(layers)
 
 
-def searched_tower(channels: int, genotype: Genotype, norm: Norm = group_norm) -> Tower:
-    """The head operations of a genotype (paper, section 3.2)."""
+def searched_tower(channels: int, genotype: Genotype) -> Tower:
+    """The head operations of a genotype (paper, section 3.2), with GroupNorm."""
 
     def layer(index: int, op: int) -> nn.Module:
-        make = lambda: OPERATIONS[HEAD_OPS[op]](channels, norm)  # noqa: E731
+        make = lambda: OPERATIONS[HEAD_OPS[op]](channels, group_norm)  # noqa: E731
         return PerLevel(make) if index < genotype.head_split else make()
 
     return Tower([layer(index, op) for index, op in enumerate(genotype.head_ops)])

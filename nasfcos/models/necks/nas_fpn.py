@@ -90,7 +90,6 @@ class NASFPN(nn.Module):
         in_channels: of C2..C5.
         channels: of every node and level.
         genotype: its cells; the head part is ignored.
-        norm: makes each norm layer.
 
     A backbone map that no cell takes keeps its adapter, as the released checkpoints do, but the
     adapter is neither computed nor trained.
@@ -98,15 +97,10 @@ class NASFPN(nn.Module):
     `deepest_input` is the index of the deepest backbone map that some cell takes.
     """
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int,
-        genotype: Genotype,
-        norm: Norm = nn.BatchNorm2d,
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int, genotype: Genotype) -> None:
         super().__init__()
         self.genotype = genotype
+        norm = nn.BatchNorm2d
         self.adapt = nn.ModuleList(
             ConvNormAct(c, channels, 1, norm, bias=False) for c in in_channels
         )
