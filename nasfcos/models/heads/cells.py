@@ -80,6 +80,11 @@ def read_cells(maps: Sequence[Tensor], cells: Cells, channels: int) -> Tensor:
     return torch.cat(rows).unflatten(1, (-1, channels)).flatten(0, 1).float()
 
 
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Of each image's rows [N, L, D] those at its indices [N, K]: [N, K, D]."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
 def nonzero(mask: Tensor) -> Tensor:
     """The indices [K] of the true elements of a mask [L] on the CPU, in a tenth of torch's time."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))

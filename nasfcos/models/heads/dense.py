@@ -21,6 +21,7 @@ from .cells import (
     flatten_map,
     nonzero,
     read_cells,
+    take,
 )
 from .post_process import Candidates, Detections, PostProcess, Ranked
 
@@ -40,6 +41,18 @@ class Assignment:
 
     labels: Tensor
     wanted: Tensor
+
+    def pairs(self, maps: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor]:
+        """What all levels' maps [N, places * 4, H, W] predict of the boxes, and what is wanted,
+        [N, L, 4] each, in single precision or double.
+
+        Places without an object hold `fill` in both: all take part, since how many have one, and
+        which, only the device knows.
+        """
+        positive = (self.labels > 0)[..., None]
+        predicted = at_least_single(flatten_levels(maps, 4))
+        wanted = self.wanted.to(predicted.dtype)
+        return torch.where(positive, predicted, fill), torch.where(positive, wanted, fill)
 
 
 class LossTerm(NamedTuple):
@@ -165,7 +178,7 @@ class DenseHead(nn.Module):
         for maps in factor_maps:
             factor = factor * flatten_levels(maps, 1).squeeze(2).float().sigmoid()
         place, label, scores = self.post_process.best_of_levels(flat, factor, counts)
-        predictions = flatten_levels(box_maps, 4).gather(1, place[..., None].expand(-1, -1, 4))
+        predictions = take(flatten_levels(box_maps, 4), place)
         places = self.places(all_cells([tuple(x.shape[-2:]) for x in logits], place.device))
         boxes = self.decode(predictions.float(), places[place])
         return self.post_process.rank(boxes, scores, label + 1, sizes)

@@ -14,7 +14,7 @@ from ...boxes import legacy_areas
 from ...transfer import to_device
 from ..layers import Scale, group_norm
 from ..registry import HEADS
-from .cells import STRIDES, Cells, all_cells, flatten_levels
+from .cells import STRIDES, Cells, all_cells, flatten_levels, take
 from .dense import (
     Assignment,
     DenseHead,
@@ -92,7 +92,7 @@ class FCOSHead(DenseHead):
         box = winner.clamp(min=0)
         labels = torch.where(winner < 0, 0, box_labels.gather(1, box))
         points = self.places(all_cells(shapes, device))
-        corners = boxes.gather(1, box[..., None].expand(-1, -1, 4))
+        corners = take(boxes, box)
         distances = torch.cat((points - corners[..., :2], corners[..., 2:] - points), dim=2)
         return Assignment(labels, distances)
 
@@ -103,14 +103,8 @@ class FCOSHead(DenseHead):
         over positives + images, centerness-weighted IoU loss over the sum of its weights, mean
         cross-entropy of centerness over positives)."""
         logits, distances, centerness = outputs
-        # All places take part, those without an object at no weight: how many have one, and which,
-        # only the device knows.
         positive = assignment.labels > 0
-        predicted = at_least_single(flatten_levels(distances, 4))
-        predicted, wanted = (
-            torch.where(positive[..., None], x, 1.0)
-            for x in (predicted, assignment.wanted.to(predicted.dtype))
-        )
+        predicted, wanted = assignment.pairs(distances, fill=1.0)
         weight = torch.where(positive, centerness_targets(wanted), 0.0)
         box_weight, count = weight.sum(), positive.sum()
         loss_box = (iou_loss(predicted, wanted) * weight).sum()
@@ -165,7 +159,7 @@ def assign_fcos(
     # From small to large: the winner is the first that fits.
     order = legacy_areas(boxes).argsort(dim=1, stable=True)
     padding = -boxes.shape[1] % WORD
-    boxes = F.pad(boxes.gather(1, order[..., None].expand_as(boxes)), (0, 0, 0, padding))
+    boxes = F.pad(take(boxes, order), (0, 0, 0, padding))
     columns = _along([width for _, width in shapes], size_ranges, boxes[..., 0::2])
     rows = _along([height for height, _ in shapes], size_ranges, boxes[..., 1::2])
     fits = []

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...boxes import clip_boxes
 from ...ops import batched_nms, nms_mask
 from ...transfer import to_device
+from .cells import take
 
 Detections = dict[str, Tensor]
 """``boxes`` [N, 4] legacy xyxy in pixels, ``scores`` [N], ``labels`` [N] from 1; best first."""
@@ -69,8 +70,7 @@ class Ranked(NamedTuple):
     def first(self, most: int) -> Ranked:
         """The same with those that are detections before all others, and at most so many."""
         order = self.kept.sort(dim=1, descending=True, stable=True).indices[:, :most]
-        boxes = self.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        return Ranked(boxes, *(x.gather(1, order) for x in self[1:]))
+        return Ranked(take(self.boxes, order), *(x.gather(1, order) for x in self[1:]))
 
     def detections(self) -> list[Detections]:
         """Each image's detections. A GPU is waited for once, however many images there are."""
@@ -180,7 +180,7 @@ class PostProcess:
 
         classes = logits.shape[2]
         every = place.flatten(1)
-        rows = logits.gather(1, every[..., None].expand(-1, -1, classes)).float()
+        rows = take(logits, every).float()
         score = rows.sigmoid() * factor.gather(1, every)[..., None]
         score = torch.where((rows > self.limit) & present.flatten(1)[..., None], score, ABSENT)
         score = score.reshape(*place.shape[:2], -1)
@@ -200,8 +200,7 @@ class PostProcess:
         if scores.shape[1] > MOST_IN_NMS:
             most = max(1, int((scores >= 0).sum(1).max()))
             scores, order = scores[:, :most], order[:, :most]
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        boxes = clip_boxes(boxes, *sizes[..., None].unbind(1))
+        boxes = clip_boxes(take(boxes, order), *sizes[..., None].unbind(1))
         labels = labels.gather(1, order)
         kept = nms_mask(boxes, labels, (scores >= 0).sum(1), self.nms_iou, legacy=True)
         surely = kept & (kept.cumsum(1) <= self.detections_per_image)

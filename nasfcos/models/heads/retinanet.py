@@ -12,13 +12,12 @@ from yacs.config import CfgNode
 
 from ...boxes import legacy_iou, legacy_sizes
 from ..registry import HEADS
-from .cells import STRIDES, Cells, all_cells, flatten_levels
+from .cells import STRIDES, Cells, all_cells, take
 from .dense import (
     Assignment,
     DenseHead,
     LossTerm,
     Targets,
-    at_least_single,
     padded_targets,
     prediction_layer,
     prior_bias,
@@ -118,23 +117,15 @@ class RetinaNetHead(DenseHead):
         box = match.clamp(min=0)
         labels = torch.where(match == BETWEEN, IGNORED, 0)
         labels = torch.where(match >= 0, box_labels.gather(1, box), labels)
-        matched = boxes.gather(1, box[..., None].expand(-1, -1, 4))
-        return Assignment(labels, encode(matched, anchors))
+        return Assignment(labels, encode(take(boxes, box), anchors))
 
     def loss_terms(
         self, outputs: tuple[list[Tensor], ...], assignment: Assignment
     ) -> dict[str, LossTerm]:
         """``loss_cls`` (focal, over positives + images) and ``loss_box`` (smooth L1)."""
         logits, codes = outputs
-        positive = assignment.labels > 0
-        # Anchors without an object take part with a difference of zero: how many have one, and
-        # which, only the device knows.
-        predicted = at_least_single(flatten_levels(codes, 4))
-        predicted, wanted = (
-            torch.where(positive[..., None], x, 0.0)
-            for x in (predicted, assignment.wanted.to(predicted.dtype))
-        )
-        box_weight = positive.sum() * self.box_loss_divisor
+        predicted, wanted = assignment.pairs(codes, fill=0.0)
+        box_weight = (assignment.labels > 0).sum() * self.box_loss_divisor
         loss_box = nn.functional.smooth_l1_loss(
             predicted, wanted, beta=self.smooth_l1_beta, reduction="sum"
         )
