@@ -6,7 +6,6 @@ python tools/export.py --config-file FILE --output detector.onnx --size 800 1088
 python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
 """
 
-import importlib.util
 import io
 import json
 import logging
@@ -14,30 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
-from yacs.config import CfgNode
 
 import nasfcos
 from nasfcos.config import ConfigError, load_config
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.files import replacing
+from nasfcos.models.onnx import check_onnx
 
 logger = logging.getLogger("nasfcos.export")
 
 SUFFIXES = (".onnx", ".pt2")
-
-
-def check_onnx(cfg: CfgNode) -> None:
-    """Say before the work what stands against an ONNX file.
-
-    Raises:
-        ConfigError: something does.
-    """
-    if cfg.TEST.DTYPE != "float32":
-        raise ConfigError(f"TEST.DTYPE: ONNX files are written in float32, not {cfg.TEST.DTYPE}")
-    if cfg.TEST.NMS_IOU <= 0:
-        raise ConfigError("TEST.NMS_IOU 0: NMS of ONNX does not suppress boxes without an overlap")
-    if importlib.util.find_spec("onnxscript") is None:
-        raise ConfigError("ONNX files are written with onnxscript: pip install 'nasfcos[onnx]'")
 
 
 def main() -> int:
@@ -69,7 +54,10 @@ def main() -> int:
         device = ["MODEL.DEVICE", "cpu"] if is_onnx else []
         cfg = load_config(args.config_file, [*args.overrides, *device])
         if is_onnx:
-            check_onnx(cfg)
+            try:
+                check_onnx(getattr(torch, cfg.TEST.DTYPE), cfg.TEST.NMS_IOU)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(error) from error
         predictor = nasfcos.Predictor(cfg)
         dtype = torch.uint8 if args.uint8 else torch.float32
         images = torch.zeros(args.batch, 3, *args.size, dtype=dtype, device=predictor.device)

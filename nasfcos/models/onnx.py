@@ -21,6 +21,30 @@ _INT32, _BOOL = 6, 9
 _NMS_MASK = torch.ops.nasfcos.nms_mask.default
 
 
+def check_onnx(dtype: torch.dtype, nms_iou: float) -> None:
+    """Say before the work what stands against an ONNX file.
+
+    Args:
+        dtype: of the detector's maps and weights.
+        nms_iou: at which its NMS suppresses.
+
+    Raises:
+        ImportError: the packages of ``nasfcos[onnx]`` are not installed.
+        ValueError: another dtype than float32, or an IoU of 0.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "ONNX files are written with onnxscript, which is not installed: "
+            "pip install 'nasfcos[onnx]'"
+        ) from error
+    if dtype != torch.float32:
+        raise ValueError(f"TEST.DTYPE: a detector for ONNX must be in float32, not {dtype}")
+    if nms_iou <= 0:
+        raise ValueError("TEST.NMS_IOU 0: NMS of ONNX cannot suppress boxes that do not overlap")
+
+
 def export_onnx(
     program: torch.export.ExportedProgram,
     file: str | os.PathLike[str],
@@ -38,22 +62,12 @@ def export_onnx(
             file's metadata.
 
     Raises:
-        ImportError: the packages of ``nasfcos[onnx]`` are not installed.
-        ValueError: a program in another dtype, or with TEST.NMS_IOU 0.
+        ImportError, ValueError: as `check_onnx`.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "ONNX files are written with onnxscript, which is not installed: "
-            "pip install 'nasfcos[onnx]'"
-        ) from error
-    dtypes = {x.dtype for x in program.state_dict.values()} & {torch.float16, torch.bfloat16}
-    if dtypes:
-        raise ValueError(f"a detector for ONNX must be in float32, not {dtypes.pop()}")
-    suppression = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
-    if any(node.args[3] <= 0 for node in suppression):
-        raise ValueError("NMS of ONNX cannot suppress boxes that do not overlap (TEST.NMS_IOU 0)")
+    (nms,) = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
+    # Where weights are in half precision, some stay in float32.
+    half = {x.dtype for x in program.state_dict.values()} & {torch.float16, torch.bfloat16}
+    check_onnx(half.pop() if half else torch.float32, nms.args[3])
 
     translated = translations()
     operators = {getattr(torch.ops.nasfcos, name).default: name for name in OPERATORS}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import nasfcos
+from nasfcos.engine import launch
 from nasfcos.models.onnx import OPSET, translations
 from nasfcos.ops import nms_mask
 from tests.known import ROOT
@@ -112,6 +114,27 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install 'nasfcos.onnx.'"):
         nasfcos.export_onnx(program, tmp_path / "detector.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (("TEST.DTYPE", "bfloat16"), "TEST.DTYPE: a detector for ONNX must be in float32"),
+        (("TEST.NMS_IOU", "0"), "TEST.NMS_IOU 0"),
+        ((), "pip install 'nasfcos[onnx]'"),
+    ],
+)
+def test_the_tool_says_what_cannot_be_written(setting, message, tmp_path, monkeypatch, caplog):
+    """Before it looks for weights."""
+    (tmp_path / "empty.yaml").touch()
+    arguments = ["--config-file", tmp_path / "empty.yaml", "--output", tmp_path / "a.onnx"]
+    arguments = ["export.py", *arguments, "--size", 96, 128, *setting]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
+    monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
+    if not setting:
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert runpy.run_path(str(ROOT / "tools" / "export.py"))["main"]() == 2
+    assert message in caplog.text and not (tmp_path / "a.onnx").exists()
 
 
 def test_the_tool(tmp_path):
