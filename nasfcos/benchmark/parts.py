@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 
+from ..config import load_config
 from ..models import layers
+from ..models.build import build_head
 from ..models.heads.dense import DenseHead
-from ..models.heads.fcos import FCOSHead
-from ..models.heads.retinanet import RetinaNetHead
-from ..models.heads.towers import plain_tower
 from ..models.necks.nas_fpn import Concat, WeightedSum
 from ..ops import (
     batched_nms,
@@ -59,16 +58,17 @@ class _MatchesOnly(nn.Module):
 
 
 HEADS = {
-    "fcos": (FCOSHead, FCOS, 1),
-    "retinanet": (RetinaNetHead, RetinaNet, RETINANET_ANCHORS),
+    "fcos": (0.6, FCOS, 1),
+    "retinanet": (0.4, RetinaNet, RETINANET_ANCHORS),
 }
-"""By name: our head, torchvision's detector, and anchors of a place."""
+"""By name: TEST.NMS_IOU, torchvision's detector, and anchors of a place."""
 
 
-def our_head(name: str, classes: int, device: torch.device, channels: int = CHANNELS) -> DenseHead:
-    """A head with plain towers."""
-    towers = (plain_tower(channels, num_convs=1, norm=None) for _ in range(2))
-    return HEADS[name][0](channels, classes, *towers).to(device)
+def our_head(name: str, classes: int, device: torch.device) -> DenseHead:
+    """A head whose layers are not used."""
+    settings = {"MODEL.HEAD.NAME": name, "MODEL.HEAD.NUM_CONVS": 1, "TEST.NMS_IOU": HEADS[name][0]}
+    cfg = load_config(None, [x for item in settings.items() for x in item])
+    return build_head(cfg, classes).to(device)
 
 
 def their_detector(name: str, classes: int, device: torch.device, **settings) -> nn.Module:

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from ..genotype import Genotype
 from . import backbones, heads, necks  # noqa: F401  (they register themselves)
 from .detector import Detector, Preprocess
+from .heads.dense import DenseHead
 from .heads.post_process import PostProcess
 from .registry import BACKBONES, HEADS, NECKS, import_parts
 
@@ -33,12 +34,17 @@ def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
     neck = NECKS[cfg.MODEL.NECK.NAME](cfg, backbone.out_channels)
     # Without a gradient, these stages would keep a distributed job waiting for one.
     backbone.freeze_after(neck.deepest_input)
+    head = build_head(cfg, num_classes)
+    model = Detector(Preprocess(cfg.DATALOADER.SIZE_DIVISIBILITY), backbone, neck, head)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.MODEL.SYNC_BN else model
+
+
+def build_head(cfg: CfgNode, num_classes: int) -> DenseHead:
+    """`build_detector`'s head."""
     post_process = PostProcess(
         score_threshold=cfg.TEST.SCORE_THRESHOLD,
         pre_nms_top_n=cfg.TEST.PRE_NMS_TOP_N,
         nms_iou=cfg.TEST.NMS_IOU,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    head = HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, post_process)
-    model = Detector(Preprocess(cfg.DATALOADER.SIZE_DIVISIBILITY), backbone, neck, head)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.MODEL.SYNC_BN else model
+    return HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, post_process)

@@ -31,7 +31,7 @@ class Preprocess(nn.Module):
     `nasfcos.models.weights` sets them for backbones trained on other images.
     """
 
-    def __init__(self, size_divisibility: int = 32) -> None:
+    def __init__(self, size_divisibility: int) -> None:
         super().__init__()
         self.size_divisibility = size_divisibility
         self.register_buffer("mean", torch.tensor(CAFFE2_MEAN))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..genotype import Genotype
-from ..models import HEADS, NECKS
+from ..models import NECKS
+from ..models.build import build_head
 from ..models.heads.dense import DenseHead
-from ..models.heads.post_process import PostProcess
 from ..models.registry import import_parts
 
 
@@ -94,7 +94,7 @@ def build_decoder(
             generator.manual_seed(own)
             neck = NECKS[cfg.MODEL.NECK.NAME](cfg, in_channels)
         generator.manual_seed(weight_seed(seed, []) if plain else own)
-        return Decoder(neck, HEADS[cfg.MODEL.HEAD.NAME](cfg, num_classes, PostProcess()))
+        return Decoder(neck, build_head(cfg, num_classes))
 
 
 def weight_seed(seed: int, genotype: list) -> int:

@@ -661,7 +661,7 @@ def test_ties_with_the_last_kept_detection_stay():
     same = torch.ones(5, dtype=torch.int64)
     two = Candidates(*(torch.cat((x, x)) for x in (same, boxes, scores, same)))
     two.image[:5] = 0
-    post_process = PostProcess(detections_per_image=2)
+    post_process = PostProcess(0.05, 1000, nms_iou=0.6, detections_per_image=2)
     sizes = torch.tensor([[200, 200]] * 2)
     mixed = [torch.stack((x[[4, 1, 0, 2, 3]], x)) for x in (boxes, scores, same)]
     for found in (

@@ -67,7 +67,7 @@ class MobileNetV2(nn.Module):
     `out_channels` are those of C2..C5.
     """
 
-    def __init__(self, width: float = 1.0, freeze_at: int = 2) -> None:
+    def __init__(self, width: float, freeze_at: int) -> None:
         super().__init__()
         channels = _scaled(STEM_CHANNELS, width)
         stem = nn.Sequential(*_conv(3, channels, 3, 2, 1), nn.ReLU6(inplace=True))

@@ -85,13 +85,13 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        blocks: Sequence[int] = (3, 4, 6, 3),
-        stem_channels: int = 64,
-        groups: int = 1,
-        width_per_group: int = 64,
-        stride_in_1x1: bool = True,
-        norm: Norm = FrozenBatchNorm2d,
-        freeze_at: int = 2,
+        blocks: Sequence[int],
+        stem_channels: int,
+        groups: int,
+        width_per_group: int,
+        stride_in_1x1: bool,
+        norm: Norm,
+        freeze_at: int,
     ) -> None:
         super().__init__()
         self.stride_in_1x1 = stride_in_1x1

@@ -51,13 +51,13 @@ class FCOSHead(DenseHead):
         num_classes: int,
         cls_tower: Tower,
         box_tower: Tower,
-        size_limits: Sequence[float] = (64, 128, 256, 512),
-        prior_prob: float = 0.01,
-        focal_gamma: float = 2.0,
-        focal_alpha: float = 0.25,
-        post_process: PostProcess | None = None,
+        size_limits: Sequence[float],
+        prior_prob: float,
+        focal_gamma: float,
+        focal_alpha: float,
+        post_process: PostProcess,
     ) -> None:
-        super().__init__(num_classes, focal_gamma, focal_alpha, post_process or PostProcess())
+        super().__init__(num_classes, focal_gamma, focal_alpha, post_process)
         self.cls_tower = cls_tower
         self.box_tower = box_tower
         self.cls_logits = prediction_layer(channels, num_classes, prior_bias(prior_prob))

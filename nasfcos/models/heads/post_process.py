@@ -85,7 +85,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class PostProcess:
-    """How predictions become detections (numbers of the released models by default).
+    """How predictions become detections.
 
     Attributes:
         score_threshold: class probabilities at or below this are dropped.
@@ -94,10 +94,10 @@ class PostProcess:
         detections_per_image: the best that are kept; ties with the last of them stay too.
     """
 
-    score_threshold: float = 0.05
-    pre_nms_top_n: int = 1000
-    nms_iou: float = 0.6
-    detections_per_image: int = 100
+    score_threshold: float
+    pre_nms_top_n: int
+    nms_iou: float
+    detections_per_image: int
 
     @property
     def limit(self) -> float:

@@ -54,21 +54,19 @@ class RetinaNetHead(DenseHead):
         num_classes: int,
         cls_tower: Tower,
         box_tower: Tower,
-        anchor_size: float = 32,
-        scales_per_octave: int = 3,
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        fg_iou: float = 0.5,
-        bg_iou: float = 0.4,
-        smooth_l1_beta: float = 0.11,
-        box_loss_divisor: float = 4.0,
-        prior_prob: float = 0.01,
-        focal_gamma: float = 2.0,
-        focal_alpha: float = 0.25,
-        post_process: PostProcess | None = None,
+        anchor_size: float,
+        scales_per_octave: int,
+        aspect_ratios: Sequence[float],
+        fg_iou: float,
+        bg_iou: float,
+        smooth_l1_beta: float,
+        box_loss_divisor: float,
+        prior_prob: float,
+        focal_gamma: float,
+        focal_alpha: float,
+        post_process: PostProcess,
     ) -> None:
-        super().__init__(
-            num_classes, focal_gamma, focal_alpha, post_process or PostProcess(nms_iou=0.4)
-        )
+        super().__init__(num_classes, focal_gamma, focal_alpha, post_process)
         self.fg_iou = fg_iou
         self.bg_iou = bg_iou
         self.smooth_l1_beta = smooth_l1_beta
