@@ -180,6 +180,12 @@ class Detector(nn.Module):
 
 
 def check_image(image: Tensor, index: int) -> None:
+    """Refuse what is no image [3, H, W], RGB, float in 0..1 or uint8; `index` is its place in the
+    batch.
+
+    Raises:
+        ValueError: its shape or type.
+    """
     is_image = isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
     if not is_image or 0 in image.shape:
         what = f"shape {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

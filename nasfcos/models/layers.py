@@ -58,7 +58,7 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
-def trains_on_cpu(norm: nn.Module, x: Tensor) -> bool:
+def own_batch_norm_serves(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm is a batch norm that will take the statistics of these maps, channels-last on
     the CPU, and has all its parts: for that our operators are faster than PyTorch's."""
     return (
@@ -83,7 +83,7 @@ def _suit_own_norms(norm: nn.Module, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel,
     as it does itself in training."""
     norm.num_batches_tracked.add_(1)
@@ -98,9 +98,9 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     if type(norm) is nn.GroupNorm and norm.affine and _suit_own_norms(norm, x):
         if x.numel() >= _MANY_FOR_GROUP_NORM:
             return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    if trains_on_cpu(norm, x) and x.numel() >= _MANY_FOR_BATCH_NORM:
+    if own_batch_norm_serves(norm, x) and x.numel() >= _MANY_FOR_BATCH_NORM:
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-        follow(norm, mean, variance, x.numel() // x.shape[1])
+        update_statistics(norm, mean, variance, x.numel() // x.shape[1])
         return output
     return F.relu(norm(x), inplace=True)
 

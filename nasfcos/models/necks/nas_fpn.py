@@ -10,7 +10,14 @@ from yacs.config import CfgNode
 
 from ...genotype import AGGREGATIONS, FPN_OPS, NUM_INPUTS, Cell, Genotype
 from ...ops import batch_norm_concat, memory_format, rectified_pairs, weighted_sum
-from ..layers import OPERATIONS, ConvNormAct, Norm, follow, resize_to, trains_on_cpu
+from ..layers import (
+    OPERATIONS,
+    ConvNormAct,
+    Norm,
+    own_batch_norm_serves,
+    resize_to,
+    update_statistics,
+)
 from ..registry import NECKS
 from .top import TopLevels
 
@@ -53,12 +60,12 @@ class Concat(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         norm = self.norm
-        if x.shape[1] % 2 or not trains_on_cpu(norm, x):
+        if x.shape[1] % 2 or not own_batch_norm_serves(norm, x):
             return rectified_pairs(norm(_Concatenate.apply(x, y)), self.conv.weight)
         output, mean, variance = batch_norm_concat(
             x, y, norm.weight, norm.bias, self.conv.weight, norm.eps
         )
-        follow(norm, mean, variance, x.numel() // x.shape[1])
+        update_statistics(norm, mean, variance, x.numel() // x.shape[1])
         return output
 
 
