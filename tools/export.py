@@ -60,8 +60,15 @@ def main() -> int:
                 raise ConfigError(error) from error
         predictor = nasfcos.Predictor(cfg)
         dtype = torch.uint8 if args.uint8 else torch.float32
-        images = torch.zeros(args.batch, 3, *args.size, dtype=dtype, device=predictor.device)
-        program = nasfcos.export_detector(predictor.model, images)
+        # One value for all pixels: only their number, type and device matter.
+        images = torch.zeros((), dtype=dtype, device=predictor.device)
+        images = images.expand(args.batch, 3, *args.size)
+        try:
+            program = nasfcos.export_detector(predictor.model, images)
+        except MemoryError as error:
+            raise ConfigError(
+                f"--size {args.size[0]} {args.size[1]} is more than memory holds: {error}"
+            ) from error
         if is_onnx:
             nasfcos.export_onnx(program, args.output, predictor.class_names)
         else:

@@ -50,6 +50,8 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
+    # A file of the program has these as an example: one value, not a picture.
+    images = images.new_zeros(()).expand(shape)
     sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)
     with torch.no_grad():
         return torch.export.export(_FixedShapes(model), (images, sizes), strict=False)

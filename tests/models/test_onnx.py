@@ -5,6 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -116,6 +117,21 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """tools/export.py in this process, for a file of a name: gives its exit code."""
+    (tmp_path / "empty.yaml").touch()
+    monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
+
+    def run(name, *settings):
+        arguments = ["--config-file", tmp_path / "empty.yaml", "--output", tmp_path / name]
+        arguments = ["export.py", *arguments, "--size", 96, 128, *settings]
+        monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
+        return runpy.run_path(str(ROOT / "tools" / "export.py"))["main"]()
+
+    return run
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -124,17 +140,23 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         ((), "pip install 'nasfcos[onnx]'"),
     ],
 )
-def test_the_tool_says_what_cannot_be_written(setting, message, tmp_path, monkeypatch, caplog):
+def test_the_tool_says_what_cannot_be_written(setting, message, tool, monkeypatch, caplog):
     """Before it looks for weights."""
-    (tmp_path / "empty.yaml").touch()
-    arguments = ["--config-file", tmp_path / "empty.yaml", "--output", tmp_path / "a.onnx"]
-    arguments = ["export.py", *arguments, "--size", 96, 128, *setting]
-    monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
-    monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
     if not setting:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert runpy.run_path(str(ROOT / "tools" / "export.py"))["main"]() == 2
-    assert message in caplog.text and not (tmp_path / "a.onnx").exists()
+    assert tool("a.onnx", *setting) == 2 and message in caplog.text
+
+
+def test_the_tool_says_that_a_size_is_too_large(tool, monkeypatch, caplog):
+    def export(model, images):
+        raise MemoryError("31 GiB")
+
+    monkeypatch.setattr(nasfcos, "export_detector", export)
+    monkeypatch.setattr(
+        nasfcos, "Predictor", lambda cfg: types.SimpleNamespace(device="cpu", model=None)
+    )
+    assert tool("a.pt2") == 2
+    assert "--size 96 128 is more than memory holds: 31 GiB" in caplog.text
 
 
 def test_the_tool(tmp_path):
