@@ -3,7 +3,7 @@ import resource
 
 import pytest
 
-from nasfcos.files import replacing, write_json
+from nasfcos.files import read_json, replacing, write_json
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -44,3 +44,14 @@ def test_folders_are_made_and_nan_is_null(tmp_path):
     path = tmp_path / "a" / "b" / "c.json"
     write_json(path, {"x": float("nan"), "y": {"z": float("nan")}})
     assert path.read_text() == '{"x": null, "y": {"z": null}}'
+
+
+def test_what_cannot_be_read_is_none(tmp_path):
+    path = tmp_path / "figures.json"
+    assert read_json(path) is None
+    write_json(path, {"AP": 0.5})
+    assert read_json(path) == {"AP": 0.5}
+    for broken in (b'{"AP"', b"", b'"\xff"'):
+        path.write_bytes(broken)
+        assert read_json(path) is None
+    assert read_json(tmp_path) is None

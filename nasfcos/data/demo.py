@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import read_json
 from .records import DataError
 
 logger = logging.getLogger(__name__)
@@ -444,10 +445,7 @@ def make_demo_data(output: str | Path, settings: DemoSettings | None = None) -> 
     output = Path(output)
     wanted = {"version": _VERSION, **asdict(settings)}
     if output.exists():
-        try:
-            found = json.loads((output / _SETTINGS_FILE).read_text())
-        except (OSError, ValueError):
-            found = None
+        found = read_json(output / _SETTINGS_FILE)
         if found == wanted:
             logger.info("%s is there already", output)
             return False

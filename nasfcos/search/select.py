@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from ..download import local_path, sha256
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
 from ..engine.train import check_device, train
-from ..files import write_json
+from ..files import read_json, write_json
 from ..genotype import Genotype
 from ..models import build_detector
 from .prepare import changes_since_run, is_run_of, with_overrides
@@ -188,10 +187,7 @@ def outdated(cfg: CfgNode) -> list[str]:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     """Empty where there is none, or none that can be read: then the test is done again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    found = read_json(path)
     return found if isinstance(found, dict) else {}
 
 
@@ -348,8 +344,8 @@ def write_ranking(path: Path, rows: Sequence[Selected]) -> None:
 def read_ranking(path: Path) -> list[Selected]:
     """What `write_ranking` wrote; empty where there is nothing that can be read."""
     try:
-        rows = [Selected(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        rows = [Selected(**row) for row in read_json(path)]
+    except TypeError:
         return []
     return [replace(row, **{name: math.nan for name in _NUMBERS if getattr(row, name) is None})
             for row in rows]  # fmt: skip

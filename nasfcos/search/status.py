@@ -6,7 +6,6 @@ to `progress.json` in its folder.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engine.metrics import format_duration
-from ..files import write_json
+from ..files import read_json, write_json
 from ..locks import unless_held
 from .records import FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
 
@@ -73,13 +72,13 @@ def write_progress(folder: str | Path, phase: str, **figures: float | str) -> No
 
 def read_progress(folder: str | Path) -> Progress | None:
     """What `write_progress` wrote last; None where there is none that can be read."""
+    content = read_json(Path(folder) / PROGRESS_FILE)
     try:
-        content = json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))
         return Progress(
             str(content["phase"]), int(content["pid"]), str(content["host"]),
             float(content["updated"]), dict(content["figures"]),
         )  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 

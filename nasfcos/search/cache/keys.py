@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import nn
 
 from ...data import DetectionDataset
 from ...engine.logging import LOG_EVERY, PERIODIC
-from ...files import write_json
+from ...files import read_json, write_json
 from ...models import Detector
 from ..crops import Crops
 from .features import VERSION
@@ -97,11 +96,10 @@ def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
 
 
 def _remembered(memory: Path) -> dict[str, list]:
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-        return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
-    except (OSError, ValueError, AttributeError):
+    known = read_json(memory)
+    if not isinstance(known, dict):
         return {}
+    return {path: entry for path, entry in known.items() if isinstance(entry, list) and entry}
 
 
 def feature_key(model: Detector, crops: Crops, folder: Path) -> str:

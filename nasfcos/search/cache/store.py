@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -11,7 +10,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from ...data import DataError
 from ...engine.logging import LOG_EVERY, PERIODIC, on_terminal
 from ...engine.metrics import format_duration
-from ...files import write_json
+from ...files import read_json, write_json
 from ...locks import locked, unless_held
 from ..crops import MIN_VISIBLE
 from .features import (
@@ -315,12 +314,10 @@ def mention_unused(folder: Path, used: Callable[[dict], Any]) -> None:
     """Log the caches that this search does not use, which the user may want to delete."""
     unused = []
     for path in sorted(folder.glob(f"*/{META}")):
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(TypeError, KeyError):  # it cannot be read
+            meta = read_json(path)
             if not used(meta):
                 unused.append((path.parent.name, sum(meta["files"].values())))
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
     if unused:
         logger.info(
             "%s has caches of other weights, data or settings, which may be deleted: %s",
