@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from faster_coco_eval import COCOeval_faster as FastCOCOeval
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..config import load_config
-from ..data import build_dataset, build_test_loader, build_train_loader
+from ..data import Record, build_dataset, build_test_loader, build_train_loader
+from ..data.coco import coco_content
 from ..data.images import read_size
 from ..engine.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 from ..evaluation.coco import coco_metrics
@@ -51,7 +53,7 @@ def data_loading(training: bool, setting: Setting) -> Case:
     sizes = [read_size(folder / name) for name in names]
     targets = [random_target(*size, seed=seed) for seed, size in enumerate(sizes)]
     annotations = setting.folder / "annotations.json"
-    annotations.write_text(json.dumps(_coco_file(names, sizes, targets)))
+    annotations.write_text(json.dumps(_coco_content(names, sizes, targets)))
     short, long = (160, 266) if setting.quick else (800, 1333)
     cfg = load_config(
         None,
@@ -117,29 +119,16 @@ def _make_pictures(setting: Setting) -> Path:
     return folder
 
 
-def _coco_file(names, sizes, targets) -> dict[str, list[dict]]:
+def _coco_content(
+    names: Sequence[str], sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
+) -> dict:
     """A COCO annotation file of pictures with these sizes and targets."""
-    images, annotations = [], []
-    for image_id, (name, (height, width), target) in enumerate(
-        zip(names, sizes, targets, strict=True), 1
-    ):
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for (x0, y0, x1, y1), label in zip(
-            target["boxes"].tolist(), target["labels"].tolist(), strict=True
-        ):
-            box = [x0, y0, x1 - x0 + 1, y1 - y0 + 1]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": i, "name": f"class {i}"} for i in range(1, NUM_CLASSES + 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    records = []
+    for name, size, target in zip(names, sizes, targets, strict=True):
+        boxes, labels = target["boxes"].numpy(), target["labels"].numpy()
+        crowd = np.zeros(len(labels), bool)
+        records.append(Record(name, len(records) + 1, *size, boxes, labels, crowd))
+    return coco_content(records, [f"class {i}" for i in range(1, NUM_CLASSES + 1)])
 
 
 class _ReferencePictures(Dataset):
@@ -190,7 +179,7 @@ def evaluation(setting: Setting) -> Case:
     """The COCO figures of a data set's detections."""
     images = 20 if setting.quick else 500
     targets = [random_target(480, 640, objects=7, seed=seed) for seed in range(images)]
-    truth = _coco_file([f"{i}.jpg" for i in range(images)], [(480, 640)] * images, targets)
+    truth = _coco_content([f"{i}.jpg" for i in range(images)], [(480, 640)] * images, targets)
     results = _detections_near(truth["annotations"], images, each=100)
     ids = [image["id"] for image in truth["images"]]
     categories = [category["id"] for category in truth["categories"]]

@@ -4,7 +4,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +256,40 @@ def _attach(
         record.boxes = boxes[kept[chosen]]
         record.labels = classes[chosen]
         record.ignored = crowd[chosen]
+
+
+def coco_content(records: Sequence[Record], classes: Sequence[str]) -> dict:
+    """The content of a COCO file from which `read_coco` reads these records.
+
+    Boxes become (x0, y0, x1 - x0 + 1, y1 - y0 + 1); `area` is that of the box, the category id of a
+    class its label, and `iscrowd` says what is ignored.
+    """
+    annotations = []
+    for record in records:
+        for (x0, y0, x1, y1), label, ignored in zip(
+            record.boxes.tolist(), record.labels.tolist(), record.ignored.tolist(), strict=True
+        ):
+            width, height = x1 - x0 + 1, y1 - y0 + 1
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record.image_id,
+                    "category_id": label,
+                    "bbox": [x0, y0, width, height],
+                    "area": width * height,
+                    "iscrowd": int(ignored),
+                }
+            )
+    return {
+        "images": [
+            {
+                "id": record.image_id,
+                "file_name": record.file_name,
+                "height": record.height,
+                "width": record.width,
+            }
+            for record in records
+        ],
+        "annotations": annotations,
+        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, 1)],
+    }

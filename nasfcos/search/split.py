@@ -19,6 +19,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..data import DataError, DetectionDataset, Record, build_dataset, class_names
+from ..data.coco import coco_content
 from ..files import replacing
 
 logger = logging.getLogger(__name__)
@@ -176,42 +177,6 @@ def _split(presence: np.ndarray, cfg: CfgNode, classes: Sequence[str], seed: int
         len(in_val), (~in_val).sum(), in_val.sum(),
     )  # fmt: skip
     return in_val
-
-
-def coco_content(records: Sequence[Record], classes: Sequence[str]) -> dict:
-    """A COCO annotation file of these images; the category id of a class is its label.
-
-    Boxes become (x0, y0, x1 - x0 + 1, y1 - y0 + 1); `area` is that of the box.
-    """
-    annotations = []
-    for record in records:
-        for (x0, y0, x1, y1), label, ignored in zip(
-            record.boxes.tolist(), record.labels.tolist(), record.ignored.tolist(), strict=True
-        ):
-            width, height = x1 - x0 + 1, y1 - y0 + 1
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": record.image_id,
-                    "category_id": label,
-                    "bbox": [x0, y0, width, height],
-                    "area": width * height,
-                    "iscrowd": int(ignored),
-                }
-            )
-    return {
-        "images": [
-            {
-                "id": record.image_id,
-                "file_name": record.file_name,
-                "height": record.height,
-                "width": record.width,
-            }
-            for record in records
-        ],
-        "annotations": annotations,
-        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, 1)],
-    }
 
 
 def _write_unless_there(path: Path, content: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nasfcos.data import build_dataset
-from nasfcos.data.coco import read_coco, read_coco_classes
+from nasfcos.data.coco import coco_content, read_coco, read_coco_classes
 from nasfcos.data.records import OTHER_SIZE, DataError
 
 
@@ -241,3 +241,16 @@ def test_two_categories_of_one_name_are_refused_where_it_is_wanted(write_coco, t
             read(tmp_path, classes)
     with pytest.raises(DataError, match="'dog'"):
         read_coco_classes(tmp_path / "ann.json")
+
+
+def test_what_is_written_is_read_again(write_coco, tmp_path):
+    write_coco([{"bbox": [10.25, 5, 20.5, 10]}, {"image_id": 2, "category_id": 7, "iscrowd": 1}])
+    before = read(tmp_path)
+    content = coco_content(before.records, before.classes)
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    after = read(tmp_path)
+    assert coco_content(after.records, after.classes) == content
+    assert after.classes == before.classes and after.category_ids == (1, 2)
+    assert content["annotations"][0]["bbox"] == [10.25, 5, 20.5, 10]
+    assert content["annotations"][0]["area"] == 205
+    assert [a["iscrowd"] for a in content["annotations"]] == [0, 1]
