@@ -6,20 +6,26 @@ import logging
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from . import distributed
+from .metrics import format_duration
 
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
 
 PACKAGE = logging.getLogger("nasfcos")
 # `extra` of the lines that repeat what the progress bar of a terminal shows.
 PERIODIC = {"periodic": True}
-# Seconds between two such lines about work of minutes.
+# Seconds between two lines of `progress`.
 LOG_EVERY = 15.0
 
 
@@ -81,6 +87,40 @@ def log_to_file(output_dir: str | os.PathLike[str]) -> None:
 def on_terminal() -> bool:
     """Whether a person watches this process: a progress bar is of use."""
     return distributed.rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def progress(
+    items: Iterable[_Item],
+    total: int,
+    title: str,
+    unit: str,
+    size: Callable[[_Item], int] = lambda item: 1,
+) -> Iterator[_Item]:
+    """The items, with a bar on a terminal and lines in the log, every `LOG_EVERY` seconds.
+
+    Args:
+        items: each counts as done when the next one is asked for.
+        total: of the sizes, about.
+        title: of the work.
+        unit: of the sizes, in the plural.
+        size: of an item.
+    """
+    start = last_line = time.perf_counter()
+    done = 0
+    with tqdm(total=total, desc=title, unit=unit, leave=False, disable=not on_terminal()) as bar:
+        for item in items:
+            yield item
+            bar.update(size(item))
+            done = min(total, done + size(item))
+            now = time.perf_counter()
+            if now - last_line > LOG_EVERY:
+                last_line = now
+                seconds = now - start
+                logger.info(
+                    "%s: %d of %d %s, %.1f %s/s, %s to go",
+                    title, done, total, unit, done / seconds, unit,
+                    format_duration((total - done) * seconds / done), extra=PERIODIC,
+                )  # fmt: skip
 
 
 def log_environment(device: torch.device) -> None:

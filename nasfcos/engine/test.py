@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..boxes import clip_boxes
@@ -25,7 +24,7 @@ from ..models.weights import Weights, read_weights
 from ..transfer import to_cpu
 from . import distributed
 from .checkpoint import check_classes, find_weights
-from .logging import LOG_EVERY, PERIODIC, on_terminal
+from .logging import progress
 from .metrics import format_duration
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def test(
         )
         logger.info("%s: testing on %d images", name, len(dataset))
         start = time.perf_counter()
-        shares = distributed.gather(detect(fast, loader, title=name))
+        shares = distributed.gather(detect(fast, loader, len(dataset), name))
         if shares is not None:
             detections, seconds = merge(shares), time.perf_counter() - start
             logger.info(
@@ -159,16 +158,17 @@ def _check_classes(cfg: CfgNode, weights: Weights) -> None:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, loader: BatchLoader, title: str = "") -> Detections:
-    """Detections of every image of `loader`, by image id, on the CPU.
+def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> Detections:
+    """Detections of every image of `loader`, by image id, on the CPU; `total` is the number of
+    images of all processes, for the log.
 
     Boxes are in the pixels of the images as they were before the loader resized them, clipped to
     [0, w-1] x [0, h-1].
     """
     found: Detections = {}
-    done, start, last_line = 0, time.perf_counter(), time.perf_counter()
-    for batch, (images, targets) in enumerate(
-        tqdm(loader, desc=title, unit="batch", leave=False, disable=not on_terminal()), start=1
+    processes = distributed.world_size()
+    for images, targets in progress(
+        loader, total, title, "images", lambda batch: len(batch[0]) * processes
     ):
         detections = to_cpu(model(images))
         for image, target, detection in zip(images, targets, detections, strict=True):
@@ -176,16 +176,6 @@ def detect(model: nn.Module, loader: BatchLoader, title: str = "") -> Detections
                 detection["boxes"], tuple(image.shape[-2:]), tuple(target["original_size"])
             )
             found[int(target["image_id"])] = detection
-        done += len(images)
-        now = time.perf_counter()
-        if now - last_line > LOG_EVERY:
-            last_line = now
-            rest = (len(loader) - batch) * (now - start) / batch
-            logger.info(
-                "%s: %d of %d batches, %.1f images/s, %s to go",
-                title, batch, len(loader), done * distributed.world_size() / (now - start),
-                format_duration(rest), extra=PERIODIC,
-            )  # fmt: skip
     return found
 
 

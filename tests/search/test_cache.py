@@ -31,7 +31,6 @@ from nasfcos.search.cache import (
     cache_pyramid,
     feature_shapes,
     features,
-    keys,
     store,
 )
 from nasfcos.search.cache.keys import feature_key
@@ -529,12 +528,11 @@ def test_two_processes_make_it_once(model, dataset, folder):
 
 
 def test_progress_in_the_log(model, dataset, folder, caplog, monkeypatch):
-    for module in (keys, store):
-        monkeypatch.setattr(module, "LOG_EVERY", 0.0)
+    monkeypatch.setattr("nasfcos.engine.logging.LOG_EVERY", 0.0)
     caplog.set_level(logging.INFO)
     cache_features(folder, model, Crops([dataset], SIZE), batch_size=4, title="meta-val")
     lines = [r.getMessage() for r in caplog.records if getattr(r, "periodic", False)]
-    assert lines[0] == f"image files read to know their content: {len(dataset)} of {len(dataset)}"
+    assert lines[0].startswith(f"content of the images: {len(dataset)} of {len(dataset)} files, ")
     assert lines[1].startswith(f"cache meta-val: 4 of {len(dataset)} crops, ")
     assert lines[1].endswith(" to go")
 

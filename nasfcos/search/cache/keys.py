@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from ...data import DetectionDataset
-from ...engine.logging import LOG_EVERY, PERIODIC
+from ...engine.logging import progress
 from ...files import read_json, write_json
 from ...models import Detector
 from ..crops import Crops
@@ -74,15 +73,11 @@ def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
             return None
 
     entries: list[list | None] = []
-    last_line = time.perf_counter()
     step = 16 * _READERS  # what is begun is finished, and an interrupt should not wait for long
+    blocks = (paths[first : first + step] for first in range(0, len(paths), step))
     with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(paths), step):
-            entries += pool.map(identify, paths[first : first + step])
-            if time.perf_counter() - last_line > LOG_EVERY:
-                last_line = time.perf_counter()
-                logger.info("image files read to know their content: %d of %d",
-                            len(entries), len(paths), extra=PERIODIC)  # fmt: skip
+        for block in progress(blocks, len(paths), "content of the images", "files", len):
+            entries += pool.map(identify, block)
     new = {
         str(path): entry for path, entry in zip(paths, entries, strict=True) if entry is not None
     }

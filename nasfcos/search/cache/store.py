@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from filelock import Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from ...data import DataError
-from ...engine.logging import LOG_EVERY, PERIODIC, on_terminal
+from ...engine.logging import progress
 from ...engine.metrics import format_duration
 from ...files import read_json, write_json
 from ...locks import locked, unless_held
@@ -232,7 +231,9 @@ def _fill(
         ]
         # A generator that an exception's traceback keeps alive would keep its workers alive.
         with closing(batches):
-            for maps, found in _progress(batches, count, title):
+            for maps, found in progress(
+                batches, count, f"cache {title}", "crops", lambda batch: len(batch[1])
+            ):
                 for level, (file, values) in enumerate(zip(files, maps, strict=True)):
                     file.write(_half(values, title, level).cpu().numpy().data)
                 targets += found
@@ -272,26 +273,6 @@ def _half(maps: Tensor, title: str, level: int) -> Tensor:
             "compute them (SEARCH.PREPARE) and the log of their training"
         )
     return half.permute(0, 2, 3, 1).contiguous()
-
-
-def _progress(batches: Iterator, count: int, title: str) -> Iterator:
-    """The batches, with a bar on a terminal and lines in the log; `count` crops in all."""
-    start = last_line = time.perf_counter()
-    done = 0
-    with tqdm(total=count, desc=title, unit="crop", leave=False, disable=not on_terminal()) as bar:
-        for maps, targets in batches:
-            yield maps, targets
-            bar.update(len(targets))
-            done += len(targets)
-            now = time.perf_counter()
-            if now - last_line > LOG_EVERY:
-                last_line = now
-                rest = (count - done) * (now - start) / done
-                logger.info(
-                    "cache %s: %d of %d crops, %.1f crops/s, %s to go",
-                    title, done, count, done / (now - start), format_duration(rest),
-                    extra=PERIODIC,
-                )  # fmt: skip
 
 
 def _log_boxes(title: str, targets: list[dict], count: int) -> None:
