@@ -55,6 +55,13 @@ class StageReport:
     # What was written last, and for what; a stage that has ended is not drawn again and again.
     _section: tuple[tuple, str] = field(default=((), ""), init=False, repr=False, compare=False)
 
+    def section(self, folder: Path) -> str:
+        """The stage as HTML; its pictures go to the folder."""
+        known = (folder, len(self.records), len(self.batch_figures))
+        if self._section[0] != known:
+            self._section = (known, _stage_section(folder, self))
+        return self._section[1]
+
 
 def write_report(
     folder: str | Path, stages: Sequence[StageReport], ranking: Sequence[Selected] = ()
@@ -70,12 +77,7 @@ def write_report(
         The HTML file.
     """
     folder = Path(folder)
-    sections = []
-    for stage in stages:
-        known = (folder, len(stage.records), len(stage.batch_figures))
-        if stage._section[0] != known:
-            stage._section = (known, _stage_section(folder, stage))
-        sections.append(stage._section[1])
+    sections = [stage.section(folder) for stage in stages]
     if ranking:
         sections.append(_ranking_section(folder, ranking))
     if not sections:

@@ -15,29 +15,27 @@ import torch
 import yaml
 from yacs.config import CfgNode
 
-from ..config import ConfigError, load_config
+from ..config import ConfigError
 from ..config.inheritance import copy_with_bases, ordinary_base
 from ..config.run_file import RUN_CONFIG, check_run_config, write_run_config
-from ..config.tree import get_setting, nested
 from ..engine import distributed
-from ..engine.checkpoint import FINAL, load_checkpoint
 from ..engine.train import check_device
-from ..files import replacing
 from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
 from ..torch_files import read_saved
 from ..transfer import free_gpu_memory
+from .best import best_weights, write_best
 from .cache import FeatureCache, build_caches
 from .cost import build_objective
 from .executors import Executor, build_executor
 from .journal import JOURNAL, Journal, check_settings, read_records, read_settings, writing
-from .prepare import backbone_changes, changes_since, prepare_backbone, prepare_config
+from .prepare import backbone_changes, prepare_backbone, prepare_config
 from .records import TrialRecord, ranked
 from .report import StageReport, write_report
 from .retrials import try_again
 from .select import (
-    SUMMARY,
+    RANKING,
     Selected,
     by_merit,
     check_full_training,
@@ -45,7 +43,6 @@ from .select import (
     outdated,
     read_ranking,
     select,
-    train_in_full,
     write_ranking,
 )
 from .settings import FEATURES, FPN, PYRAMIDS, SPLIT, fixed_settings
@@ -156,7 +153,12 @@ class _Search:
             self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
             best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
             cells = self._cells_below_head() or Genotype.parse(best.genotype).cells
-        path = self._write_best(best, base, keys)
+        best, weights = best_weights(cfg, self.device, folder, best)
+        if best is not self.ranking[0]:
+            self.ranking[0] = best
+            write_ranking(folder / RANKING, self.ranking)
+        keys = [*keys, *map(str, self.overrides[::2])]
+        path = write_best(cfg, folder, best, weights, base, keys)
         write_progress(folder, FINISHED)
         self._report(force=True)
         logger.info("the best architecture is in %s, the report in %s", path, folder / "report")
@@ -284,7 +286,7 @@ class _Search:
     def _select(self, stage: str, last: bool) -> Selected:
         begun = not last and self._check("head", {})
         if begun:  # then FPNs are not trained again
-            rows = read_ranking(self.folder / "ranking.json")
+            rows = read_ranking(self.folder / RANKING)
             if chosen := [row for row in rows if row.stage == stage]:
                 self.ranking = sorted(map(self._without_old_figures, chosen), key=by_merit)
                 return self.ranking[0]
@@ -294,7 +296,7 @@ class _Search:
 
         def note(rows: list[Selected]) -> None:
             self.ranking = sorted(before + rows, key=by_merit)
-            write_ranking(self.folder / "ranking.json", self.ranking)
+            write_ranking(self.folder / RANKING, self.ranking)
             self._report(force=True)
 
         rows = select(
@@ -314,8 +316,10 @@ class _Search:
 
     def _without_old_figures(self, row: Selected) -> Selected:
         """Without an AP of another schedule or other data, which says nothing beside today's."""
+        if not row.folder:
+            return row
         run = self.folder / row.folder
-        changes = outdated(self._full_config(row, run)) if row.folder else []
+        changes = outdated(full_config(self.cfg, row.stage, row.genotype, run, row.best_seed))
         if not changes:
             return row
         logger.warning("the AP of %s does not count any more, for these have changed: %s", run,
@@ -339,61 +343,6 @@ class _Search:
             logger.exception("the report could not be written")
         self._reported = time.monotonic()
         return True
-
-    def _write_best(self, best: Selected, base: Path, keys: Sequence[str]) -> Path:
-        """``best.yaml`` and ``best.pth``; the file is read back, so that it is known to work.
-
-        Args:
-            best: the architecture.
-            base: the config that the file is to inherit from, in the search's folder.
-            keys: in which the search's config differs from that.
-        """
-        best, weights = self._weights(best)
-        cfg = self._full_config(best, self.folder / "best")
-        keys = [*keys, *map(str, self.overrides[::2]), *self.cfg.SEARCH.SELECT.OVERRIDES[::2]]
-        keys += ["MODEL.NECK.NAME", "MODEL.HEAD.TOWER", "MODEL.GENOTYPE", "OUTPUT_DIR"]
-        keys += ["SEED"] if best.best_seed else []
-        settings = yaml.safe_load(cfg.dump())
-        tree = {"_BASE_": base.relative_to(self.folder).as_posix()} | nested(
-            {key: get_setting(settings, key) for key in keys if not key.startswith("SEARCH.")}
-        )
-        path = self.folder / "best.yaml"
-        found = "given, and not surpassed" if best.given else f"{best.stage} stage"
-        of = ""
-        if len(best.APs) > 1:
-            of = f" (mean of {len(best.APs)} trainings, the best of which left best.pth)"
-        title = f"# Found by a search: {found}, AP {best.AP:.4f} on {cfg.DATASETS.TEST[0]}{of}.\n"
-        with replacing(path) as temporary:
-            text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-            temporary.write_text(title + text, encoding="utf-8")
-        load_config(path)
-        with replacing(self.folder / "best.pth") as temporary:
-            torch.save(weights, temporary)
-        return path
-
-    def _full_config(self, best: Selected, folder: Path) -> CfgNode:
-        """The config of the best of its full trainings, in this folder."""
-        return full_config(self.cfg, best.stage, best.genotype, folder, best.best_seed)
-
-    def _weights(self, best: Selected) -> tuple[Selected, dict[str, Any]]:
-        """The content of ``best.pth``: from the full training, or, where its files have been
-        deleted, from the ``best.pth`` that is there; trained again where that is gone, too."""
-        run = self.folder / best.folder
-        cfg = self._full_config(best, run)
-        names = ("model", "classes", "config")
-        for path in (run / FINAL, self.folder / "best.pth"):
-            saved = read_saved(path)
-            if saved and not changes_since(saved["config"], cfg):
-                return best, {name: saved[name] for name in names}
-        logger.warning("weights of this config are not in %s any more; they are trained again", run)
-        (run / SUMMARY).unlink(missing_ok=True)
-        found = train_in_full(cfg, self.device)
-        if len(best.APs) == 1:  # else the mean stays: on this machine the training gives the same
-            best = replace(best, **found, APs=[found["AP"]])
-            self.ranking[0] = best
-            write_ranking(self.folder / "ranking.json", self.ranking)
-        saved = load_checkpoint(run / FINAL)
-        return best, {name: saved[name] for name in names}
 
 
 def search_status(cfg: CfgNode) -> str:

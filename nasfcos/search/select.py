@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 # Of a ranking's row: where there is none it is nan, which JSON has not.
 _NUMBERS = ("objective", "reward", "flops")
 
+RANKING = "ranking.json"
+"""All architectures that were selected, in the search's folder."""
+
 SUMMARY = "selected.json"
 """What a full training found out, in its folder, and of which annotations."""
 _FIGURES = ("AP", "AP50")
