@@ -16,11 +16,11 @@ optuna = pytest.importorskip("optuna")
 
 from optuna.storages import RDBStorage  # noqa: E402
 
-from nasfcos.search import journal as module  # noqa: E402
 from nasfcos.search.journal import (  # noqa: E402
     Journal,
     JournalError,
     check_settings,
+    file,
     read_records,
     read_settings,
     writing,
@@ -408,7 +408,7 @@ def test_nothing_lies_about_after_a_search(path):
 
 
 def test_a_full_disk_is_said_in_words_and_costs_no_finished_trial(tmp_path, monkeypatch):
-    path, engine, finished = tmp_path / "search.db", module._engine, []
+    path, engine, finished = tmp_path / "search.db", file._engine, []
 
     def small(path, mode):
         def connect():
@@ -419,7 +419,7 @@ def test_a_full_disk_is_said_in_words_and_costs_no_finished_trial(tmp_path, monk
         return {"creator": connect}
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_engine", small)
+        patch.setattr(file, "_engine", small)
         with pytest.raises(JournalError, match=r"cannot be written.*full.*room.*--resume"):
             with writing(path):
                 go_on(open_journal(path), 99, finished.append)
