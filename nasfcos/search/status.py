@@ -12,7 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.metrics import format_duration
@@ -46,18 +46,21 @@ class Progress:
         phase: in words; `FINISHED` at the end.
         pid, host: of its main process.
         updated: seconds since the epoch.
-        figures: of the phase; `done` and `total` are those of its steps.
+        done, total: steps of the phase; None where it has none.
     """
 
     phase: str
     pid: int
     host: str
     updated: float
-    figures: dict[str, float | str] = field(default_factory=dict)
+    done: int | None = None
+    total: int | None = None
 
 
-def write_progress(folder: str | Path, phase: str, **figures: float | str) -> None:
-    """Say what this process does: ``write_progress(folder, "select", done=3, total=20)``."""
+def write_progress(
+    folder: str | Path, phase: str, done: int | None = None, total: int | None = None
+) -> None:
+    """Say what this process does, and how many steps of it are done if it has any."""
     write_json(
         Path(folder) / PROGRESS_FILE,
         {
@@ -65,7 +68,8 @@ def write_progress(folder: str | Path, phase: str, **figures: float | str) -> No
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "updated": time.time(),
-            "figures": figures,
+            "done": done,
+            "total": total,
         },
     )
 
@@ -76,7 +80,7 @@ def read_progress(folder: str | Path) -> Progress | None:
     try:
         return Progress(
             str(content["phase"]), int(content["pid"]), str(content["host"]),
-            float(content["updated"]), dict(content["figures"]),
+            float(content["updated"]), content.get("done"), content.get("total"),
         )  # fmt: skip
     except (ValueError, TypeError, KeyError):
         return None
@@ -173,7 +177,8 @@ def format_status(
     else:
         lines = [_format_process(folder, progress, time.time() if now is None else now)]
         if not ended:
-            lines.append(f"phase: {_format_phase(progress)}")
+            steps = "" if progress.total is None else f" {progress.done} of {progress.total}"
+            lines.append(f"phase: {progress.phase}{steps}")
     return "\n".join(lines + [format_stage(*stage, ended) for stage in stages])
 
 
@@ -192,13 +197,3 @@ def _format_process(folder: str | Path, progress: Progress, now: float) -> str:
     if age > SILENT:
         return f"running: {process}, {said} (a long phase says more in log.txt)"
     return f"running: {process}, {said}"
-
-
-def _format_phase(progress: Progress) -> str:
-    figures = dict(progress.figures)
-    text = progress.phase
-    if "done" in figures and "total" in figures:
-        text += f" {figures.pop('done')} of {figures.pop('total')}"
-    for name, value in figures.items():
-        text += f", {name} {value:.4g}" if isinstance(value, float) else f", {name} {value}"
-    return text

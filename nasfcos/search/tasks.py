@@ -15,7 +15,7 @@ from .cache import FeatureCache, cache_pyramid
 from .journal import JOURNAL, read_settings
 from .neck import train_neck
 from .proxy import ProxyTask
-from .settings import FEATURES, PLAIN_HEAD, PYRAMIDS
+from .settings import FEATURES, PYRAMIDS
 
 
 def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
@@ -27,16 +27,9 @@ def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
         stage: "fpn" or "head".
 
     Raises:
-        ConfigError, JournalError: there is no such search, its caches are gone, or its trials are
-            those of earlier code.
+        ConfigError, JournalError: there is no such search, or its caches are gone.
     """
-    path = Path(cfg.OUTPUT_DIR) / JOURNAL
-    settings = read_settings(path, stage)
-    if stage == "fpn" and not PLAIN_HEAD.items() <= settings.items():
-        raise ConfigError(
-            f"{path} holds an FPN stage of an earlier version of nasfcos, whose trials started "
-            "from other weights: they cannot be tried again"
-        )
+    settings = read_settings(Path(cfg.OUTPUT_DIR) / JOURNAL, stage)
     names = FEATURES if stage == "fpn" else PYRAMIDS
     folders = [cache_folder(cfg) / str(settings.get(name)) for name in names]
     for folder in folders:

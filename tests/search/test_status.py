@@ -45,9 +45,9 @@ def gone():
 def said(tmp_path):
     """Write what a search said at second 1000; gives its folder."""
 
-    def write(phase="search fpn", pid=None, host=None, updated=1000.0, **figures):
+    def write(phase="search fpn", pid=None, host=None, updated=1000.0, done=None, total=None):
         content = {"phase": phase, "pid": pid or os.getpid(), "updated": updated}
-        content |= {"host": host or socket.gethostname(), "figures": figures}
+        content |= {"host": host or socket.gethostname(), "done": done, "total": total}
         (tmp_path / PROGRESS_FILE).write_text(json.dumps(content))
         return tmp_path
 
@@ -58,10 +58,10 @@ def said(tmp_path):
 
 
 def test_progress_comes_back_as_written(tmp_path):
-    write_progress(tmp_path / "new", "select", done=3, total=20, config="a.yaml")
+    write_progress(tmp_path / "new", "select", done=3, total=20)
     read = read_progress(tmp_path / "new")
     assert (read.phase, read.pid, read.host) == ("select", os.getpid(), socket.gethostname())
-    assert read.figures == {"done": 3, "total": 20, "config": "a.yaml"}
+    assert (read.done, read.total) == (3, 20)
     write_progress(tmp_path / "new", "neck")
     assert read_progress(tmp_path / "new").phase == "neck"
     assert [p.name for p in (tmp_path / "new").iterdir()] == [PROGRESS_FILE]
@@ -211,6 +211,7 @@ def test_nothing_is_left_of_a_search_that_has_ended(said):
     assert "left" not in format_status(said(FINISHED), [("fpn", steady(10), 40)])
 
 
-def test_figures_of_a_phase(said):
-    text = format_status(said("prepare", iteration=200, loss=1.23456), [], now=1000.0)
-    assert text.splitlines()[1] == "phase: prepare, iteration 200, loss 1.235"
+def test_steps_of_a_phase(said):
+    assert format_status(said("prepare"), []).splitlines()[1] == "phase: prepare"
+    text = format_status(said("prepare", done=0, total=4), [])
+    assert text.splitlines()[1] == "phase: prepare 0 of 4"

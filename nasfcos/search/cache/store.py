@@ -142,7 +142,7 @@ def find_or_build(
         partial.mkdir()
         try:
             start = time.perf_counter()
-            meta = {"key": key, "title": title, "size": size, "source": source}
+            meta = {"key": key, "size": size, "source": source}
             meta |= _fill(partial, title, count, levels, batches())
             write_json(partial / META, meta, indent=2)
             os.replace(partial, path)
