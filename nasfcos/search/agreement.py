@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
+from .figures import draw_agreement
 from .journal import JOURNAL, read_records
 from .records import COMPLETE, TrialJob, TrialRecord, kendall_tau, ranked
 from .select import check_full_training, full_config, train_in_full
@@ -154,22 +154,8 @@ def _compare(
     rewards, others = ([row[column] for row in rows] for column in ("reward", key))
     tau = kendall_tau(rewards, others)
     write_json(folder / "agreement" / f"{name}.json", {"tau": tau, "rows": rows}, indent=2)
-    title += f": Kendall's tau {tau:.2f} over {len(rows)}"
+    pairs = list(zip(rewards, others, strict=True))
+    picture = draw_agreement({title: pairs}, "reward of the trial", label)
     with replacing(folder / "agreement" / f"{name}.png") as temporary:
-        plot_agreement(rewards, others, label, title).savefig(temporary)
+        temporary.write_bytes(picture)
     return tau
-
-
-def plot_agreement(
-    rewards: Sequence[float], others: Sequence[float], label: str, title: str
-) -> Figure:
-    """Rewards of trials against another figure of the same architectures."""
-    figure = Figure(figsize=(5.2, 4.2), dpi=130, layout="constrained")
-    axis = figure.subplots()
-    axis.scatter(rewards, others, color="#2f6fb5", zorder=3)
-    axis.set_xlabel("reward of the trial")
-    axis.set_ylabel(label)
-    axis.set_title(title)
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -18,7 +18,6 @@ from PIL import Image
 from ..drawing import draw_architecture, operation_color, short_name
 from ..genotype import FPN_OPS, HEAD_OPS, Genotype, node_names
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord, kendall_tau
-from .select import Selected
 from .space import Decision
 
 BINS = 60
@@ -378,17 +377,24 @@ def draw_best(genotype: Genotype) -> bytes:
 
 
 @_with_style
-def draw_agreement(rows: dict[str, list[Selected]]) -> Figure:
-    """AP of the full training against the proxy reward, for each stage by its title."""
-    figure = _figure(4.0, min(WIDTH, 5.8 * len(rows)))
-    axes = figure.subplots(1, len(rows), squeeze=False)[0]
-    for axis, (title, trained) in zip(axes, rows.items(), strict=True):
-        rewards, precisions = [row.reward for row in trained], [row.AP for row in trained]
-        axis.scatter(rewards, precisions, s=34, color=BLUE, linewidths=0)
+def draw_agreement(
+    panels: Mapping[str, Sequence[tuple[float, float]]], reward: str, other: str
+) -> Figure:
+    """Another figure of the same architectures against their rewards.
+
+    Args:
+        panels: reward and other figure of each architecture, by title.
+        reward, other: what they are, for the axes.
+    """
+    figure = _figure(4.0, min(WIDTH, 5.8 * len(panels)))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
+        rewards, others = zip(*pairs, strict=True)
+        axis.scatter(rewards, others, s=34, color=BLUE, linewidths=0)
         axis.margins(0.08)
         axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.set_xlabel("proxy reward")
-        axis.set_ylabel("AP after full training")
-        tau = number_text(kendall_tau(rewards, precisions), ".2f")
-        axis.set_title(f"{title}: Kendall's tau {tau}", loc="left")
+        axis.set_xlabel(reward)
+        axis.set_ylabel(other)
+        tau = number_text(kendall_tau(rewards, others), ".2f")
+        axis.set_title(f"{title}\nKendall's tau {tau} over {len(pairs)}", loc="left")
     return figure

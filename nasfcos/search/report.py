@@ -237,11 +237,11 @@ def _failures(records: Sequence[TrialRecord]) -> str:
 
 
 def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
-    trained: dict[str, list[Selected]] = {}
+    trained: dict[str, list[tuple[float, float]]] = {}
     for row in ranking:
         if row.AP is not None and math.isfinite(row.AP) and math.isfinite(row.reward):
-            trained.setdefault(_stage_name(row.stage), []).append(row)
-    several = {title: rows for title, rows in trained.items() if len(rows) >= 3}
+            trained.setdefault(_stage_name(row.stage), []).append((row.reward, row.AP))
+    several = {title: pairs for title, pairs in trained.items() if len(pairs) >= 3}
     rows = [
         [
             str(place), _stage_name(row.stage) + (", given" if row.given else ""),
@@ -262,13 +262,13 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
     ]
     if several:
         parts.append("<h3>Is the proxy worth something?</h3>")
-        for title, rows in several.items():
-            tau = kendall_tau([r.reward for r in rows], [r.AP for r in rows])
+        for title, pairs in several.items():
+            tau = kendall_tau(*zip(*pairs, strict=True))
             parts.append(
                 f"<p>{html.escape(title)}: Kendall's tau (b) between proxy reward and "
-                f"AP over {len(rows)} architectures: <b>{number_text(tau, '.3f')}</b></p>"
+                f"AP over {len(pairs)} architectures: <b>{number_text(tau, '.3f')}</b></p>"
             )
-        picture = draw_agreement(several)
+        picture = draw_agreement(several, "proxy reward", "AP after full training")
         parts.append(_picture(folder / "ranking.png", picture, "AP against proxy reward"))
     return "\n".join(parts)
 

@@ -332,7 +332,9 @@ FIGURES = {
     "places": lambda s: figures.draw_places.__wrapped__(s.records, s.decisions),
     "costs": lambda s: figures.draw_costs.__wrapped__(ranked(s.records)),
     "agreement": lambda s: figures.draw_agreement.__wrapped__(
-        {report._stage_name(s.stage): ranking([s], 9)}
+        {report._stage_name(s.stage): [(row.reward, row.AP) for row in ranking([s], 9)]},
+        "proxy reward",
+        "AP after full training",
     ),
 }
 
