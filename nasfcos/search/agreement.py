@@ -60,9 +60,8 @@ def check_agreement(
         Kendall's tau (b) between reward and AP.
 
     Raises:
-        ConfigError, DataError: fewer than two, more than were tried to the end, or something that
-            would stop a full training.
-        NonFiniteLossError: fewer than two of the full trainings came to their end.
+        ConfigError, DataError: fewer than two, more than were tried to the end, something that
+            would stop a full training, or fewer than two of them came to their end.
     """
     chosen = _chosen(folder, stage, count)
     full = full_config(cfg, stage, chosen[0].genotype, folder)
@@ -84,7 +83,7 @@ def check_agreement(
         logger.info("trial %d: reward %.4f, AP %.4f", record.index, rows[-1]["reward"],
                     rows[-1]["AP"])  # fmt: skip
     if len(rows) < 2:
-        raise NonFiniteLossError(
+        raise ConfigError(
             f"{len(rows)} of {count} full trainings came to their end, too few to compare; see the "
             "log, and change the solver by SEARCH.SELECT.OVERRIDES"
         )
@@ -111,9 +110,8 @@ def check_repeats(
         Kendall's tau (b) between the two rewards.
 
     Raises:
-        ConfigError, DataError: fewer than two, more than were tried to the end, or settings that
-            cannot be.
-        NonFiniteLossError: fewer than two came to their end again.
+        ConfigError, DataError: fewer than two, more than were tried to the end, settings that
+            cannot be, or fewer than two came to their end again.
     """
     chosen = {record.index: record for record in _chosen(folder, stage, count)}
     task = reopen_task(cfg, device, stage)
@@ -132,7 +130,7 @@ def check_repeats(
             logger.info("trial %d: reward %.4f, again %.4f (%d of %d)", job.index, before,
                         result.reward, len(rows), count)  # fmt: skip
     if len(rows) < 2:
-        raise NonFiniteLossError(
+        raise ConfigError(
             f"{len(rows)} of {count} trials came to their end again, too few to compare; see the "
             "reasons above. If losses were not finite, a lower SEARCH.PROXY.LR may help"
         )

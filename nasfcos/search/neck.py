@@ -18,7 +18,7 @@ from ..torch_files import read_saved
 from .cache import FeatureCache
 from .decoder import Decoder, build_decoder, proxy_config
 from .examples import Examples, make_room, open_examples
-from .training import NonFinite, build_training
+from .training import build_training
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def train_neck(
         while neck is None:
             decoder = build_decoder(config, train.channels, num_classes, cfg.SEED)
             neck = _trained_neck(cfg, decoder, train, val)
-    except NonFinite as error:
+    except NonFiniteLossError as error:
         raise NonFiniteLossError(
             f"the FPN of the head stage cannot be trained: {error}; fewer "
             "SEARCH.PROXY.NECK_ITERATIONS or a lower SEARCH.PROXY.LR may help"

@@ -33,12 +33,13 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from ..engine.distributed import resolve_device
+from ..engine.monitor import NonFiniteLossError
 from ..transfer import free_gpu_memory
 from .cost import build_objective, latency_ms, multiply_adds
 from .decoder import Decoder, build_decoder, proxy_config, stage_config
 from .examples import Examples, make_room, open_examples
 from .records import COMPLETE, FAILED, PRUNED, DeviceLost, TrialJob, TrialResult
-from .training import NonFinite, Training, build_training
+from .training import Training, build_training
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class ProxyTask:
             reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
             if training is not None:
                 reason += f" (after {training.done} iterations)"
-            expected = isinstance(error, (NonFinite, torch.OutOfMemoryError))
+            expected = isinstance(error, (NonFiniteLossError, torch.OutOfMemoryError))
             logger.warning("trial %d: %s", job.index, reason, exc_info=not expected)
             return TrialResult(FAILED, reason=reason)
 

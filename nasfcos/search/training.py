@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
+from ..engine.monitor import NonFiniteLossError
 from .decoder import Decoder
 from .examples import Examples
 
 # Iterations between two looks at the losses; each makes the host wait for the GPU.
 CHECK_EVERY = 10
-
-
-class NonFinite(ArithmeticError):
-    """A loss that is infinite or not a number."""
 
 
 class Training:
@@ -70,7 +67,7 @@ class Training:
         """Train until so many iterations are done.
 
         Raises:
-            NonFinite: the loss was infinite or not a number.
+            NonFiniteLossError: the loss was infinite or not a number.
         """
         while self.done < until:
             with _momentum(self.decoder, 1.0 if self.done == 0 else None):
@@ -106,14 +103,14 @@ class Training:
         if not finite.all():
             first = int(finite.long().argmin())
             value = self._losses[first].item()
-            raise NonFinite(f"the loss is {value} at iteration {first + 1}")
+            raise NonFiniteLossError(f"the loss is {value} at iteration {first + 1}")
 
     @torch.no_grad()
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """The averaged decoder's loss terms on all of the examples.
 
         Raises:
-            NonFinite: one of them is infinite or not a number.
+            NonFiniteLossError: one of them is infinite or not a number.
         """
         model = self.averaged.eval()
         totals: dict[str, Tensor] = {}
@@ -128,7 +125,9 @@ class Training:
         losses = {name: loss / weight if weight else 0.0 for name, (loss, weight) in sums.items()}
         if not math.isfinite(sum(losses.values())):
             parts = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise NonFinite(f"after iteration {self.done} the losses on meta-val are: {parts}")
+            raise NonFiniteLossError(
+                f"after iteration {self.done} the losses on meta-val are: {parts}"
+            )
         return losses
 
     def _autocast(self) -> torch.autocast:
@@ -143,9 +142,11 @@ def _momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
     own = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = momentum
-    yield
-    for norm, value in zip(norms, own, strict=True):
-        norm.momentum = value
+    try:
+        yield
+    finally:
+        for norm, value in zip(norms, own, strict=True):
+            norm.momentum = value
 
 
 def batch_order(count: int, iterations: int, batch: int, seed: int) -> Tensor:

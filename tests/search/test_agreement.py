@@ -65,5 +65,5 @@ def test_a_full_training_that_diverges_is_left_out(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "agreement/head.json").read_text())
     assert [row["trial"] for row in found["rows"]] == [3, 1, 0]
     precisions = {"0": 0.3}
-    with pytest.raises(NonFiniteLossError, match=r"1 of 4 .* SEARCH\.SELECT\.OVERRIDES"):
+    with pytest.raises(ConfigError, match=r"1 of 4 .* SEARCH\.SELECT\.OVERRIDES"):
         check_agreement(*arguments)

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import random
 import shutil
+import signal
 import sqlite3
 import threading
 import time
@@ -290,7 +291,7 @@ def _search_and_tell(path, pipe):
 def test_sigkill_at_random_moments_loses_nothing(path, undisturbed):
     context = multiprocessing.get_context("fork")
     rng = random.Random(0)
-    told = []
+    told, met = [], 0
     for kill in range(21):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_search_and_tell, args=(path, theirs))
@@ -300,6 +301,7 @@ def test_sigkill_at_random_moments_loses_nothing(path, undisturbed):
             process.join(rng.uniform(0.05, 0.25))
             process.kill()
         process.join()
+        met += process.exitcode == -signal.SIGKILL and path.exists()
         try:
             while True:
                 told.append(ours.recv())
@@ -313,6 +315,7 @@ def test_sigkill_at_random_moments_loses_nothing(path, undisturbed):
             assert sorted(told[:-1]) == sorted(set(told[:-1])), "a trial was done twice"
             path.unlink()
             told.clear()
+    assert met >= 5, "kills of a search that had begun"
 
 
 def test_readers_wait_for_a_lock(path):
