@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from ..config.tree import with_settings
 from ..genotype import Genotype
 from ..models import NECKS
 from ..models.build import build_head
@@ -34,11 +35,7 @@ def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
     parsed = Genotype.parse(genotype)
     if stage == "head" and not parsed.head_ops:
         raise ValueError(f"the head stage needs a genotype with a head, not {genotype}")
-    config = stage_config(cfg, stage)
-    config.defrost()
-    config.MODEL.GENOTYPE = genotype
-    config.freeze()
-    return config
+    return with_settings(stage_config(cfg, stage), {"MODEL.GENOTYPE": genotype})
 
 
 def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
@@ -48,15 +45,14 @@ def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
         raise ValueError(f"the stages are 'fpn' and 'head', not {stage!r}")
     # The size ranges shrink with the images, from those of testing to the crops.
     scale = cfg.SEARCH.CACHE.SIZE / cfg.INPUT.MIN_SIZE_TEST
-    config = cfg.clone()
-    config.defrost()
-    config.MODEL.NECK.NAME = "nas_fpn"
-    config.MODEL.NECK.CHANNELS = widths[stage]
-    config.MODEL.HEAD.TOWER = {"fpn": "plain", "head": "searched"}[stage]
-    config.MODEL.FCOS.SIZE_LIMITS = [limit * scale for limit in cfg.MODEL.FCOS.SIZE_LIMITS]
-    config.MODEL.RETINANET.ANCHOR_SIZE = cfg.MODEL.RETINANET.ANCHOR_SIZE * scale
-    config.freeze()
-    return config
+    settings = {
+        "MODEL.NECK.NAME": "nas_fpn",
+        "MODEL.NECK.CHANNELS": widths[stage],
+        "MODEL.HEAD.TOWER": {"fpn": "plain", "head": "searched"}[stage],
+        "MODEL.FCOS.SIZE_LIMITS": [limit * scale for limit in cfg.MODEL.FCOS.SIZE_LIMITS],
+        "MODEL.RETINANET.ANCHOR_SIZE": cfg.MODEL.RETINANET.ANCHOR_SIZE * scale,
+    }
+    return with_settings(cfg, settings)
 
 
 class Decoder(nn.Module):

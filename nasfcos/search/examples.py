@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from ..config.tree import with_settings
 from ..models.heads.cells import STRIDES
 from ..models.heads.dense import Assignment, DenseHead
 from ..transfer import to_device
@@ -118,9 +119,7 @@ def assigning_head(cfg: CfgNode, num_classes: int) -> DenseHead:
         cfg: as `stage_config` gives it.
         num_classes: object classes, background not counted.
     """
-    plain = cfg.clone()
-    plain.defrost()
-    plain.MODEL.HEAD.TOWER = "plain"
+    plain = with_settings(cfg, {"MODEL.HEAD.TOWER": "plain"})
     return build_decoder(plain, None, num_classes, 0).head
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.tree import with_settings
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing
 from ..genotype import Cell, Genotype
@@ -54,10 +55,7 @@ def train_neck(
         ConfigError: it needs more memory than the GPU has.
     """
     genotype = Genotype(tuple(cells)).to_list()
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEARCH.PROXY.FPN_CHANNELS = cfg.SEARCH.PROXY.HEAD_CHANNELS
-    cfg.freeze()
+    cfg = with_settings(cfg, {"SEARCH.PROXY.FPN_CHANNELS": cfg.SEARCH.PROXY.HEAD_CHANNELS})
     config = proxy_config(cfg, "fpn", genotype)
     # Handles of its own, so that what they hold on a GPU is free again afterwards.
     train, val = (

@@ -17,7 +17,7 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
-from ..config.tree import get_setting
+from ..config.tree import get_setting, with_settings
 from ..data import build_dataset, build_train_loader, num_classes
 from ..data.catalog import find_dataset
 from ..data.voc import voc_names
@@ -103,11 +103,9 @@ def full_config(
         *("MODEL.GENOTYPE", list(genotype), "OUTPUT_DIR", str(folder)),
     ]
     full = with_overrides(cfg, searched, "SEARCH.SELECT.OVERRIDES")
-    if full.SEED >= 0:  # else each training has a new one
-        full.defrost()
-        full.SEED += seed
-        full.freeze()
-    return full
+    if full.SEED < 0:  # each training has a new one
+        return full
+    return with_settings(full, {"SEED": full.SEED + seed})
 
 
 def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True) -> None:
@@ -132,10 +130,7 @@ def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True
                 f"DATASETS.TEST {name} has no object to find: comparing needs annotations"
             )
     check_device(cfg, device, tests=True)
-    loaded = cfg.clone()
-    loaded.defrost()
-    loaded.SEED = max(0, cfg.SEED)
-    build_train_loader(loaded)
+    build_train_loader(with_settings(cfg, {"SEED": max(0, cfg.SEED)}))
     build_detector(cfg, num_classes(cfg))
     source = local_path(cfg.MODEL.WEIGHT) if weights and cfg.MODEL.WEIGHT else None
     if source is not None and not source.is_file():

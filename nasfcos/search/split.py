@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from yacs.config import CfgNode
 
+from ..config.tree import with_settings
 from ..data import DataError, DetectionDataset, Record, build_dataset, class_names
 from ..data.coco import coco_content
 from ..files import replacing
@@ -103,18 +104,15 @@ def plan_split(cfg: CfgNode, folder: str | Path, seed: int) -> Split:
 
     contents = [(name, content) for _, name, _, content in parts]
     hashed = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:_HASH_DIGITS]
-    new = cfg.clone()
-    new.defrost()
     names: tuple[list[str], list[str]] = ([], [])
-    files = {}
+    files, settings = {}, {}
     for side, name, dataset, content in parts:
         path = folder / hashed / f"{name}.json"
         files[path] = content
-        new.DATASETS.CUSTOM[name] = _entry(dataset, path, classes)
+        settings[f"DATASETS.CUSTOM.{name}"] = _entry(dataset, path, classes)
         names[side].append(name)
-    new.DATASETS.TRAIN, new.DATASETS.TEST = map(tuple, names)
-    new.freeze()
-    return Split(hashed, new, files)
+    settings["DATASETS.TRAIN"], settings["DATASETS.TEST"] = map(tuple, names)
+    return Split(hashed, with_settings(cfg, settings), files)
 
 
 def without_places(datasets: Mapping[str, Any]) -> dict[str, Any]:
