@@ -23,7 +23,6 @@ from ..engine.train import check_device
 from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
-from ..torch_files import read_saved
 from ..transfer import free_gpu_memory
 from .best import best_weights, write_best
 from .cache import FeatureCache, build_caches
