@@ -138,6 +138,7 @@ POSITIVE = (  # each entry, where it is a list
     "MODEL.RETINANET.BOX_LOSS_DIVISOR",
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MIN_SIZE_RANGE_TRAIN",
+    "SOLVER.STEPS",
     "SEARCH.PRUNING.RUNGS",
     "SEARCH.OBJECTIVE.TARGET",
     "SEARCH.OBJECTIVE.TARGET_HEAD",
@@ -147,6 +148,12 @@ POSITIVE = (  # each entry, where it is a list
 EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_CHANNELS")
 
 LENGTHS = {"MODEL.RESNET.BLOCKS": 4, "MODEL.FCOS.SIZE_LIMITS": 4}
+
+# What entries of DATASETS.CUSTOM have, by their FORMAT.
+DATASET_KEYS = {
+    "coco": ("FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES"),
+    "voc": ("FORMAT", "IMAGES", "ANNOTATIONS", "SPLIT", "CLASSES"),
+}
 
 # Takes the name of a setting, what is wrong with it, and the names of those beside which it is.
 Fail = Callable[..., NoReturn]
@@ -174,6 +181,41 @@ def check_config(cfg: CfgNode, sources: Mapping[str, str], source: str) -> None:
     _check_genotype(cfg, fail)
     _check_subsets(cfg, fail)
     _check_search(cfg, fail)
+    for name, entry in cfg.DATASETS.CUSTOM.items():
+        check_dataset(name, entry, fail)
+
+
+def check_dataset(name: str, entry: object, fail: Fail) -> None:
+    """Check what an entry of DATASETS.CUSTOM has; it may lack something still."""
+    section = f"DATASETS.CUSTOM.{name}"
+    if not isinstance(entry, Mapping):
+        keys = ", ".join(DATASET_KEYS["coco"])
+        fail(section, f"must be a section with the keys {keys}, not {entry!r}")
+    kind = entry.get("FORMAT")
+    if kind is not None and kind not in DATASET_KEYS:
+        fail(
+            f"{section}.FORMAT",
+            f"is {kind!r}, but must be 'coco' (a COCO JSON file) or 'voc' (PASCAL VOC XML files)."
+            f"{nearest(str(kind).lower(), DATASET_KEYS)}",
+            section,
+        )
+    known = DATASET_KEYS["voc" if kind is None else kind]  # it has all of them
+    for part, value in entry.items():
+        key = f"{section}.{part}"
+        if part not in known:
+            where = f"for FORMAT {kind} " if kind is not None else ""
+            hint = nearest(str(part).upper(), known)
+            fail(key, f"is unknown {where}(known: {', '.join(known)}).{hint}", section)
+        if value is None:
+            continue
+        if part == "CLASSES":
+            proper = isinstance(value, (list, tuple)) and len(value) > 0
+            if not proper or not all(isinstance(c, str) and c.strip() for c in value):
+                fail(key, f"must be a list of names, not {value!r}", section)
+            if len(set(value)) < len(value):
+                fail(key, f"names a class twice: {list(value)!r}", section)
+        elif not isinstance(value, str) or not value.strip():
+            fail(key, f"must be text, not {value!r}", section)
 
 
 def _check_choices(cfg: CfgNode, fail: Fail) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ..genotype import Genotype, GenotypeError
 from .errors import ConfigError, nearest
 from .tree import leaves, literal, nested
 
@@ -16,6 +17,9 @@ RESNET_BLOCKS = {
     "R-50": [3, 4, 6, 3],
     "R-101": [3, 4, 23, 3],
 }
+
+
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Rule(NamedTuple):
@@ -46,9 +50,26 @@ def _to(key: str, convert: Callable[[Any], Any] = lambda v: v) -> Rule:
     return Rule(lambda value: {key: convert(value)}, key)
 
 
+def _switch(value: Any) -> bool:
+    """The release reads YAML 1.1, where there are other words for true and false as well."""
+    value = SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    return value
+
+
 def _when(key: str, setting: Any) -> Rule:
     """Sets a key if the released switch is on."""
-    return Rule(lambda value: {key: setting} if value else {}, key)
+    return Rule(lambda value: {key: setting} if _switch(value) else {}, key)
+
+
+def _must_be(wanted: bool) -> Rule:
+    def check(value: Any) -> dict[str, Any]:
+        if _switch(value) != wanted:
+            raise ValueError(f"only {wanted} is supported")
+        return {}
+
+    return Rule(check)
 
 
 def _only(*allowed: Any) -> Rule:
@@ -69,14 +90,14 @@ def _classes(count: int) -> dict[str, Any]:
 # Released key -> the settings it becomes. A key ending in ".*" stands for a whole section.
 TRANSLATION: dict[str, Rule] = {
     "MODEL.META_ARCHITECTURE": _only("SingleStageDetector"),
-    "MODEL.RPN_ONLY": _only(True),
+    "MODEL.RPN_ONLY": _must_be(True),
     "MODEL.DENSEBOX_ON": _when("MODEL.HEAD.NAME", "fcos"),
     "MODEL.RETINANET_ON": _when("MODEL.HEAD.NAME", "retinanet"),
     "MODEL.BACKBONE.CONV_BODY": Rule(_body, "MODEL.BACKBONE.NAME"),
     "MODEL.BACKBONE.OUT_CHANNELS": UNUSED,
     "MODEL.BACKBONE.ENCODER_OUT_CHANNELS": UNUSED,
     "MODEL.BACKBONE.FREEZE_CONV_BODY_AT": _to("MODEL.BACKBONE.FREEZE_AT", lambda n: max(n, 0)),
-    "MODEL.RESNETS.STRIDE_IN_1X1": _to("MODEL.RESNET.STRIDE_IN_1X1"),
+    "MODEL.RESNETS.STRIDE_IN_1X1": _to("MODEL.RESNET.STRIDE_IN_1X1", _switch),
     "MODEL.RESNETS.NUM_GROUPS": _to("MODEL.RESNET.NUM_GROUPS"),
     "MODEL.RESNETS.WIDTH_PER_GROUP": _to("MODEL.RESNET.WIDTH_PER_GROUP"),
     "MODEL.RESNETS.BACKBONE_OUT_CHANNELS": UNUSED,
@@ -86,7 +107,7 @@ TRANSLATION: dict[str, Rule] = {
     "MODEL.RETINANET.BG_IOU_THRESHOLD": _to("MODEL.RETINANET.BG_IOU"),
     "MODEL.RETINANET.SCALES_PER_OCTAVE": _to("MODEL.RETINANET.SCALES_PER_OCTAVE"),
     "MODEL.RETINANET.STRADDLE_THRESH": _only(-1),
-    "MODEL.RETINANET.USE_C5": _only(False),
+    "MODEL.RETINANET.USE_C5": _must_be(False),
     "MODEL.RPN.*": UNUSED,
     "MODEL.ROI_HEADS.*": UNUSED,
     "MODEL.ROI_BOX_HEAD.*": UNUSED,
@@ -95,13 +116,13 @@ TRANSLATION: dict[str, Rule] = {
     "SEARCH.DECODER.CONFIG": _to("MODEL.GENOTYPE"),
     "SEARCH.DECODER.AGG_SIZE": _to("MODEL.NECK.CHANNELS"),
     "SEARCH.DECODER.VERSION": _only(2),
-    "SEARCH.DECODER.NUM_CELLS": UNUSED,
+    "SEARCH.DECODER.NUM_CELLS": UNUSED,  # but see _check_counts
     "SEARCH.DECODER.OP_SIZE": UNUSED,
-    "SEARCH.HEAD.NUM_HEAD_LAYERS": UNUSED,
+    "SEARCH.HEAD.NUM_HEAD_LAYERS": UNUSED,  # likewise
     "SEARCH.HEAD.OP_SIZE": UNUSED,
     "SEARCH.HEAD.AGG_OP_SIZE": UNUSED,
-    "SEARCH.HEAD.OUTPUT_CONCAT": _only(False),
-    "SEARCH.HEAD.WEIGHT_SHARE_SEARCH": _only(True),
+    "SEARCH.HEAD.OUTPUT_CONCAT": _must_be(False),
+    "SEARCH.HEAD.WEIGHT_SHARE_SEARCH": _must_be(True),
     "SOLVER.NUM_GPUS": UNUSED,
     **{
         key: _to(key)
@@ -176,6 +197,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
         if made != {name: value}:
             became = ", ".join(f"{k} = {v!r}" for k, v in made.items()) or "not needed"
             notes.append(f"{name} = {value!r}  ->  {became}")
+    _check_counts(tree, source)
     heads = ("MODEL.DENSEBOX_ON", "MODEL.RETINANET_ON")
     if "MODEL.HEAD.NAME" not in settings and any(name in heads for name, _ in leaves(tree)):
         raise ConfigError(f"{source}: neither {heads[0]} nor {heads[1]} is True: there is no head")
@@ -183,6 +205,23 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
     settings.setdefault("MODEL.NECK.NAME", "fpn")
     settings.setdefault("MODEL.HEAD.TOWER", "plain")
     return nested(settings), notes
+
+
+def _check_counts(tree: dict, source: str) -> None:
+    """The numbers of cells and head layers only repeat what the genotype has."""
+    given = {name: literal(value) for name, value in leaves(tree)}
+    try:
+        genotype = Genotype.parse(given["SEARCH.DECODER.CONFIG"])
+    except (KeyError, GenotypeError):  # what is wrong with it is said when the whole is checked
+        return
+    for name, has in (
+        ("SEARCH.DECODER.NUM_CELLS", len(genotype.cells)),
+        ("SEARCH.HEAD.NUM_HEAD_LAYERS", len(genotype.head_ops)),
+    ):
+        if has and given.get(name, has) != has:
+            raise ConfigError(
+                f"{source}: {name} is {given[name]!r}, but SEARCH.DECODER.CONFIG has {has}"
+            )
 
 
 def successor_of(name: str) -> str | None:

@@ -10,10 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.checks import check_dataset
 from ..config.errors import nearest
 from .coco import read_coco_classes
 from .records import DataError
@@ -46,10 +48,6 @@ _COCO_SPLITS = {
 _BUILT_IN = tuple(f"coco_2017_{split}" for split in _COCO_SPLITS) + tuple(
     f"voc_{year}_{split}" for year in (2007, 2012) for split in ("train", "val", "trainval", "test")
 )
-_KEYS = {
-    "coco": ("FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES"),
-    "voc": ("FORMAT", "IMAGES", "ANNOTATIONS", "SPLIT", "CLASSES"),
-}
 
 
 @dataclass(frozen=True)
@@ -97,53 +95,30 @@ def _built_in(name: str, root: Path) -> DatasetSpec:
     )
 
 
-def _custom(name: str, entry: object, root: Path) -> DatasetSpec:
+def _custom(name: str, entry: Mapping[str, Any], root: Path) -> DatasetSpec:
     key = f"DATASETS.CUSTOM.{name}"
-    if not isinstance(entry, Mapping):
-        raise ConfigError(
-            f"{key} must be a section with the keys {', '.join(_KEYS['coco'])}, not {entry!r}"
-        )
+    check_dataset(name, entry, _fail)
+    entry = {part: value for part, value in entry.items() if value is not None}
+    for part in ("FORMAT", "IMAGES", "ANNOTATIONS"):
+        if part not in entry:
+            _fail(f"{key}.{part}", "is missing")
 
-    def text(part: str, needed: bool = True) -> str | None:
-        value = entry.get(part)
-        if value is None and not needed:
-            return None
-        if value is None:
-            raise ConfigError(f"{key}.{part} is missing")
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{key}.{part} must be text, not {value!r}")
-        return value
+    def path(part: str) -> Path:
+        return root / Path(entry[part]).expanduser()
 
-    kind = text("FORMAT")
-    if kind not in _KEYS:
-        raise ConfigError(
-            f"{key}.FORMAT is {kind!r}, but must be 'coco' (a COCO JSON file) or 'voc' (PASCAL VOC "
-            f"XML files).{nearest(kind.lower(), _KEYS)}"
-        )
-    for part in entry:
-        if part not in _KEYS[kind]:
-            raise ConfigError(
-                f"{key}.{part} is unknown for FORMAT {kind} (known: {', '.join(_KEYS[kind])})."
-                f"{nearest(str(part).upper(), _KEYS[kind])}"
-            )
-    classes = entry.get("CLASSES")
-    if classes is not None:
-        proper = isinstance(classes, (list, tuple)) and len(classes) > 0
-        if not proper or not all(isinstance(c, str) and c.strip() for c in classes):
-            raise ConfigError(f"{key}.CLASSES must be a list of names, not {classes!r}")
-        if len(set(classes)) < len(classes):
-            raise ConfigError(f"{key}.CLASSES names a class twice: {list(classes)!r}")
-        classes = tuple(classes)
-    split = text("SPLIT", needed=False)
     return DatasetSpec(
         name=name,
-        format=kind,
-        images=root / Path(text("IMAGES")).expanduser(),
-        annotations=root / Path(text("ANNOTATIONS")).expanduser(),
-        split=None if split is None else root / Path(split).expanduser(),
-        classes=classes,
+        format=entry["FORMAT"],
+        images=path("IMAGES"),
+        annotations=path("ANNOTATIONS"),
+        split=path("SPLIT") if "SPLIT" in entry else None,
+        classes=tuple(entry["CLASSES"]) if "CLASSES" in entry else None,
         key=key,
     )
+
+
+def _fail(name: str, why: str, *_: str) -> NoReturn:
+    raise ConfigError(f"{name} {why}")
 
 
 def _lookup(cfg: CfgNode, name: str) -> DatasetSpec:

@@ -73,6 +73,10 @@ def test_released_file_with_an_unknown_key(tmp_path):
         ("MODEL.DENSEBOX_ON", False, "neither MODEL.DENSEBOX_ON nor MODEL.RETINANET_ON is True"),
         ("MODEL.BACKBONE.CONV_BODY", None, "known are MobileNetV2"),
         ("MODEL.RETINANET.NUM_CLASSES", 1, "the background counts"),
+        ("MODEL.DENSEBOX_ON", "maybe", "MODEL.DENSEBOX_ON is 'maybe': it must be true or false"),
+        ("MODEL.RETINANET.USE_C5", "on", "only False is supported"),
+        ("SEARCH.DECODER.NUM_CELLS", 5, "NUM_CELLS is 5, but SEARCH.DECODER.CONFIG has 7"),
+        ("SEARCH.HEAD.NUM_HEAD_LAYERS", 9, "NUM_HEAD_LAYERS is 9, but .* has 6"),
     ],
 )
 def test_released_file_with_an_impossible_value(tmp_path, key, value, message):
@@ -86,6 +90,16 @@ def test_released_file_with_an_impossible_value(tmp_path, key, value, message):
     path = write(tmp_path, "released.yaml", yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=rf"released\.yaml.*{message}"):
         load_config(path)
+
+
+def test_switches_of_released_files_are_those_of_yaml_1_1(tmp_path):
+    text = yaml.safe_dump(as_released(RELEASED["R_50_NAS_head"]))
+    for old, new in (("DENSEBOX_ON: true", "DENSEBOX_ON: Yes\n  RETINANET_ON: no"),
+                     ("NAS_HEAD_ON: true", "NAS_HEAD_ON: off")):  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    cfg = load_config(write(tmp_path, "released.yaml", text))
+    assert (cfg.MODEL.HEAD.NAME, cfg.MODEL.HEAD.TOWER) == ("fcos", "plain")
 
 
 def test_inheritance_and_overrides(tmp_path):
@@ -166,6 +180,20 @@ def test_custom_data_sets_are_free_form(tmp_path):
             "DATASETS: {CUSTOM: {parts_v1.2: {FORMAT: coco}}}\n",
             r"file\.yaml: the name 'parts_v1\.2' in DATASETS\.CUSTOM must have no dot",
         ),
+        (
+            "DATASETS: {CUSTOM: {mine: {FROMAT: coco}}}\n",
+            r"file\.yaml: DATASETS\.CUSTOM\.mine\.FROMAT is unknown.*Did you mean 'FORMAT'",
+        ),
+        (
+            "DATASETS: {CUSTOM: {mine: {format: coco}}}\n",
+            r"file\.yaml: DATASETS\.CUSTOM\.mine\.format is unknown.*Did you mean 'FORMAT'",
+        ),
+        (
+            "DATASETS: {CUSTOM: {mine: {FORMAT: cocoo}}}\n",
+            r"file\.yaml: DATASETS\.CUSTOM\.mine\.FORMAT is 'cocoo'.*Did you mean 'coco'",
+        ),
+        ("DATASETS: {CUSTOM: {mine: x.json}}\n", r"file\.yaml: DATASETS\.CUSTOM\.mine must be a"),
+        ("SOLVER: {STEPS: [-5]}\n", r"file\.yaml: SOLVER\.STEPS is .-5.*must be positive"),
         ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
         ("SEARCH:\n  STAGES: [head, fpn]\n", r"SEARCH\.STAGES.*on a found FPN"),
         ("SEARCH:\n  STAGES: [neck]\n", r"file\.yaml: SEARCH\.STAGES has 'neck'.*'fpn', 'head'"),
