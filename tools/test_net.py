@@ -6,7 +6,7 @@ torchrun --nproc_per_node=4 tools/test_net.py --config-file FILE TEST.IMS_PER_BA
 
 import sys
 
-from nasfcos.engine import load_test_model, test
+from nasfcos.engine import load_test_model, test, test_sets
 from nasfcos.engine.launch import argument_parser, launch
 
 
@@ -19,7 +19,7 @@ def main() -> int:
 
     def job(cfg, device):
         model, classes = load_test_model(cfg, device)
-        test(cfg, model, classes)
+        test(cfg, model, test_sets(cfg, classes))
 
     return launch(args, job)
 

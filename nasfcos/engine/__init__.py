@@ -1,7 +1,7 @@
 """Training and testing: the solver, the loops, checkpoints, distributed jobs, and their log."""
 
 from .solver import build_lr_scheduler, build_optimizer
-from .test import load_test_model, test
+from .test import load_test_model, test, test_sets
 from .train import build_model, train
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "build_optimizer",
     "load_test_model",
     "test",
+    "test_sets",
     "train",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..boxes import clip_boxes
 from ..config import ConfigError
 from ..data import DataError, build_dataset, build_test_loader, class_names, num_classes
 from ..data.build import BatchLoader
+from ..data.dataset import DetectionDataset
 from ..data.transforms import scale_boxes
 from ..download import local_path
 from ..evaluation import evaluate, format_metrics
@@ -32,10 +33,25 @@ logger = logging.getLogger(__name__)
 Detections = dict[int, dict[str, Tensor]]
 
 
+def test_sets(
+    cfg: CfgNode, classes: Sequence[str] | None = None
+) -> dict[str, DetectionDataset]:
+    """The data sets of DATASETS.TEST by name, for `test`.
+
+    Args:
+        cfg: the config tree.
+        classes: what a model's labels 1..N mean; None: as in the training data of the config.
+
+    Raises:
+        ConfigError, DataError: one of them cannot be read.
+    """
+    return {name: build_dataset(cfg, name, classes) for name in cfg.DATASETS.TEST}
+
+
 def test(
-    cfg: CfgNode, model: Detector, classes: Sequence[str] | None = None
+    cfg: CfgNode, model: Detector, datasets: Mapping[str, DetectionDataset]
 ) -> dict[str, dict]:
-    """Detect in every data set of DATASETS.TEST and measure.
+    """Detect in data sets and measure.
 
     What detects is a copy of the model for inference in TEST.DTYPE; the model itself stays as it
     is.
@@ -45,18 +61,17 @@ def test(
     Args:
         cfg: the config tree.
         model: the detector, on this process's device.
-        classes: what the model's labels 1..N mean; None: as in the training data of the config.
+        datasets: by name, see `test_sets`.
 
     Returns:
         On process 0 the metrics (see `nasfcos.evaluation.evaluate`) of each data set by name; on
         the others an empty dict.
     """
-    if not cfg.DATASETS.TEST:
+    if not datasets:
         logger.warning("DATASETS.TEST is empty: there is nothing to test on")
     fast = inference_form(cfg, model)
     results = {}
-    for name in cfg.DATASETS.TEST:
-        dataset = build_dataset(cfg, name, classes)
+    for name, dataset in datasets.items():
         loader = build_test_loader(
             cfg, dataset, rank=distributed.rank(), world_size=distributed.world_size()
         )
@@ -76,7 +91,8 @@ def test(
     return results
 
 
-test.__test__ = False  # not a test case, whatever pytest makes of the name
+for function in (test, test_sets):
+    function.__test__ = False  # not a test case, whatever pytest makes of the name
 
 
 def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:

@@ -7,7 +7,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..config.run_file import check_run_config, write_run_config
-from ..data import build_dataset, build_train_loader, class_names, num_classes
+from ..data import build_train_loader, class_names, num_classes
 from ..data.build import Batch, BatchLoader
+from ..data.dataset import DetectionDataset
 from ..locks import only_one
 from ..models import build_detector, load_weights
 from ..signals import Interrupted, StopRequest
@@ -44,7 +45,7 @@ from .run import (
     with_seed,
 )
 from .solver import build_lr_scheduler, build_optimizer
-from .test import test
+from .test import test, test_sets
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,8 @@ def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) ->
         report_resume(cfg, path, state)
         run.restore(state)
         del state
-    if _tests(cfg, skip_test):
-        for name in cfg.DATASETS.TEST:  # what is wrong with it is said now, not after the training
-            build_dataset(cfg, name, run.classes)
+    # What is wrong with them is said now, not after the training.
+    datasets = test_sets(cfg, run.classes) if _tests(cfg, skip_test) else {}
     loader = None
     if run.iteration < cfg.SOLVER.MAX_ITER:
         loader = build_train_loader(
@@ -143,7 +143,7 @@ def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) ->
         stop = stack.enter_context(StopRequest())
         writer = stack.enter_context(MetricsWriter(output, run.iteration)) if main else None
         try:
-            _iterate(cfg, run, loader, device, stop, writer, path)
+            _iterate(cfg, run, loader, datasets, device, stop, writer, path)
         except RuntimeError as error:
             # The signal may have ended the loader's workers or another process as well.
             if not stop.signum or isinstance(error, NonFiniteLossError):
@@ -153,7 +153,7 @@ def _train(cfg: CfgNode, device: torch.device, resume: bool, skip_test: bool) ->
                 "--resume goes on from the last checkpoint",
             ) from error  # fmt: skip
         with stop.heeded_at_once():
-            results = {} if skip_test else _evaluate(cfg, run, writer)
+            results = {} if skip_test else _evaluate(cfg, run, datasets, writer)
     if main:
         try:
             plot_training(output / "metrics.jsonl", output / "training.png")
@@ -207,6 +207,7 @@ def _iterate(
     cfg: CfgNode,
     run: Run,
     loader: BatchLoader | None,
+    datasets: Mapping[str, DetectionDataset],
     device: torch.device,
     stop: StopRequest,
     writer: MetricsWriter | None,
@@ -224,10 +225,10 @@ def _iterate(
         if resumed_from != final:
             save_run(cfg, run, final, monitor)
         return
-    if _lacks_evaluation(cfg, run, writer):
+    if _lacks_evaluation(cfg, run, datasets, writer):
         logger.info("iteration %d has not been evaluated yet", start)
         with stop.heeded_at_once():
-            _evaluate(cfg, run, writer)
+            _evaluate(cfg, run, datasets, writer)
     model = distributed.parallel(run.model.train())
     meter = Meter(solver.IMS_PER_BATCH, device)
     logger.info("training from iteration %d to %d", start, solver.MAX_ITER)
@@ -251,7 +252,7 @@ def _iterate(
             periods = (cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD)
             if stopping or done or any(_due(run.iteration, period) for period in periods):
                 paused = time.perf_counter()
-                _pause(cfg, run, monitor, stopping, stop, writer)
+                _pause(cfg, run, datasets, monitor, stopping, stop, writer)
                 meter.pause(time.perf_counter() - paused)
             waiting_since = time.perf_counter()
 
@@ -291,6 +292,7 @@ def _step(
 def _pause(
     cfg: CfgNode,
     run: Run,
+    datasets: Mapping[str, DetectionDataset],
     monitor: StepMonitor,
     stopping: bool,
     stop: StopRequest,
@@ -315,22 +317,25 @@ def _pause(
         )
     if _due(run.iteration, cfg.TEST.EVAL_PERIOD) and not done:
         with stop.heeded_at_once():
-            _evaluate(cfg, run, writer)
+            _evaluate(cfg, run, datasets, writer)
 
 
 def _due(iteration: int, period: int) -> bool:
     return period > 0 and iteration % period == 0
 
 
-def _lacks_evaluation(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> bool:
+def _lacks_evaluation(
+    cfg: CfgNode,
+    run: Run,
+    datasets: Mapping[str, DetectionDataset],
+    writer: MetricsWriter | None,
+) -> bool:
     """Whether the run that is resumed was stopped between a checkpoint and its evaluation."""
     if run.iteration == 0 or not _due(run.iteration, cfg.TEST.EVAL_PERIOD):
         return False
     lacks = writer is not None and not writer.has_evaluation(run.iteration)
-    if lacks:  # or there is nothing to judge by
-        sets = (build_dataset(cfg, name, run.classes) for name in cfg.DATASETS.TEST)
-        lacks = any(dataset.has_annotations for dataset in sets)
-    return distributed.broadcast(lacks)
+    judged = any(dataset.has_annotations for dataset in datasets.values())
+    return distributed.broadcast(lacks and judged)
 
 
 def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration: float) -> None:
@@ -344,10 +349,15 @@ def _log(cfg: CfgNode, iteration: int, figures: dict[str, float], per_iteration:
     )  # fmt: skip
 
 
-def _evaluate(cfg: CfgNode, run: Run, writer: MetricsWriter | None) -> dict[str, dict]:
+def _evaluate(
+    cfg: CfgNode,
+    run: Run,
+    datasets: Mapping[str, DetectionDataset],
+    writer: MetricsWriter | None,
+) -> dict[str, dict]:
     """Test the model as it is, and note the overall figures."""
     distributed.broadcast_buffers(run.model)
-    results = test(cfg, run.model, run.classes)
+    results = test(cfg, run.model, datasets)
     figures = {
         f"eval/{name}/{figure}": value
         for name, metrics in results.items()
