@@ -58,8 +58,16 @@ def resolve_source(source: str) -> Path:
 
 
 def local_path(source: str) -> Path | None:
-    """The path that a source is by itself; None: it is to be downloaded."""
-    if urlparse(source).scheme in ("http", "https", "catalog", "torchvision"):
+    """The path that a source is by itself; None: it is to be downloaded.
+
+    Raises:
+        DownloadError: it begins like a URL, and is none.
+    """
+    try:
+        scheme = urlparse(source).scheme
+    except ValueError as error:
+        raise DownloadError(f"{source} is neither a path nor a URL: {error}") from error
+    if scheme in ("http", "https", "catalog", "torchvision"):
         return None
     return Path(source.removeprefix("file://")).expanduser()
 

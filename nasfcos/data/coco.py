@@ -195,6 +195,9 @@ def read_coco(
     has_annotations = content.get("annotations") is not None
     if not names and classes is not None and not has_annotations:
         names = dict(enumerate(classes, 1))
+        remarks["classes without a category in the file, so with ids counted from 1 in results"] = (
+            len(names)
+        )
     if not names:
         raise DataError(f"{path}: has no 'categories'")
     if classes is not None and adopted:

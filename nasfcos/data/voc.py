@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -68,15 +69,20 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def _choose_file(name: str, files: list[str], annotated: str, remarks: Counter) -> str:
-    """Of the `files` called `name` the annotated one; without any, what is annotated."""
-    if not files:
-        return annotated or f"{name}.jpg"
-    if len(files) > 1:
-        if annotated in files:
-            return annotated
-        remarks["names with several image files (the first is taken)"] += 1
-    return files[0]
+def _choose_file(
+    name: str, files: Mapping[str, list[str]], annotated: str, remarks: Counter
+) -> str:
+    """Of the `files` (see `_image_files`) called `name` the annotated one; without any, what is
+    annotated, if it is there."""
+    named = files.get(name, [])
+    if len(named) == 1:
+        return named[0]
+    if annotated in (named or files.get(Path(annotated).stem, [])):
+        return annotated
+    if not named:
+        return f"{name}.jpg"
+    remarks["names with several image files (the first is taken)"] += 1
+    return named[0]
 
 
 def _text(element: ElementTree.Element | None, path: str) -> str:
@@ -147,7 +153,7 @@ def read_voc(
                 missing.append(path)
                 continue
             root = _parse(path)
-        file_name = _choose_file(name, files.get(name, []), _text(root, "filename"), remarks)
+        file_name = _choose_file(name, files, _text(root, "filename"), remarks)
         height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
         if height == 0 or width == 0:
             height, width = find_size(images / file_name, (0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -86,7 +87,10 @@ def log_to_file(output_dir: str | os.PathLike[str]) -> None:
 
 def on_terminal() -> bool:
     """Whether a person watches this process: a progress bar is of use."""
-    return distributed.rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+    if distributed.rank() != 0 or not sys.stdout.isatty() or not sys.stderr.isatty():
+        return False
+    # Some programs that run others as on a terminal give it no width: a bar would not be seen.
+    return shutil.get_terminal_size(fallback=(0, 0)).columns > 0
 
 
 def progress(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,15 @@ SHOWN = 20
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or do not fit the model; the message lists what and why."""
+    """Weights that cannot be read, or do not fit the model; the message lists what and why.
+
+    Attributes:
+        report: of weights that do not fit, what `load_weights` found out about every tensor.
+    """
+
+    def __init__(self, message: str, report: LoadReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass
@@ -76,17 +85,18 @@ class LoadReport:
         """Whether no tensor is missing, unexpected or of another shape."""
         return not (self.missing or self.unexpected or self.misshapen)
 
-    def problems(self) -> str:
-        """The tensors that did not load, a line each; of many of a kind the first, and how many."""
+    def problems(self, most: int = SHOWN) -> str:
+        """The tensors that did not load, a line each; of more than `most` of a kind the first, and
+        how many."""
         lines = []
         for what, names in (
             ("missing from the source", self.missing),
             ("unknown to the model", self.unexpected),
             ("another shape", self.misshapen),
         ):
-            lines += [f"  {what}: {name}" for name in names[:SHOWN]]
-            if len(names) > SHOWN:
-                lines.append(f"  {what}: and {len(names) - SHOWN} more, {len(names)} in all")
+            lines += [f"  {what}: {name}" for name in names[:most]]
+            if len(names) > most:
+                lines.append(f"  {what}: and {len(names) - most} more, {len(names)} in all")
         return "\n".join(lines)
 
 
@@ -134,17 +144,21 @@ def load_weights(
             report.loaded.append(key)
     report.unexpected = [key for key in tensors if key not in wanted]
 
+    if not report.complete:
+        logger.debug("%s, tensor by tensor:\n%s", name, report.problems(most=sys.maxsize))
     if not report.complete and strict:
         raise WeightsError(
             f"{name} ({weights.description}) does not fit the model:\n{report.problems()}\n"
             "Use a config that describes the weights' model, or load with strict=False "
-            "(fine-tuning) to take only what fits."
+            "(fine-tuning) to take only what fits.",
+            report,
         )
     if lack := _what_lacks(weights.kind, {key: own[key] for key in wanted}, report.loaded):
         raise WeightsError(
             f"{name} ({weights.description}) is of another model: {lack}\n{report.problems()}\n"
             "Use weights of the config's model (MODEL.WEIGHT), or a config that describes the "
-            "weights' model (MODEL.BACKBONE, MODEL.RESNET)."
+            "weights' model (MODEL.BACKBONE, MODEL.RESNET).",
+            report,
         )
     with torch.no_grad():
         for key in report.loaded:
@@ -251,6 +265,9 @@ def _plain_tensors(content: Any, name: str) -> Tensors:
             native = value.dtype.newbyteorder("=")
             value = torch.from_numpy(np.array(value, dtype=native, order="C"))
         if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+                kind = f"{value.dtype}, {value.layout}"
+                raise WeightsError(f"{name}: {key} is no plain tensor of numbers ({kind})")
             tensors[_unwrapped_name(str(key))] = value.detach()
     return tensors
 

@@ -90,6 +90,15 @@ def test_classes_choose_and_order_categories(write_coco, tmp_path):
         read(tmp_path, ("bird", "cat"))
 
 
+def test_ids_of_its_own_making_are_told(write_coco, tmp_path):
+    write_coco([], categories=(), annotations=None)
+    found = read(tmp_path, ("cat", "dog"))
+    assert found.category_ids == (1, 2)
+    assert found.remarks == {
+        "classes without a category in the file, so with ids counted from 1 in results": 2
+    }
+
+
 def test_adopted_classes_may_be_absent(write_coco, tmp_path):
     write_coco([{"category_id": 3}, {"category_id": 1}, {"category_id": 7}])
     classes = ("bird", "dog", "ant")

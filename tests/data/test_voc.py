@@ -68,6 +68,15 @@ def test_of_two_images_of_one_name_the_annotated_one_is_taken(write_voc, write_i
         assert ("several image files" in str(found.remarks)) == ambiguous
 
 
+def test_a_missing_image_has_the_name_in_the_split(write_voc, tmp_path):
+    args = (tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
+    write_voc({"a": []}, tag="<filename>x.jpg</filename>")
+    (tmp_path / "images" / "a.jpg").unlink()
+    assert read_voc(*args).records[0].file_name == "a.jpg"
+    (tmp_path / "images" / "x.jpg").touch()
+    assert read_voc(*args).records[0].file_name == "x.jpg"
+
+
 def test_odd_boxes_are_counted(write_voc, tmp_path):
     boxes = [(0, 0, 80, 20), (30, 10, 20, 20), (70, 5, 80, 9), ("x", 1, 5, 5), ("2.5", 2, 9, 9)]
     write_voc({"a": [("cat", box, 0) for box in boxes] + [("dog", (1, 1, 5, 5), 0)]})

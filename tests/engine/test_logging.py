@@ -2,7 +2,11 @@
 
 import itertools
 import logging
+import os
+import sys
 from types import SimpleNamespace
+
+import pytest
 
 from nasfcos.engine import logging as module
 from nasfcos.engine.logging import progress
@@ -27,3 +31,12 @@ def test_more_than_was_expected_is_all(caplog, monkeypatch):
     assert len(list(progress("abc", 2, "letters", "words"))) == 3
     assert "letters: 2 of 2 words" in caplog.messages[-1]
     assert caplog.messages[-1].endswith("00:00:00 to go")
+
+
+@pytest.mark.parametrize("width, watched", [(0, False), (80, True)])
+def test_a_terminal_without_width_shows_no_bars(monkeypatch, width, watched):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((width, 24)))
+    assert module.on_terminal() == watched

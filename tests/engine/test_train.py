@@ -85,6 +85,21 @@ def kill_in(monkeypatch, steps):
     monkeypatch.setattr(train_module, "update", update_or_end)
 
 
+def test_what_is_odd_about_the_test_set_is_told_once(config, tmp_path, caplog):
+    data = tmp_path / "odd"
+    shutil.copytree(config().DATASETS.ROOT, data)
+    cfg = config("TEST.EVAL_PERIOD", 2, "DATASETS.ROOT", data)
+    file = data / cfg.DATASETS.CUSTOM.val.ANNOTATIONS
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["bbox"][2] = -5
+    file.write_text(json.dumps(tree))
+    (data / cfg.DATASETS.CUSTOM.val.IMAGES / tree["images"][1]["file_name"]).unlink()
+    engine.train(cfg, CPU)
+    assert caplog.text.count("data set val: 1 boxes not finite, without area") == 1
+    assert caplog.text.count(f"{tree['images'][1]['file_name']} is skipped") == 1
+    assert len([line for line in metrics(cfg) if "eval/val/AP" in line]) == 4
+
+
 def test_a_run_leaves_everything_that_was_promised(config):
     cfg = config("TEST.EVAL_PERIOD", 4)
     results = engine.train(cfg, CPU)

@@ -178,6 +178,9 @@ def test_weights_of_another_model_are_refused(tmp_path, file, words, strict):
     assert f"{file}.pth" in text and len(text.splitlines()) < 70
     missing = [line for line in text.splitlines() if "missing from the source" in line]
     assert len(missing) == 21 and re.search(r"and \d+ more, \d+ in all$", missing[-1])
+    report = error.value.report
+    count = int(re.search(r"(\d+) in all$", missing[-1])[1])
+    assert len(report.missing) == count and not report.complete
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -339,6 +342,18 @@ def test_what_are_no_weights():
             nasfcos.load_weights(model, source)
 
 
+@pytest.mark.parametrize("odd", ["sparse", "complex"])
+def test_tensors_that_are_no_plain_numbers_are_refused(odd):
+    model = build()
+    state = {key: x.clone() for key, x in model.state_dict().items()}
+    key = "backbone.stem.conv1.weight"
+    source = dict(state)
+    source[key] = state[key].to_sparse() if odd == "sparse" else state[key].to(torch.complex64)
+    with pytest.raises(WeightsError, match=f"{re.escape(key)} is no plain tensor of numbers"):
+        nasfcos.load_weights(model, source)
+    assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+
+
 def test_released_file_on_disk(tmp_path):
     """As the release wrote it: the module prefix, and the state of the finished run beside it."""
     weights = {f"module.{k}": v for k, v in known_weights("Mobile_NAS_densebox").items()}
@@ -488,6 +503,11 @@ def test_what_is_no_checksum_is_refused_before_anything_is_downloaded(server, fr
 def test_a_folder_is_called_one(tmp_path):
     with pytest.raises(WeightsError, match="is a folder: name a weight file in it"):
         read_weights(str(tmp_path))
+
+
+def test_what_only_begins_like_a_url():
+    with pytest.raises(download.DownloadError, match=r"http://\[bad/x is neither a path nor a URL"):
+        read_weights("http://[bad/x")
 
 
 def test_unknown_names():
