@@ -16,7 +16,7 @@ from ..config import load_config
 from ..config.tree import get_setting, nested
 from ..engine.checkpoint import FINAL, load_checkpoint
 from ..files import replacing
-from ..models.weights import read_saved
+from ..torch_files import read_saved
 from .prepare import changes_since
 from .select import SUMMARY, Selected, full_config, train_in_full
 
