@@ -105,7 +105,7 @@ def draw_rewards(records: Sequence[TrialRecord]) -> Figure:
     figure = _figure(0.4 + 3.6 * len(measures))
     axes = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
     for axis, (name, value) in zip(axes, measures, strict=True):
-        _plot_rewards(axis, records, value)
+        _plot_rewards(axis, records, value, name.partition(" ")[0])
         axis.set_ylabel(name)
     axes[-1].set_xlabel("trial")
     axes[0].set_title("Rewards of the trials", loc="left")
@@ -118,7 +118,7 @@ def differ(a: float, b: float) -> bool:
 
 
 def _plot_rewards(
-    axis: Axes, records: Sequence[TrialRecord], value: Callable[[TrialRecord], float]
+    axis: Axes, records: Sequence[TrialRecord], value: Callable[[TrialRecord], float], name: str
 ) -> None:
     def series(chosen: Iterable[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
         pairs = [(r.index, value(r)) for r in chosen if math.isfinite(value(r))]
@@ -135,12 +135,12 @@ def _plot_rewards(
     _, shown = series(r for _, chosen, *_ in kinds for r in chosen)
     low, high = _limits(shown)
     below = int((shown < low).sum())
-    for name, chosen, marker, color, alpha in kinds:
+    for kind, chosen, marker, color, alpha in kinds:
         index, values = series(chosen)
         if len(index):
             axis.scatter(
                 index, np.maximum(values, low), s=13, marker=marker, color=color, alpha=alpha,
-                linewidths=0, label=f"{name} ({len(chosen):,})",
+                linewidths=0, label=f"{kind} ({len(chosen):,})",
             )  # fmt: skip
     failed = [r.index for r in own if r.result.status == FAILED]
     if failed:
@@ -162,7 +162,7 @@ def _plot_rewards(
         last = max(r.index for r in records)
         axis.step(
             [*index, last], [*best, best[-1]], where="post", color=GREEN, linewidth=1.8,
-            label=f"best reward so far ({best[-1]:.4f})",
+            label=f"best {name} so far ({best[-1]:.4f})",
         )  # fmt: skip
     if below:
         axis.plot([], [], " ", label=f"{below:,} lower: at the edge,\nnot in the mean")
@@ -347,18 +347,21 @@ def draw_costs(records: Sequence[TrialRecord]) -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     low, high = _limits(panels[0][2])
     for axis, (name, costs, rewards) in zip(axes, panels, strict=True):
+        highest = -_limits(-costs)[0]
+        dearer = int((costs > highest).sum())
         axis.scatter(
-            costs, np.maximum(rewards, low), s=14, color=BLUE, alpha=0.4, linewidths=0,
-            label="trial",
+            np.minimum(costs, highest), np.maximum(rewards, low), s=14, color=BLUE, alpha=0.4,
+            linewidths=0, label="trial",
         )  # fmt: skip
         front = pareto_front(costs, rewards)
         front = [i for i in front if rewards[i] >= low]
-        axis.step(costs[front], rewards[front], where="post", color=RED, linewidth=1.3, alpha=0.8)
+        shown = np.minimum(costs[front], highest)
+        axis.step(shown, rewards[front], where="post", color=RED, linewidth=1.3, alpha=0.8)
         axis.scatter(
-            costs[front], rewards[front], s=30, color=RED, zorder=3, linewidths=0,
+            shown, rewards[front], s=30, color=RED, zorder=3, linewidths=0,
             label="Pareto front",
         )  # fmt: skip
-        axis.set_xlabel(name)
+        axis.set_xlabel(f"{name}; {dearer:,} dearer: at the edge" if dearer else name)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_title(f"Reward against {name.rpartition(' ')[0]}", loc="left")
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

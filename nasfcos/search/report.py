@@ -30,7 +30,7 @@ from .space import Decision
 from .status import trials_per_hour
 
 BEST = 4
-"""Architectures of a stage that are drawn."""
+"""Architectures that are drawn of a stage, and of the ranking at the end."""
 
 
 @dataclass
@@ -155,15 +155,19 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
         )
         parts.append(_best_table(best[:BEST]))
         for place, record in enumerate(best[:BEST], 1):
-            parts.append(_best_architecture(folder, stage.stage, place, record))
+            reward = f"reward {number_text(record.result.reward, '.4f')}"
+            title = f"<b>{place}: trial {record.index}</b>, {reward}"
+            name = f"{stage.stage}_best{place}"
+            parts.append(_architecture(folder, name, title, record.genotype, place == 1))
     parts.append(_failures(stage.records))
     return "\n".join(parts)
 
 
 def _cards(stage: StageReport) -> str:
     done, own = len(stage.records), own_trials(stage.records)
+    by = " by the objective" if _is_costly(stage.records) else ""
     best = [
-        (f"{record.result.reward:.4f}", f"reward of the best, trial {record.index}")
+        (f"{record.result.reward:.4f}", f"reward of the best{by}, trial {record.index}")
         for record in ranked(stage.records)[:1]
     ]
     figures = [
@@ -186,9 +190,14 @@ def _cards(stage: StageReport) -> str:
     )
 
 
+def _is_costly(records: Sequence[TrialRecord]) -> bool:
+    """Whether costs count in the objective of any."""
+    return any(differ(record.objective, record.result.reward) for record in records)
+
+
 def _best_table(records: Sequence[TrialRecord]) -> str:
     losses = list(dict.fromkeys(name for record in records for name in record.result.losses))
-    costly = any(differ(record.objective, record.result.reward) for record in records)
+    costly = _is_costly(records)
     timed = any(math.isfinite(record.result.latency) for record in records)
     head = ["", "trial", "reward", *(["objective"] if costly else []), *losses]
     head += ["parameters", "multiply-adds", *(["latency"] if timed else []), "seconds"]
@@ -204,16 +213,14 @@ def _best_table(records: Sequence[TrialRecord]) -> str:
     return _table(head, rows, numbers=range(len(head)))
 
 
-def _best_architecture(folder: Path, stage: str, place: int, record: TrialRecord) -> str:
-    genotype = Genotype.parse(record.genotype)
-    picture = _picture(
-        folder / f"{stage}_best{place}.png", draw_best(genotype), f"Architecture {place}"
-    )
+def _architecture(folder: Path, name: str, title: str, genotype: list, is_open: bool) -> str:
+    """Its drawing, in a file of that name too, and in words, below a title in HTML."""
+    parsed = Genotype.parse(genotype)
+    picture = _picture(folder / f"{name}.png", draw_best(parsed), "The architecture")
     return (
-        f"<details{' open' if place == 1 else ''}><summary><b>{place}: trial {record.index}</b>, "
-        f"reward {number_text(record.result.reward, '.4f')}</summary>{picture}"
-        f"<pre>{html.escape(genotype.describe())}</pre>"
-        f"<p>MODEL.GENOTYPE: <code>{html.escape(str(record.genotype))}</code></p></details>"
+        f"<details{' open' if is_open else ''}><summary>{title}</summary>{picture}"
+        f"<pre>{html.escape(parsed.describe())}</pre>"
+        f"<p>MODEL.GENOTYPE: <code>{html.escape(str(genotype))}</code></p></details>"
     )
 
 
@@ -242,24 +249,32 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
         if row.AP is not None and math.isfinite(row.AP) and math.isfinite(row.reward):
             trained.setdefault(_stage_name(row.stage), []).append((row.reward, row.AP))
     several = {title: pairs for title, pairs in trained.items() if len(pairs) >= 3}
+    costly = any(differ(row.objective, row.reward) for row in ranking)
     rows = [
         [
             str(place), _stage_name(row.stage) + (", given" if row.given else ""),
             number_text(row.rank or None, "d"), number_text(row.reward, ".4f"),
+            *([number_text(row.objective, ".4f")] if costly else []),
             number_text(row.AP, ".4f") + _range(row.APs), number_text(row.AP50, ".4f"),
             *_costs_in_words(row.params, row.flops), row.folder,
         ]
         for place, row in enumerate(ranking, 1)
     ]  # fmt: skip
-    head = ["", "stage", "rank in the stage", "proxy reward", "AP", "AP50", "parameters",
-            "multiply-adds", "full training"]  # fmt: skip
+    head = ["", "stage", "rank in the stage", "proxy reward",
+            *(["objective"] if costly else []), "AP", "AP50", "parameters", "multiply-adds",
+            "full training"]  # fmt: skip
     parts = [
         "<h2>The best, trained in full</h2>",
         '<p class="note">The reward is the mean of the trials again, where there were any. '
-        "Parameters and multiply-adds are those of the trial. Rewards of different stages cannot "
+        "Parameters and multiply-adds are those of the trial. Drawn below are the first ones: "
+        "number 1 is best.yaml. Rewards of different stages cannot "
         "be compared: their trials differ in width.</p>",
-        _table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7)),
+        _table(head, rows, numbers=(0, *range(2, len(head) - 1))),
     ]
+    for place, row in enumerate(ranking[:BEST], 1):
+        found = "AP " + number_text(row.AP, ".4f") if row.AP is not None else "not trained in full"
+        title = f"<b>{place}: {_stage_name(row.stage)}, rank {row.rank or '–'}</b>, {found}"
+        parts.append(_architecture(folder, f"found{place}", title, row.genotype, place == 1))
     if several:
         parts.append("<h3>Is the proxy worth something?</h3>")
         for title, pairs in several.items():

@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
-from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.image
@@ -29,6 +28,7 @@ from nasfcos.search.records import (
     ranked,
 )
 from nasfcos.search.report import StageReport, write_report
+from nasfcos.search.select import Selected
 from nasfcos.search.space import FPNSpace, HeadSpace
 from nasfcos.search.status import trials_per_hour
 from tests.known import PUBLISHED
@@ -81,10 +81,10 @@ def stage(space, count, planned=None, **options):
 
 def ranking(stages, count=5):
     rows = [
-        SimpleNamespace(
-            stage=s.stage, rank=rank, reward=record.result.reward, params=record.result.params,
-            flops=record.result.flops, AP=0.4 - 0.01 * rank, AP50=0.6,
-            APs=[], folder=f"select/{s.stage}/{rank}", given=False,
+        Selected(
+            s.stage, rank, record.genotype, record.objective, record.result.reward,
+            record.result.params, record.result.flops, AP=0.4 - 0.01 * rank, AP50=0.6,
+            folder=f"select/{s.stage}/{rank}",
         )
         for s in stages
         for rank, record in enumerate(ranked(s.records)[:count], 1)
@@ -195,7 +195,7 @@ def test_the_report_has_it_all_and_needs_no_network(tmp_path):
     assert sorted(files.values()) == sorted(page.images)
     names = ("rewards", "strategy", "choices", "places", "costs", "best1", "best4")
     assert {f"{s}_{name}.png" for s in ("fpn", "head") for name in names} <= set(files)
-    assert "ranking.png" in files
+    assert {"ranking.png", "found1.png", "found4.png"} <= set(files)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*files, "report.html"])
     for content in files.values():
         assert content.startswith(b"\x89PNG")
@@ -244,17 +244,36 @@ def test_no_stage_yet(tmp_path):
 def test_a_ranking_without_full_trainings(tmp_path):
     stages = [stage(FPN, 20)]
     rows = ranking(stages, 4)
-    for row in rows[1:]:
-        row.AP = row.AP50 = None
+    rows[1:] = [replace(row, AP=None, AP50=None) for row in rows[1:]]
     page = Page(write_report(tmp_path, stages, rows))
     assert "0.3900 0.6000" in page.text and "– –" in page.text
     assert "tau" not in page.text  # of one AP there is none
 
 
+def test_what_was_found_is_drawn_whatever_its_rank(tmp_path):
+    stages = [stage(FPN, 60)]
+    rows = ranking(stages, 9)
+    assert str(rows[-1].genotype) not in Page(write_report(tmp_path, stages, rows)).text
+    found = replace(rows[-1], AP=0.9)
+    page = Page(write_report(tmp_path, stages, [found, *rows[:-1]]))
+    assert "1: FPN stage, rank 9 , AP 0.9000" in page.text and str(found.genotype) in page.text
+
+
+def test_where_costs_count_the_ranking_has_the_objective(tmp_path):
+    for cost, shown in ((0.0, False), (0.5, True)):
+        stages = [stage(FPN, 40, cost=cost)]
+        rows = ranking(stages, 3)
+        text = Page(write_report(tmp_path, stages, rows)).text
+        final = text[text.index("trained in full") :]
+        assert ("objective" in final) == shown
+        assert f"{rows[0].objective:.4f} 0.3900" in final  # where they do not, the reward
+        assert ("reward of the best by the objective, trial" in text) == shown
+
+
 def test_the_range_of_several_seeds(tmp_path):
     stages = [stage(FPN, 20)]
     rows = ranking(stages, 2)
-    rows[0].APs = [0.41, 0.37]
+    rows[0] = replace(rows[0], APs=[0.41, 0.37])
     page = Page(write_report(tmp_path, stages, rows))
     assert "0.3900 (0.3700 to 0.4100)" in page.text and page.text.count(" to 0.") == 1
 
@@ -325,6 +344,14 @@ def _in_view(axis, text, labels):
     return low <= at <= high
 
 
+def with_a_slow_trial(s):
+    """The best by the reward is it."""
+    best = max(ranked(s.records), key=lambda record: record.result.reward)
+    slow = replace(best, result=replace(best.result, latency=500.0))
+    records = [slow if record is best else record for record in s.records]
+    return replace(s, records=records)
+
+
 FIGURES = {
     "rewards": lambda s: figures.draw_rewards.__wrapped__(s.records),
     "strategy": lambda s: figures.draw_strategy.__wrapped__(s.batch_figures),
@@ -347,8 +374,9 @@ FIGURES = {
         stage(FPN, 10),
         stage(FPNSpace(7, FPN_OPS, AGGREGATIONS), 800),
         stage(HEAD, 200, cost=0.3, latency=4.0),
+        with_a_slow_trial(stage(HEAD, 200, cost=0.3, latency=4.0)),
     ],
-    ids=["one", "short", "fpn", "head"],
+    ids=["one", "short", "fpn", "head", "slow"],
 )
 def test_no_text_overlaps_or_leaves_the_picture(name, search):
     if name == "strategy" and not search.batch_figures:
@@ -371,3 +399,23 @@ def test_one_outlier_does_not_flatten_the_curve():
     values = np.append(np.linspace(-2, -1, 99), -500.0)
     low, high = figures._limits(values)
     assert -3 < low < -1.9 and high == -1
+
+
+def test_one_slow_trial_does_not_flatten_the_costs():
+    s = with_a_slow_trial(stage(HEAD, 200, cost=0.3, latency=4.0))
+    with matplotlib.rc_context(figures.STYLE):
+        latency = figures.draw_costs.__wrapped__(ranked(s.records)).axes[-1]
+    assert latency.get_xlim()[1] < 20 and "1 dearer" in latency.get_xlabel()
+    # It is on the front all the same, as the best of all.
+    front = latency.collections[-1].get_offsets()
+    assert front[:, 1].max() == max(r.result.reward for r in ranked(s.records))
+
+
+def test_the_best_so_far_is_of_what_the_panel_shows():
+    s = stage(HEAD, 100, cost=0.5)
+    with matplotlib.rc_context(figures.STYLE):
+        axes = figures.draw_rewards.__wrapped__(s.records).axes
+    labels = [t.get_text() for axis in axes for t in axis.get_legend().get_texts()]
+    done = [r for r in own_trials(s.records) if r.result.status == COMPLETE]
+    assert f"best reward so far ({max(r.result.reward for r in done):.4f})" in labels
+    assert f"best objective so far ({max(r.objective for r in done):.4f})" in labels
