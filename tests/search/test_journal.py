@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 
@@ -403,6 +404,27 @@ def test_optuna_understands_the_file(path):
         study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
     )
     assert set(importances) == {decision.name for decision in SPACE.decisions}
+
+
+def test_the_dashboard_shows_it(path):
+    dashboard = pytest.importorskip("optuna_dashboard")
+    run(path, batches=3)
+    application = dashboard.wsgi(f"sqlite:///{path}")
+
+    def get(url):
+        environ, statuses = {"PATH_INFO": url}, []
+        setup_testing_defaults(environ)
+        answer = b"".join(application(environ, lambda status, *_: statuses.append(status)))
+        assert statuses == ["200 OK"]
+        return answer
+
+    assert b"<html" in get("/dashboard/").lower()
+    (study,) = json.loads(get("/api/studies"))["study_summaries"]
+    assert study["study_name"] == "head"
+    trials = json.loads(get(f"/api/studies/{study['study_id']}"))["trials"]
+    assert [trial["state"] for trial in trials[:4]] == ["Complete", "Complete", "Pruned", "Fail"]
+    assert [p["name"] for p in trials[0]["params"]] == [d.name for d in SPACE.decisions]
+    assert trials[0]["values"] == [pytest.approx(objective_of(0))]
 
 
 def test_nothing_lies_about_after_a_search(path):
