@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser of what the tools have in common; use its `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML config")
-    # torch.distributed.launch passes the number of the process; the environment has it as well.
+    # Launchers pass the number of the process in this way, or in the environment, or in both.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="config keys to override, in pairs"
@@ -55,6 +56,8 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]) -> int:
     """Run `job` with the config and this process's device; gives the exit code."""
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
 
     def start() -> None:
         cfg = load_config(args.config_file, args.overrides)
