@@ -1,8 +1,8 @@
-"""Write a trained detector, from images to detections, as one file for a fixed size of images.
+"""Write a trained detector, from images to detections, as one file.
 
 A .pt2 file has MODEL.DEVICE and TEST.DTYPE built in, an ONNX file is float32 for any device.
 
-python tools/export.py --config-file FILE --output detector.onnx --size 800 1088
+python tools/export.py --config-file FILE --output detector.onnx
 python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
 """
 
@@ -18,6 +18,7 @@ import nasfcos
 from nasfcos.config import ConfigError, load_config
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.files import replacing
+from nasfcos.models.export import LEAST_SIDE
 from nasfcos.models.onnx import check_onnx
 
 logger = logging.getLogger("nasfcos.export")
@@ -34,15 +35,16 @@ def main() -> int:
         "--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2"
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, required=True, metavar=("HEIGHT", "WIDTH"),
-        help="of the canvases that images lie on; best such as they nearly fill",
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        help="of the canvases that images lie on, best such as they nearly fill; without it images "
+        f"may have any size from {LEAST_SIDE} x {LEAST_SIDE} pixels up",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--uint8", action="store_true", help="images are bytes, not floats in 0..1")
     args = parser.parse_intermixed_args()
     if args.output.suffix not in SUFFIXES:
         parser.error(f"--output must end in {' or '.join(SUFFIXES)}, not {args.output.name!r}")
-    if min(args.batch, *args.size) < 1:
+    if min([args.batch, *(args.size or ())]) < 1:
         parser.error("--size and --batch must be above 0")
 
     def job() -> None:
@@ -62,13 +64,12 @@ def main() -> int:
         dtype = torch.uint8 if args.uint8 else torch.float32
         # One value for all pixels: only their number, type and device matter.
         images = torch.zeros((), dtype=dtype, device=predictor.device)
-        images = images.expand(args.batch, 3, *args.size)
+        images = images.expand(args.batch, 3, *(args.size or (LEAST_SIDE, LEAST_SIDE)))
         try:
-            program = nasfcos.export_detector(predictor.model, images)
+            program = nasfcos.export_detector(predictor.model, images, any_size=not args.size)
         except MemoryError as error:
-            raise ConfigError(
-                f"--size {args.size[0]} {args.size[1]} is more than memory holds: {error}"
-            ) from error
+            size = " ".join(map(str, args.size or ()))
+            raise ConfigError(f"--size {size} is more than memory holds: {error}") from error
         if is_onnx:
             nasfcos.export_onnx(program, args.output, predictor.class_names)
         else:
@@ -79,7 +80,8 @@ def main() -> int:
                 temporary.write_bytes(content.getbuffer())
         logger.info(
             "%s takes images %s %s and their sizes, and gives boxes, scores, labels and counts",
-            args.output, "uint8" if args.uint8 else "float32", list(images.shape),
+            args.output, "uint8" if args.uint8 else "float32",
+            list(images.shape) if args.size else [args.batch, 3, "height", "width"],
         )  # fmt: skip
 
     return run(job)

@@ -11,25 +11,34 @@ from .heads.cells import STRIDES
 from .heads.post_process import MOST_IN_NMS
 from .inference import InferenceDetector
 
+LEAST_SIDE = 129
+"""Of what a program for any size takes, in pixels: then the smallest maps have two rows and two
+columns, and differ in no way from larger ones."""
 
-def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.ExportedProgram:
-    """The whole way from images to detections as a program of fixed shapes.
+
+def export_detector(
+    model: InferenceDetector, images: Tensor, any_size: bool = False
+) -> torch.export.ExportedProgram:
+    """The whole way from images to detections as a program.
 
     The program is called with ``images``, canvases like those given here, and ``sizes`` [N, 2]
     int64: the height and width of the image that lies in the upper left corner of each. What is in
     the rest has no effect, but that there is a rest has some, as in a batch with larger images:
-    group norms take the mean of a whole map. So choose a canvas that images nearly fill.
+    group norms take the mean of a whole map. So let images nearly fill their canvas.
 
     It returns ``boxes`` [N, D, 4] float32 (legacy xyxy in pixels), ``scores`` [N, D] float32 and
     ``labels`` [N, D] int64 from 1, best first, and ``counts`` [N] int64 of each image's detections;
     behind these all is 0. D is TEST.DETECTIONS_PER_IMAGE (no ties beyond it), or less where the
-    maps hold fewer predictions. `torch.export.save` writes it, and it is loaded where this package
-    was imported, which brings the operators; `export_onnx` writes a file that does without.
+    maps of a fixed size hold fewer predictions. `torch.export.save` writes it, and it is loaded
+    where this package was imported, which brings the operators; `export_onnx` writes a file that
+    does without.
 
     Args:
         model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
         images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type of the canvases that
             the program will be given. The values do not matter.
+        any_size: the program takes canvases of any height and width from `LEAST_SIDE` up, so that
+            an image can be its own; N is fixed.
 
     Raises:
         TypeError: another model, or images in a list.
@@ -50,14 +59,24 @@ def export_detector(model: InferenceDetector, images: Tensor) -> torch.export.Ex
     most = MOST_IN_NMS // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
+    dynamic = None
+    if any_size:
+        shape[2:] = LEAST_SIDE + 61, LEAST_SIDE + 38  # unlike each other and the least
+        side = torch.export.Dim.DYNAMIC(min=LEAST_SIDE)
+        dynamic = {"images": {2: side, 3: side}, "sizes": None}
     # A file of the program has these as an example: one value, not a picture.
     images = images.new_zeros(()).expand(shape)
     sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)
     with torch.no_grad():
-        return torch.export.export(_FixedShapes(model), (images, sizes), strict=False)
+        return torch.export.export(
+            _Program(model),
+            (images, sizes),
+            dynamic_shapes=dynamic,
+            strict=False,
+        )
 
 
-class _FixedShapes(nn.Module):
+class _Program(nn.Module):
     """Images [N, 3, H, W] and their sizes to detections whose number does not depend on values."""
 
     def __init__(self, model: InferenceDetector) -> None:

@@ -58,6 +58,19 @@ def test_finds_the_same(name, dtype):
     check(found, by_parts(fast, images(), SIZES))
 
 
+@pytest.mark.parametrize("name", ["R_50_NAS_head", "R_50_NAS_retinanet", "other operations"])
+def test_one_program_for_any_size(name):
+    fast = nasfcos.optimize_for_inference(lively(name))
+    program = nasfcos.export_detector(fast, images(), any_size=True).module()
+    for canvas in ((129, 160), (150, 370), (320, 192)):
+        sizes = torch.tensor([canvas, [canvas[0] - 20, canvas[1] - 7]])
+        found = program(images(2, canvas), sizes)
+        assert found["boxes"].shape == (2, 100, 4) and found["counts"].all()
+        check(found, by_parts(fast, images(2, canvas), sizes))
+    with pytest.raises((RuntimeError, AssertionError)):
+        program(images(2, (128, 160)), torch.tensor([[128, 160]] * 2))
+
+
 def test_bytes_of_a_size_that_is_padded_and_other_numbers_of_detections():
     fast = nasfcos.optimize_for_inference(lively("R_50_NAS_densebox"))
     batch, size = images(1, (70, 101)).mul(255).to(torch.uint8), torch.tensor([[70, 101]])

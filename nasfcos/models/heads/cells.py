@@ -53,9 +53,17 @@ def locate_cells(index: Tensor, counts: list[int], shapes: Sequence[torch.Size])
 
 def all_cells(shapes: Sequence[tuple[int, int]], device: torch.device) -> Cells:
     """All cells of maps of these (height, width) for one image."""
+    parts = []
+    for level, (height, width) in enumerate(shapes):
+        # In operations that an export takes for sizes that are not known yet.
+        y, x = (STRIDES[level] * torch.arange(side, device=device) for side in (height, width))
+        corner = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=2)
+        index = torch.arange(height * width, device=device)
+        levels, strides = (torch.full_like(index, n) for n in (level, STRIDES[level]))
+        parts.append((index, levels, strides, corner.flatten(0, 1).float()))
+    index, level, stride, corner = (torch.cat(x) for x in zip(*parts, strict=True))
     counts = [height * width for height, width in shapes]
-    index = torch.arange(sum(counts), device=device)
-    return locate_cells(index, counts, [(1, 0, *shape) for shape in shapes])
+    return Cells(counts, index, torch.zeros_like(index), level, stride, corner)
 
 
 def cells_above(logits: Sequence[Tensor], limit: float) -> Cells:

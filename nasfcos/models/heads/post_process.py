@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from ...boxes import clip_boxes
 from ...ops import batched_nms, nms_mask
-from ...transfer import to_device
 from .cells import take
 
 Detections = dict[str, Tensor]
@@ -166,7 +166,9 @@ class PostProcess:
         best = logits.amax(dim=2).float()
         score = best.sigmoid() * factor
         score = torch.where((best > self.limit) & (score >= 0), score, ABSENT)  # NaN is absent
-        most = max(counts)
+        most = counts[0]  # P3 has more than the others
+        if not isinstance(most, int):  # in an export for any size: K must not depend on it
+            most = torch.sym_max(most, self.pre_nms_top_n)
         by_level = torch.stack(
             [F.pad(x, (0, most - x.shape[1]), value=ABSENT) for x in score.split(counts, dim=1)],
             dim=1,
@@ -174,8 +176,8 @@ class PostProcess:
         # The best predictions are among those of the places whose best one is best.
         index = best_indices(by_level, self.pre_nms_top_n)
         present = by_level.gather(2, index) >= 0
-        first = np.cumsum([0, *counts[:-1]])[:, None]
-        place = index + to_device(torch.from_numpy(first), index.device)
+        starts = itertools.accumulate(counts[:-1], initial=0)
+        place = torch.stack([index[:, level] + start for level, start in enumerate(starts)], dim=1)
         place = place.clamp(max=logits.shape[1] - 1)  # padding of the last level
 
         classes = logits.shape[2]
