@@ -157,9 +157,11 @@ def log_early_stopping(cfg: CfgNode, rows: list[dict[str, str]]) -> None:
     )
     logger.info(
         "early stopping at %s: %d of %d trials stopped, %.0f%% of the iterations saved; %.0f%% of "
-        "the best tenth kept; the best reward lower by %.4f",
+        "the best tenth kept; the best reward lower by %.4f; Kendall's tau with the rewards at the "
+        "end: %s",
         tuple(cfg.SEARCH.PRUNING.RUNGS), outcome.stopped, len(rows), 100 * outcome.saved,
         100 * outcome.best_kept, 0.0 - outcome.best_found,
+        ", ".join(f"{tau:.2f} at {rung}" for rung, tau in outcome.taus.items()),
     )  # fmt: skip
 
 

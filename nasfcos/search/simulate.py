@@ -10,7 +10,7 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from .records import COMPLETE, PRUNED, TrialRecord, TrialResult
+from .records import COMPLETE, PRUNED, TrialRecord, TrialResult, kendall_tau
 from .space import Choices, Space
 from .stage import Pruning, lessons
 from .strategies import Strategy
@@ -208,12 +208,14 @@ class EarlyStopping:
             have been trained to the end.
         best_found: final reward of the best trial trained to the end, less that of the best of all;
             0 where the best survives.
+        taus: Kendall's tau (b) between the rewards at each rung and at the end, of all trials.
     """
 
     saved: float
     stopped: int
     best_kept: float
     best_found: float
+    taus: dict[int, float]
 
 
 def replay_pruning(
@@ -254,6 +256,9 @@ def replay_pruning(
         stopped=len(rewards) - len(survivors),
         best_kept=len(set(tenth) & set(survivors)) / len(tenth),
         best_found=max(rewards[trial] for trial in survivors) - rewards[ranked[0]],
+        taus={
+            rung: kendall_tau([curve[rung] for curve in curves], rewards) for rung in pruning.rungs
+        },
     )
 
 
