@@ -27,9 +27,7 @@ from .layers import (
 )
 from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 
-FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-"""Norms that are a factor and a shift per channel once training is over."""
-
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 def optimize_for_inference(
     model: Detector, dtype: torch.dtype = torch.float32, compile: bool = False
@@ -65,10 +63,12 @@ def optimize_for_inference(
     # Single precision first: norms are folded in it, and some parts stay in it.
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     with torch.no_grad():
-        for part in (model.backbone, model.neck, model.head):
-            optimized(part)
+        for name in ("backbone", "neck", "head"):
+            part = getattr(model, name)
+            _unshare(part, set())
+            part = optimized(part)
             _cast(part, dtype)
-            part.to(memory_format=torch.channels_last)
+            setattr(model, name, part.to(memory_format=torch.channels_last))
     return InferenceDetector(model, dtype, compile)
 
 
@@ -270,8 +270,34 @@ class GroupNormRelu(nn.Module):
 # -------------------------------------------------------------------- from layers to fused ones
 
 
+def _unshare(module: nn.Module, seen: set[nn.Module]) -> None:
+    """Give each place its own copy of a module that has several: what is made of it may differ."""
+    for name, child in module.named_children():
+        if child in seen:
+            child = copy.deepcopy(child)
+            setattr(module, name, child)
+        seen.add(child)
+        _unshare(child, seen)
+
+
+def is_fixed(norm: nn.Module) -> bool:
+    """Whether a norm is a factor and a shift per channel once training is over."""
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return norm.affine and norm.track_running_stats
+    return type(norm) is FrozenBatchNorm2d
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a layer is a convolution and nothing more."""
+    return (
+        type(conv) in (nn.Conv2d, Conv3x3)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
 def fixed_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The factor and the shift [C] of a norm of `FIXED_NORMS` in evaluation."""
+    """The factor and the shift [C] of a norm that `is_fixed`."""
     scale = norm.weight * (norm.running_var + getattr(norm, "eps", 0.0)).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
@@ -296,6 +322,8 @@ def optimized(module: nn.Module) -> nn.Module:
 
 @optimized.register
 def _(module: nn.Sequential) -> nn.Module:
+    if type(module).forward is not nn.Sequential.forward:  # it does more than one after the other
+        return optimized.dispatch(nn.Module)(module)
     return nn.Sequential(*_fuse_sequence(module))
 
 
@@ -304,11 +332,11 @@ def _fuse_sequence(layers: Iterable[nn.Module]) -> list[nn.Module]:
     fused: list[nn.Module] = []
     for layer in layers:
         last = fused[-1] if fused else None
-        if isinstance(layer, nn.Conv2d):
+        if _is_plain(layer):
             fused.append(FusedConv(layer, relu=False))
-        elif isinstance(layer, FIXED_NORMS) and isinstance(last, FusedConv) and not last.relu:
+        elif is_fixed(layer) and isinstance(last, FusedConv) and not last.relu:
             folded(last.conv, layer)
-        elif isinstance(layer, (nn.ReLU, nn.ReLU6)) and isinstance(last, FusedConv):
+        elif type(layer) in (nn.ReLU, nn.ReLU6) and isinstance(last, FusedConv) and not last.relu:
             last.relu = True
             last.limit = 6.0 if isinstance(layer, nn.ReLU6) else None
         else:
@@ -336,7 +364,7 @@ def _rectified(conv: nn.Module, norm: nn.Module) -> list[nn.Module]:
     """Layers for a convolution, its norm and ReLU."""
     if isinstance(norm, nn.GroupNorm):
         return [conv, GroupNormRelu(norm)]
-    if isinstance(norm, FIXED_NORMS):
+    if is_fixed(norm):
         conv, norm = folded(conv, norm), nn.Identity()
     if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.Identity):
         return [FusedConv(conv, relu=True)]
@@ -357,7 +385,7 @@ def _(module: SeparableConv) -> nn.Module:
 @optimized.register
 def _(module: Concat) -> nn.Module:
     even = module.conv.out_channels % 2 == 0
-    return FusedConcat(module) if even and isinstance(module.norm, FIXED_NORMS) else module
+    return FusedConcat(module) if even and is_fixed(module.norm) else module
 
 
 @optimized.register
@@ -380,7 +408,7 @@ def _(module: DenseHead) -> nn.Module:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
     as anchors and statistics, stay float32."""
-    if isinstance(module, (InFloat32, GroupNormRelu, WeightedSum, Scale, *FIXED_NORMS)):
+    if isinstance(module, (InFloat32, GroupNormRelu, WeightedSum, Scale, *BATCH_NORMS)):
         return
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)

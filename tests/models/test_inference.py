@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import nasfcos
@@ -332,3 +333,58 @@ def test_compiled(device):
         (want,), (got,) = model([image]), fast([image])
     assert len(want["boxes"]) > 10
     torch.testing.assert_close(got["scores"], want["scores"], rtol=1e-3, atol=1e-4)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), padding=1)
+
+
+def conv(**settings):
+    return nn.Conv2d(8, 8, 3, **{"padding": 1, **settings})
+
+
+def shared():
+    once = conv()
+    parts = [nn.Sequential(once, nn.BatchNorm2d(8)) for _ in range(2)]
+    return nn.Sequential(*parts, once)
+
+
+ODD = {
+    "its own forward": lambda: Residual(conv(), nn.BatchNorm2d(8), nn.ReLU()),
+    "its own convolution": lambda: nn.Sequential(Standardised(8, 8, 3), nn.BatchNorm2d(8)),
+    "reflected": lambda: nn.Sequential(conv(padding_mode="reflect"), nn.BatchNorm2d(8)),
+    "padding in words": lambda: nn.Sequential(conv(padding="same"), nn.BatchNorm2d(8), nn.ReLU()),
+    "shared": shared,
+    "norms without factors": lambda: nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False)),
+    "norms of the batch": lambda: nn.Sequential(
+        conv(), nn.BatchNorm2d(8, track_running_stats=False)
+    ),
+    "two rectifiers": lambda: nn.Sequential(conv(), nn.ReLU6(), nn.ReLU()),
+    "as usual": lambda: nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU6(), conv(), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_parts_of_others_compute_what_they_did(kind):
+    torch.manual_seed(0)
+    model = lively("R_50_NAS_densebox")
+    part = ODD[kind]().eval()
+    with torch.no_grad():
+        for module in part.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+                module.running_mean.uniform_(-1, 1)
+                module.running_var.uniform_(0.5, 2)
+    x = 3 * torch.randn(2, 8, 10, 12)
+    with torch.no_grad():
+        expected = part(x)
+        model.backbone = part
+        found = nasfcos.optimize_for_inference(model).backbone(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
