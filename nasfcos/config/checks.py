@@ -192,7 +192,7 @@ def check_dataset(name: str, entry: object, fail: Fail) -> None:
         keys = ", ".join(DATASET_KEYS["coco"])
         fail(section, f"must be a section with the keys {keys}, not {entry!r}")
     kind = entry.get("FORMAT")
-    if kind is not None and kind not in DATASET_KEYS:
+    if kind is not None and (not isinstance(kind, str) or kind not in DATASET_KEYS):
         fail(
             f"{section}.FORMAT",
             f"is {kind!r}, but must be 'coco' (a COCO JSON file) or 'voc' (PASCAL VOC XML files)."
@@ -248,6 +248,9 @@ def _check_bounds(cfg: CfgNode, fail: Fail) -> None:
 
 
 def _check_settings(cfg: CfgNode, fail: Fail) -> None:
+    for name in cfg.MODEL.IMPORTS:
+        if not all(part.isidentifier() for part in name.split(".")):
+            fail("MODEL.IMPORTS", f"has {name!r}, but modules are named as in an import statement")
     if len(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) not in (0, 2):
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", "must be empty or (low, high)")
     if list(cfg.INPUT.MIN_SIZE_RANGE_TRAIN) != sorted(cfg.INPUT.MIN_SIZE_RANGE_TRAIN):

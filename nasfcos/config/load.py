@@ -31,6 +31,11 @@ FREE_LISTS = ("SEARCH.PREPARE.OVERRIDES", "SEARCH.SELECT.OVERRIDES")
 
 # Empty by default, which does not show what their entries are.
 INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
+TEXT_LISTS = ("MODEL.IMPORTS",)
+
+# What users define there may be of any type; in DATASETS.CUSTOM text stays text, for a folder may
+# have a name like a number.
+OWN_VALUES = "MODEL.CUSTOM."
 
 
 def load_config(
@@ -97,9 +102,9 @@ def _merge(
         if key not in node:
             if not node.is_new_allowed():
                 raise ConfigError(_unknown_key(name, value, source))
-            if "." in key:  # it would be taken for a section and a key
+            if "." in key:
                 raise ConfigError(f"{source}: the name {key!r} in {prefix[:-1]} must have no dot")
-            node[key] = _free_form(value)
+            node[key] = _free_form(value, name, source)
             sources[name] = source
         elif isinstance(node[key], CfgNode):
             if value is None:  # a section that the file leaves empty
@@ -110,7 +115,10 @@ def _merge(
                 )
             _merge(node[key], value, source, sources, f"{name}.")
         else:
-            node[key] = _coerce(value, node[key], name, source)
+            free = node.is_new_allowed()
+            node[key] = (
+                _free_form(value, name, source) if free else _coerce(value, node[key], name, source)
+            )
             sources[name] = source
 
 
@@ -153,14 +161,20 @@ def is_weight_given(cfg: CfgNode) -> bool:
     return cfg.MODEL.WEIGHT not in ("", cfg.__dict__.get(_FILES_WEIGHT))
 
 
-def _free_form(value: Any) -> Any:
+def _free_form(value: Any, name: str, source: str) -> Any:
+    """A setting that users define, or a section of such."""
     if isinstance(value, dict):
         node = CfgNode(new_allowed=True)
         for key, item in value.items():
-            node[str(key)] = _free_form(item)
+            if "." in str(key):  # it would be taken for a section and a key
+                raise ConfigError(f"{source}: the name {key!r} in {name} must have no dot")
+            node[str(key)] = _free_form(item, f"{name}.{key}", source)
         return node
-    # A list on a command line is text.
-    return literal(value) if isinstance(value, str) and value[:1] in "[(" else value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    # On a command line all is text.
+    is_literal = isinstance(value, str) and (value[:1] in "[(" or name.startswith(OWN_VALUES))
+    return literal(value) if is_literal else value
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -201,7 +215,7 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         value = literal(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    entries = (0,) if name in INTEGER_LISTS else default
+    entries = (0,) if name in INTEGER_LISTS else ("",) if name in TEXT_LISTS else default
     entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
     if isinstance(default, tuple) and entries and _like(value, entries[0]):
         value = (value,)  # one where several are wanted

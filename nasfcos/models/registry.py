@@ -9,12 +9,17 @@ A builder takes the config tree and what it builds upon, and gives a module:
   MODEL.NECK.CHANNELS channels, and has the index of the deepest map that it uses as
   ``deepest_input``.
 - ``HEADS``: ``build(cfg, num_classes, post_process)``. The module is a
-  `nasfcos.models.heads.dense.DenseHead`.
+  `nasfcos.models.heads.dense.DenseHead`. In a search MODEL.HEAD.TOWER says whether its towers are
+  to be the genotype's.
+
+For inference a detector's parameters take the dtype of TEST.DTYPE, as its maps have it; buffers
+stay float32. What a part puts out must have the dtype of its input.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -34,7 +39,8 @@ class Registry:
         """Decorator: make a builder available under `name`."""
 
         def add(builder: Builder) -> Builder:
-            if name in self._builders:
+            known = self._builders.get(name, builder)
+            if _origin(known) != _origin(builder):  # the same: a module that is imported again
                 raise ValueError(f"{self.key}: {name!r} is registered already")
             self._builders[name] = builder
             return builder
@@ -49,6 +55,11 @@ class Registry:
                 f"{self.key} is {name!r}, but there are only {', '.join(self._builders)}."
                 f"{nearest(name, self._builders)}"
             ) from None
+
+
+def _origin(builder: Callable) -> tuple[str | None, str]:
+    """The file and the name of a definition."""
+    return inspect.getsourcefile(builder), builder.__qualname__
 
 
 BACKBONES = Registry("MODEL.BACKBONE.NAME")

@@ -62,12 +62,13 @@ def train_neck(
         open_examples(config, cache.folder, num_classes, device) for cache in caches
     )
     path = Path(folder) / "neck.pth"
+    sections = ["HEAD", "FCOS", "RETINANET", *(["CUSTOM"] if config.MODEL.CUSTOM else [])]
     made_from = {
         "genotype": genotype,
         "caches": [cache.folder.name for cache in caches],
         "seed": cfg.SEED,
         "num_classes": num_classes,
-        "model": [config.MODEL[key].dump() for key in ("HEAD", "FCOS", "RETINANET")],
+        "model": [config.MODEL[key].dump() for key in sections],
         "proxy": cfg.SEARCH.PROXY.dump(),
     }
     saved = read_saved(path)

@@ -34,7 +34,7 @@ def fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     sections = [
         f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
     ]
-    sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET"]
+    sections += ["MODEL.HEAD", "MODEL.FCOS", "MODEL.RETINANET", "MODEL.CUSTOM"]
     names = ["SEED", "INPUT.MIN_SIZE_TEST", "SEARCH.STRATEGY", "SEARCH.BATCH", "SEARCH.META_VAL"]
     names += ["DATALOADER.SKIP_EMPTY", "SEARCH.CACHE.SIZE", "SEARCH.CACHE.CROPS"]
     names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]

@@ -102,6 +102,20 @@ def test_switches_of_released_files_are_those_of_yaml_1_1(tmp_path):
     assert (cfg.MODEL.HEAD.NAME, cfg.MODEL.HEAD.TOWER) == ("fcos", "plain")
 
 
+def test_settings_of_own_parts_are_of_any_type(tmp_path):
+    text = "MODEL: {IMPORTS: parts, CUSTOM: {W: null, D: 1, S: [1, 2], DEEP: {LR: 1e-3}}}\n"
+    path = write(tmp_path, "own.yaml", text)
+    overrides = ["MODEL.CUSTOM.W", "big", "MODEL.CUSTOM.D", "0.5", "MODEL.CUSTOM.S", "[0.5]",
+                 "MODEL.CUSTOM.NEW", "3", "MODEL.CUSTOM.FLAG", "True"]  # fmt: skip
+    cfg = load_config(path, overrides)
+    assert cfg.MODEL.IMPORTS == ("parts",)
+    own = cfg.MODEL.CUSTOM
+    assert (own.W, own.D, own.S, own.NEW, own.FLAG) == ("big", 0.5, [0.5], 3, True)
+    assert own.DEEP.LR == 1e-3 and load_config(path).MODEL.CUSTOM.W is None
+    # A folder's name may look like a number.
+    assert load_config(None, ["DATASETS.CUSTOM.a.IMAGES", "5"]).DATASETS.CUSTOM.a.IMAGES == "5"
+
+
 def test_inheritance_and_overrides(tmp_path):
     write(tmp_path, "base.yaml", "SOLVER:\n  BASE_LR: 1e-3\n  MAX_ITER: 7\n  AMP: off\n")
     path = write(tmp_path, "child.yaml", "_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 8\n")
@@ -193,6 +207,10 @@ def test_custom_data_sets_are_free_form(tmp_path):
             r"file\.yaml: DATASETS\.CUSTOM\.mine\.FORMAT is 'cocoo'.*Did you mean 'coco'",
         ),
         ("DATASETS: {CUSTOM: {mine: x.json}}\n", r"file\.yaml: DATASETS\.CUSTOM\.mine must be a"),
+        ("MODEL: {CUSTOM: {a: {b.c: 1}}}\n", r"'b\.c' in MODEL\.CUSTOM\.a must have no dot"),
+        ("MODEL: {IMPORTS: [my/parts.py]}\n", r"file\.yaml: MODEL\.IMPORTS has 'my/parts\.py'"),
+        ("MODEL: {IMPORTS: [.x]}\n", r"file\.yaml: MODEL\.IMPORTS has '\.x'"),
+        ("MODEL: {IMPORTS: [3]}\n", r"file\.yaml: MODEL\.IMPORTS must be tuple of str"),
         ("SOLVER: {STEPS: [-5]}\n", r"file\.yaml: SOLVER\.STEPS is .-5.*must be positive"),
         ("MODEL:\n  HEAD:\n    PRIOR_PROB: 0.\n", r"PRIOR_PROB"),
         ("SEARCH:\n  STAGES: [head, fpn]\n", r"SEARCH\.STAGES.*on a found FPN"),

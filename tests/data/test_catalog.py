@@ -88,6 +88,7 @@ def test_unknown_name_gets_the_nearest_and_a_recipe(make_config):
     ("change", "message"),
     [
         ({"FORMAT": "cocoo"}, r"DATASETS\.CUSTOM\.mine\.FORMAT.*Did you mean 'coco'"),
+        ({"FORMAT": ["coco"]}, r"DATASETS\.CUSTOM\.mine\.FORMAT is \['coco'\], but must be 'coco'"),
         ({"FORMAT": None}, r"DATASETS\.CUSTOM\.mine\.FORMAT is missing"),
         ({"IMAGES": None}, r"DATASETS\.CUSTOM\.mine\.IMAGES is missing"),
         ({"IMAGES": 3}, r"DATASETS\.CUSTOM\.mine\.IMAGES must be text, not 3"),

@@ -1,5 +1,6 @@
 """Parts that a config brings along."""
 
+import importlib
 import re
 import sys
 
@@ -10,6 +11,7 @@ import yaml
 import nasfcos
 from nasfcos.config import ConfigError, load_config
 from nasfcos.models import BACKBONES, HEADS, NECKS
+from nasfcos.models.registry import import_parts
 from nasfcos.search.decoder import build_decoder
 from tests.known import ROOT
 
@@ -86,8 +88,10 @@ def test_the_backbone_of_the_readme(own_parts):
 
     with torch.no_grad():
         (found,) = nasfcos.optimize_for_inference(model)(images[:1])
+        (half,) = nasfcos.optimize_for_inference(model, torch.bfloat16)(images[:1])
     assert len(expected["boxes"]) > 10
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(half["scores"], expected["scores"], rtol=0.1, atol=1e-3)
 
 
 def test_own_necks_and_heads_and_their_settings(own_parts):
@@ -118,6 +122,21 @@ def test_a_module_that_is_not_there(own_parts, content, message):
     cfg = load_config(None, ["MODEL.IMPORTS", ["missing_parts"], "MODEL.NUM_CLASSES", 1])
     with pytest.raises(ConfigError, match=message):
         nasfcos.build_detector(cfg)
+
+
+def test_a_module_that_is_imported_again(own_parts):
+    """As in a notebook, once a mistake in it is mended; but two parts of one name are an error."""
+    file = own_parts / "later_parts.py"
+    file.write_text(PARTS + "\nimport surely_not_there")
+    with pytest.raises(ConfigError, match="surely_not_there"):
+        import_parts(["later_parts"])
+    file.write_text(PARTS)
+    importlib.invalidate_caches()
+    import_parts(["later_parts"])
+    importlib.reload(sys.modules["later_parts"])
+    (own_parts / "third_parts.py").write_text(PARTS)
+    with pytest.raises(ValueError, match="'widened' is registered already"):
+        import_parts(["third_parts"])
 
 
 @pytest.mark.parametrize("part, others", [("NECK", "nas_fpn"), ("HEAD", "retinanet")])

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from nasfcos.models.heads.cells import STRIDES
 from nasfcos.search.cache import FeatureCache
 from nasfcos.search.decoder import build_decoder, proxy_config, stage_config, weight_seed
 from nasfcos.search.examples import Examples, open_examples
+from nasfcos.search.executors import LocalExecutor
 from nasfcos.search.neck import train_neck
 from nasfcos.search.proxy import ProxyTask
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialJob
@@ -100,6 +102,39 @@ def test_config_of_the_head_stage():
         proxy_config(config(), "head", CELLS)
     with pytest.raises(GenotypeError):
         proxy_config(config(), "fpn", CELLS[:2])
+
+
+OWN_HEAD = """
+from nasfcos.models import HEADS
+from nasfcos.models.heads.fcos import build_fcos_head
+
+
+@HEADS.register("sharper")
+def build_sharper(cfg, num_classes, post_process):
+    head = build_fcos_head(cfg, num_classes, post_process)
+    head.focal_gamma = cfg.MODEL.CUSTOM.GAMMA
+    return head
+"""
+
+
+def test_own_heads_are_tried_in_worker_processes(folders, tmp_path, monkeypatch):
+    """Which import them for themselves; this process has not."""
+    (tmp_path / "worker_parts.py").write_text(OWN_HEAD)
+    monkeypatch.syspath_prepend(tmp_path)
+    losses = []
+    for gamma in (2.0, 0.0):
+        cfg = config("sharper")
+        cfg.MODEL.IMPORTS, cfg.MODEL.CUSTOM.GAMMA = ("worker_parts",), gamma
+        own = ProxyTask(cfg, "fpn", *folders["fpn"], CLASSES, "cpu", 3)
+        with LocalExecutor(own, workers=1) as executor:
+            [(_, result)] = executor.run([TrialJob(0, CELLS)])
+        assert result.status == COMPLETE, result.reason
+        losses.append(result.losses["loss_cls"])
+    assert "worker_parts" not in sys.modules
+    assert losses[0] == pytest.approx(
+        task(folders).run(TrialJob(0, CELLS)).losses["loss_cls"], rel=1e-3
+    )
+    assert losses[1] > 1.2 * losses[0]  # an ordinary cross-entropy
 
 
 # ---------------------------------------------------------------------------------------- examples

@@ -127,7 +127,7 @@ class RayExecutor(Pool):
             try:
                 content = self._ray.get(answer)
             except errors.RayTaskError as error:
-                ours = isinstance(error.cause, ExecutorError)
+                ours = isinstance(error.cause, (ConfigError, ExecutorError))
                 news.append((worker, "error", str(error.cause if ours else error)))
             except errors.RayError as error:
                 news.append((worker, "lost", _how_ray_tells(error)))
