@@ -106,7 +106,7 @@ class Predictor:
         """A copy of an image with what was found in it: boxes, names of classes, scores.
 
         Args:
-            image: as for detection.
+            image: one, as for detection.
             found: its detections.
             score_threshold: those below it are not drawn.
 

@@ -25,13 +25,14 @@ class VideoReader:
         count: how many it announces; 0: it does not say.
 
     Raises:
-        UnreadableImage: the file cannot be read as a video.
+        UnreadableImage: OpenCV does not take the file's name; or, once the first frame is asked
+            for, the file cannot be read as a video.
     """
 
     def __init__(self, file: Path) -> None:
         import cv2
 
-        _check_name(file)
+        _check_name(file, "rename the video")
         self._file = file
         self._capture = cv2.VideoCapture(str(file))
         rate = self._capture.get(cv2.CAP_PROP_FPS)
@@ -69,7 +70,7 @@ class VideoWriter:
     """
 
     def __init__(self, file: Path, rate: float, name: Path) -> None:
-        _check_name(file)
+        _check_name(name, "rename the video or choose another output folder")
         self._file, self._rate, self._name = file, rate, name
         self._writer = None
 
@@ -103,12 +104,10 @@ class VideoWriter:
             written.release()
 
 
-def _check_name(file: Path) -> None:
+def _check_name(file: Path, remedy: str) -> None:
     """OpenCV would end the process over a name in another encoding than UTF-8."""
     try:
         os.fsencode(file.resolve()).decode("utf-8")
     except UnicodeDecodeError:
         text = os.fsencode(file).decode("utf-8", "backslashreplace")
-        raise UnreadableImage(
-            f"{text}: OpenCV takes only names in UTF-8; rename the video"
-        ) from None
+        raise UnreadableImage(f"{text}: OpenCV takes only names in UTF-8; {remedy}") from None

@@ -65,11 +65,7 @@ def main() -> int:
         # One value for all pixels: only their number, type and device matter.
         images = torch.zeros((), dtype=dtype, device=predictor.device)
         images = images.expand(args.batch, 3, *(args.size or (LEAST_SIDE, LEAST_SIDE)))
-        try:
-            program = nasfcos.export_detector(predictor.model, images, any_size=not args.size)
-        except MemoryError as error:
-            size = " ".join(map(str, args.size or ()))
-            raise ConfigError(f"--size {size} is more than memory holds: {error}") from error
+        program = nasfcos.export_detector(predictor.model, images, any_size=not args.size)
         if is_onnx:
             nasfcos.export_onnx(program, args.output, predictor.class_names)
         else:

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -70,19 +69,17 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _choose_file(
-    name: str, files: Mapping[str, list[str]], annotated: str, remarks: Counter
+    name: str, files: list[str], annotated: str, images: Path, remarks: Counter
 ) -> str:
-    """Of the `files` (see `_image_files`) called `name` the annotated one; without any, what is
-    annotated, if it is there."""
-    named = files.get(name, [])
-    if len(named) == 1:
-        return named[0]
-    if annotated in (named or files.get(Path(annotated).stem, [])):
-        return annotated
-    if not named:
-        return f"{name}.jpg"
-    remarks["names with several image files (the first is taken)"] += 1
-    return named[0]
+    """Of the `files` called `name` the annotated one; without any, what is annotated, if it is
+    there."""
+    if not files:
+        return annotated if annotated and (images / annotated).is_file() else f"{name}.jpg"
+    if len(files) > 1:
+        if annotated in files:
+            return annotated
+        remarks["names with several image files (the first is taken)"] += 1
+    return files[0]
 
 
 def _text(element: ElementTree.Element | None, path: str) -> str:
@@ -153,7 +150,8 @@ def read_voc(
                 missing.append(path)
                 continue
             root = _parse(path)
-        file_name = _choose_file(name, files, _text(root, "filename"), remarks)
+        named = _text(root, "filename")
+        file_name = _choose_file(name, files.get(name, []), named, images, remarks)
         height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
         if height == 0 or width == 0:
             height, width = find_size(images / file_name, (0, 0))

@@ -91,8 +91,7 @@ def test(
     return results
 
 
-for function in (test, test_sets):
-    function.__test__ = False  # not a test case, whatever pytest makes of the name
+test.__test__ = test_sets.__test__ = False  # no test cases, whatever pytest makes of the names
 
 
 def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:

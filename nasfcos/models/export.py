@@ -62,8 +62,7 @@ def export_detector(
     dynamic = None
     if any_size:
         shape[2:] = LEAST_SIDE + 61, LEAST_SIDE + 38  # unlike each other and the least
-        side = torch.export.Dim.DYNAMIC(min=LEAST_SIDE)
-        dynamic = {"images": {2: side, 3: side}, "sizes": None}
+        dynamic = {"images": dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC), "sizes": None}
     # A file of the program has these as an example: one value, not a picture.
     images = images.new_zeros(()).expand(shape)
     sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)

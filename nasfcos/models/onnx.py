@@ -62,9 +62,12 @@ def export_onnx(
             file's metadata.
 
     Raises:
-        ImportError, ValueError: as `check_onnx`.
+        ImportError, ValueError: as `check_onnx`; or the program is no detector's.
     """
-    (nms,) = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
+    suppressions = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
+    if len(suppressions) != 1:
+        raise ValueError("export_onnx takes what export_detector made of a detector")
+    (nms,) = suppressions
     # Where weights are in half precision, some stay in float32.
     half = {x.dtype for x in program.state_dict.values()} & {torch.float16, torch.bfloat16}
     check_onnx(half.pop() if half else torch.float32, nms.args[3])

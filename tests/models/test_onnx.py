@@ -5,7 +5,6 @@ import json
 import runpy
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -111,6 +110,9 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     program = torch.export.export(Mask(0.0, True), tuple(nms_inputs().values()))
     with pytest.raises(ValueError, match="TEST.NMS_IOU 0"):
         nasfcos.export_onnx(program, tmp_path / "detector.onnx")
+    other = torch.export.export(nn.ReLU(), (torch.zeros(2),))
+    with pytest.raises(ValueError, match="what export_detector made"):
+        nasfcos.export_onnx(other, tmp_path / "detector.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match="pip install 'nasfcos.onnx.'"):
         nasfcos.export_onnx(program, tmp_path / "detector.onnx")
@@ -145,18 +147,6 @@ def test_the_tool_says_what_cannot_be_written(setting, message, tool, monkeypatc
     if not setting:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert tool("a.onnx", *setting) == 2 and message in caplog.text
-
-
-def test_the_tool_says_that_a_size_is_too_large(tool, monkeypatch, caplog):
-    def export(model, images, any_size):
-        raise MemoryError("31 GiB")
-
-    monkeypatch.setattr(nasfcos, "export_detector", export)
-    monkeypatch.setattr(
-        nasfcos, "Predictor", lambda cfg: types.SimpleNamespace(device="cpu", model=None)
-    )
-    assert tool("a.pt2") == 2
-    assert "--size 96 128 is more than memory holds: 31 GiB" in caplog.text
 
 
 def test_the_tool(tmp_path):
