@@ -19,7 +19,7 @@ stay float32. What a part puts out must have the dtype of its input.
 from __future__ import annotations
 
 import importlib
-import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -39,8 +39,8 @@ class Registry:
         """Decorator: make a builder available under `name`."""
 
         def add(builder: Builder) -> Builder:
-            known = self._builders.get(name, builder)
-            if _origin(known) != _origin(builder):  # the same: a module that is imported again
+            known = self._builders.get(name)
+            if known is not None and not _is_again(builder, known):
                 raise ValueError(f"{self.key}: {name!r} is registered already")
             self._builders[name] = builder
             return builder
@@ -57,9 +57,16 @@ class Registry:
             ) from None
 
 
-def _origin(builder: Callable) -> tuple[str | None, str]:
-    """The file and the name of a definition."""
-    return inspect.getsourcefile(builder), builder.__qualname__
+def _is_again(builder: Callable, known: Callable) -> bool:
+    """Whether a definition is a known one once more: of a module that is imported again, a script
+    that is imported too, or a cell of a notebook."""
+    one, other = (
+        (getattr(x, "__qualname__", None), getattr(x, "__module__", None)) for x in (builder, known)
+    )
+    if one[0] is None or one[0] != other[0]:
+        return False
+    file, known_file = (getattr(sys.modules.get(x[1]), "__file__", None) for x in (one, other))
+    return one[1] == other[1] or file is not None and file == known_file
 
 
 BACKBONES = Registry("MODEL.BACKBONE.NAME")
