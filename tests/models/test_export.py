@@ -58,7 +58,14 @@ def test_finds_the_same(name, dtype):
     check(found, by_parts(fast, images(), SIZES))
 
 
-@pytest.mark.parametrize("name", ["R_50_NAS_head", "R_50_NAS_retinanet", "other operations"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "R_50_NAS_head",
+        pytest.param("R_50_NAS_retinanet", marks=pytest.mark.slow),
+        pytest.param("other operations", marks=pytest.mark.slow),
+    ],
+)
 def test_one_program_for_any_size(name):
     fast = nasfcos.optimize_for_inference(lively(name))
     program = nasfcos.export_detector(fast, images(), any_size=True).module()
