@@ -27,6 +27,7 @@ from ..data.build import Batch, BatchLoader
 from ..data.dataset import DetectionDataset
 from ..locks import only_one
 from ..models import build_detector, load_weights
+from ..models.build import find_parts
 from ..signals import Interrupted, StopRequest
 from ..transfer import to_device
 from . import distributed
@@ -83,7 +84,7 @@ def train(
         NonFiniteLossError: training diverged.
         Interrupted: by SIGTERM or SIGINT, after a checkpoint was written.
     """
-    check_device(cfg, device, _tests(cfg, skip_test))
+    check_training(cfg, device, _tests(cfg, skip_test))
     if distributed.rank() != 0:
         return _train(cfg, device, resume, skip_test)
     # Another run that starts here would move this one's files away under its hands.
@@ -374,12 +375,14 @@ def _tests(cfg: CfgNode, skip_test: bool) -> bool:
     return not skip_test or cfg.TEST.EVAL_PERIOD > 0
 
 
-def check_device(cfg: CfgNode, device: torch.device, tests: bool) -> None:
-    """See that the config's training can be done on a device, and its tests, if there are any.
+def check_training(cfg: CfgNode, device: torch.device, tests: bool) -> None:
+    """See that the config's parts are there, and that its training can be done on a device, and its
+    tests, if there are any.
 
     Raises:
         ConfigError: it cannot.
     """
+    find_parts(cfg)
     if device.type == "cuda":
         return
     if cfg.SOLVER.AMP == "fp16":

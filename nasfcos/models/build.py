@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch import nn
 from yacs.config import CfgNode
@@ -27,16 +28,27 @@ def build_detector(cfg: CfgNode, num_classes: int) -> Detector:
     Raises:
         ConfigError: the name of a part that is not registered, or of a module that is not there.
     """
-    import_parts(cfg.MODEL.IMPORTS)
+    build_backbone, build_neck, _ = find_parts(cfg)
     if cfg.MODEL.GENOTYPE:
         logger.debug("genotype:\n%s", Genotype.parse(cfg.MODEL.GENOTYPE).describe())
-    backbone = BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
-    neck = NECKS[cfg.MODEL.NECK.NAME](cfg, backbone.out_channels)
+    backbone = build_backbone(cfg)
+    neck = build_neck(cfg, backbone.out_channels)
     # Without a gradient, these stages would keep a distributed job waiting for one.
     backbone.freeze_after(neck.deepest_input)
     head = build_head(cfg, num_classes)
     model = Detector(Preprocess(cfg.DATALOADER.SIZE_DIVISIBILITY), backbone, neck, head)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.MODEL.SYNC_BN else model
+
+
+def find_parts(cfg: CfgNode) -> tuple[Callable, Callable, Callable]:
+    """The builders of the backbone, the neck and the head that a config names.
+
+    Raises:
+        ConfigError: as `build_detector`.
+    """
+    import_parts(cfg.MODEL.IMPORTS)
+    model = cfg.MODEL
+    return BACKBONES[model.BACKBONE.NAME], NECKS[model.NECK.NAME], HEADS[model.HEAD.NAME]
 
 
 def build_head(cfg: CfgNode, num_classes: int) -> DenseHead:

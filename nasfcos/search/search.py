@@ -19,7 +19,7 @@ from ..config import ConfigError
 from ..config.inheritance import copy_with_bases, ordinary_base
 from ..config.run_file import RUN_CONFIG, check_run_config, write_run_config
 from ..engine import distributed
-from ..engine.train import check_device
+from ..engine.train import check_training
 from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
@@ -177,7 +177,7 @@ class _Search:
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""
         prepared = prepare_config(self.cfg, self.folder)
-        check_device(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
+        check_training(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             full = full_config(self.cfg, stage, example, self.folder)

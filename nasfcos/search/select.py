@@ -24,7 +24,7 @@ from ..data.voc import voc_names
 from ..download import local_path, sha256
 from ..engine import distributed
 from ..engine.monitor import NonFiniteLossError
-from ..engine.train import check_device, train
+from ..engine.train import check_training, train
 from ..files import read_json, write_json
 from ..genotype import Genotype
 from ..models import build_detector
@@ -129,7 +129,7 @@ def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True
             raise ConfigError(
                 f"DATASETS.TEST {name} has no object to find: comparing needs annotations"
             )
-    check_device(cfg, device, tests=True)
+    check_training(cfg, device, tests=True)
     build_train_loader(with_settings(cfg, {"SEED": max(0, cfg.SEED)}))
     build_detector(cfg, num_classes(cfg))
     source = local_path(cfg.MODEL.WEIGHT) if weights and cfg.MODEL.WEIGHT else None

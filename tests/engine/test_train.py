@@ -611,3 +611,9 @@ def test_what_no_test_needs_is_not_refused(config):
     engine.train(cfg, CPU, skip_test=True)
     with pytest.raises(ConfigError, match="TEST.DTYPE float16"):
         engine.train(config("TEST.DTYPE", "float16", "TEST.EVAL_PERIOD", 1), CPU, skip_test=True)
+
+
+def test_a_misspelt_part_is_found_before_anything_is_read(config):
+    cfg = config("MODEL.HEAD.NAME", "fcoss", "DATASETS.ROOT", "/nowhere")
+    with pytest.raises(ConfigError, match=r"MODEL\.HEAD\.NAME is 'fcoss'.*Did you mean 'fcos'"):
+        engine.train(cfg, CPU)
