@@ -68,10 +68,7 @@ def export_detector(
     sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)
     with torch.no_grad():
         return torch.export.export(
-            _Program(model),
-            (images, sizes),
-            dynamic_shapes=dynamic,
-            strict=False,
+            _Program(model), (images, sizes), dynamic_shapes=dynamic, strict=False
         )
 
 

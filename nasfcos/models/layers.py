@@ -96,8 +96,8 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     norm itself is called nor its hooks are."""
     # Sizes are asked for last: what is exported must not depend on them without need.
     if type(norm) is nn.GroupNorm and norm.affine and _suit_own_norms(norm, x):
-        count = x.numel()
-        if not isinstance(count, int) or count >= _MANY_FOR_GROUP_NORM:  # or in an export for any
+        count = x.numel()  # no number in an export for any size
+        if not isinstance(count, int) or count >= _MANY_FOR_GROUP_NORM:
             return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     if own_batch_norm_serves(norm, x) and x.numel() >= _MANY_FOR_BATCH_NORM:
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
