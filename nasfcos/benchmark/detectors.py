@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from ..config import load_config
 from ..engine.solver import build_optimizer
-from ..engine.train import forward_backward, update
+from ..engine.step import forward_backward, update
 from ..models import Detector, build_detector, optimize_for_inference
 from ..models.heads.cells import STRIDES
 from ..models.heads.fcos import FCOSHead

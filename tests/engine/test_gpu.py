@@ -11,7 +11,8 @@ from nasfcos import engine
 from nasfcos.config import load_config
 from nasfcos.data import build_train_loader
 from nasfcos.engine.monitor import StepMonitor
-from nasfcos.engine.train import build_model, forward_backward, update
+from nasfcos.engine.step import forward_backward, update
+from nasfcos.engine.train import build_model
 from nasfcos.transfer import to_device
 
 pytestmark = pytest.mark.gpu

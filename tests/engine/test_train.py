@@ -1,4 +1,4 @@
-"""Training in this process: stopping and going on, divergence, parts of a batch."""
+"""Training in this process: stopping and going on, divergence."""
 
 import importlib
 import json
@@ -19,28 +19,20 @@ from nasfcos.data import DataError, build_train_loader
 from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
 from nasfcos.engine.run import Run, save_run
-from nasfcos.engine.train import build_model, forward_backward, update
+from nasfcos.engine.step import forward_backward, update
+from nasfcos.engine.train import build_model
 from nasfcos.locks import only_one
 from nasfcos.models.weights import WeightsError
 from nasfcos.signals import Interrupted
 
 # The package's attribute of this name is the function.
 train_module = importlib.import_module("nasfcos.engine.train")
+trainer_module = importlib.import_module("nasfcos.engine.trainer")
 CPU = torch.device("cpu")
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def config(config_file, tmp_path):
-    """Config of the tiny job with overrides, writing to a folder of the test."""
-
-    def make(*overrides, output="out"):
-        return load_config(config_file, ["OUTPUT_DIR", str(tmp_path / output), *overrides])
-
-    return make
 
 
 def final_weights(cfg):
@@ -66,7 +58,7 @@ def interrupt_in(monkeypatch, steps):
             os.kill(os.getpid(), signal.SIGTERM)
         update(*args)
 
-    monkeypatch.setattr(train_module, "update", update_and_signal)
+    monkeypatch.setattr(trainer_module, "update", update_and_signal)
 
 
 class Killed(BaseException):
@@ -82,7 +74,7 @@ def kill_in(monkeypatch, steps):
             raise Killed
         update(*args)
 
-    monkeypatch.setattr(train_module, "update", update_or_end)
+    monkeypatch.setattr(trainer_module, "update", update_or_end)
 
 
 def test_what_is_odd_about_the_test_set_is_told_once(config, tmp_path, caplog):
@@ -173,7 +165,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_and_changes_no_bit(config, mo
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the signal is not heeded")
 
-    monkeypatch.setattr(train_module, "test", stop_while_testing)
+    monkeypatch.setattr(trainer_module, "test", stop_while_testing)
     for resume in (False, True):
         with pytest.raises(Interrupted, match="stopped by SIGTERM"):
             engine.train(cut, CPU, resume=resume, skip_test=True)
@@ -449,7 +441,7 @@ def test_the_class_names_are_those_of_the_start(config, data_root, tmp_path, mon
         (root / "train" / "annotations.json").unlink(missing_ok=True)
         update(*args)
 
-    monkeypatch.setattr(train_module, "update", update_without_annotations)
+    monkeypatch.setattr(trainer_module, "update", update_without_annotations)
     cfg = config("DATASETS.ROOT", str(root), "SOLVER.MAX_ITER", 1)
     engine.train(cfg, CPU, skip_test=True)
     state = load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_final.pth")
@@ -536,54 +528,6 @@ def test_weights_that_are_not_finite_are_never_saved(config, tmp_path):
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
         save_run(cfg, run, tmp_path / "model_0000004.pth", StepMonitor())
     assert not (tmp_path / "model_0000004.pth").exists()
-
-
-# ------------------------------------------------------------------------------ parts of a batch
-
-
-def gradients(model, images, targets, parts):
-    model.zero_grad()
-    losses = forward_backward(model, images, targets, NO_SCALING, parts)
-    return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def without_batch_norm(config):
-    cfg = config("MODEL.NECK.NAME", "fpn", "MODEL.GENOTYPE", "[]", "MODEL.RESNET.NORM", "frozen_bn")
-    torch.manual_seed(0)
-    return build_model(cfg, CPU).train(), *next(iter(build_train_loader(cfg)))
-
-
-def test_parts_give_the_mean_of_their_gradients(config):
-    model, images, targets = without_batch_norm(config)
-    losses, together = gradients(model, images, targets, parts=2)
-    halves = [gradients(model, images[i : i + 2], targets[i : i + 2], 1) for i in (0, 2)]
-    for name, value in losses.items():
-        assert value == pytest.approx(float((halves[0][0][name] + halves[1][0][name]) / 2))
-    for name, gradient in together.items():
-        expected = (halves[0][1][name] + halves[1][1][name]) / 2
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_parts_with_equal_normalisers_give_the_gradient_of_the_whole(config):
-    model, images, targets = without_batch_norm(config)
-    images, targets = images[:2] * 2, targets[:2] * 2
-    _, whole = gradients(model, images, targets, parts=1)
-    _, parts = gradients(model, images, targets, parts=2)
-    scale = max(float(g.abs().max()) for g in whole.values())
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6 * scale)
-
-
-def test_the_gradient_is_clipped_to_its_norm():
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    weight.grad = torch.tensor([30.0, 40.0])
-    update(optimizer, NO_SCALING, clip_norm=5.0)
-    assert weight.tolist() == pytest.approx([-3.0, -4.0], rel=1e-4)
-    weight.grad = torch.tensor([0.3, 0.4])
-    update(optimizer, NO_SCALING, clip_norm=5.0)
-    assert weight.tolist() == pytest.approx([-3.3, -4.4], rel=1e-4)
-    assert weight.grad is None
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(config):
