@@ -50,16 +50,16 @@ def own_parts(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def readme_block(first_line):
-    """The block of the README that begins with a line."""
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(rf"```\w+\n({re.escape(first_line)}\n.*?)```", readme, re.S)
+def documented(first_line):
+    """The block of docs/custom_parts.md that begins with a line."""
+    text = (ROOT / "docs/custom_parts.md").read_text()
+    (block,) = re.findall(rf"```\w+\n({re.escape(first_line)}\n.*?)```", text, re.S)
     return block
 
 
-def test_the_backbone_of_the_readme(own_parts):
-    (own_parts / "my_parts.py").write_text(readme_block("# my_parts.py"))
-    tree = yaml.safe_load(readme_block("# configs/convnext.yaml"))
+def test_the_documented_backbone(own_parts):
+    (own_parts / "my_parts.py").write_text(documented("# my_parts.py"))
+    tree = yaml.safe_load(documented("# configs/convnext.yaml"))
     tree["_BASE_"] = str(ROOT / "configs" / tree["_BASE_"])
     tree["MODEL"]["CUSTOM"]["WEIGHTS"] = ""  # nothing is downloaded here
     file = own_parts / "convnext.yaml"
