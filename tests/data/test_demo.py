@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nasfcos.data import build_dataset
-from nasfcos.data.demo import CLASSES, DemoSettings, _ground, draw_scene, make_demo_data
+from nasfcos.data.demo import CLASSES, DemoSettings, draw_scene, make_demo_data
+from nasfcos.data.demo.grounds import draw_ground
 
 SMALL = DemoSettings(train=12, val=4, long_side=160, short_side=128, seed=5)
 
@@ -53,12 +54,12 @@ def test_other_folders_are_not_touched(tmp_path):
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    from nasfcos.data import demo
+    from nasfcos.data.demo import writer
 
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(demo, "draw_scene", fail)
+    monkeypatch.setattr(writer, "draw_scene", fail)
     with pytest.raises(OSError, match="disk full"):
         make_demo_data(tmp_path / "set", SMALL)
     assert not list(tmp_path.iterdir())
@@ -100,7 +101,7 @@ def test_boxes_begin_where_the_picture_differs_from_its_ground():
     """Checked at the first column and row of all objects (their shadows fall the other way)."""
     errors = []
     for i in range(40):
-        ground = np.clip(_ground(np.random.default_rng([2, i]), 128, 160), 0, 1) * 255
+        ground = np.clip(draw_ground(np.random.default_rng([2, i]), 128, 160), 0, 1) * 255
         picture, objects = draw_scene(np.random.default_rng([2, i]), 128, 160)
         if objects:
             exposure = np.median(picture / np.maximum(ground, 1))
