@@ -19,8 +19,8 @@ from .catalog import class_names, find_dataset, with_training_classes
 from .dataset import DetectionDataset, load_dataset
 from .images import load_pixels
 from .records import DataError, UnreadableImage
-from .samplers import TestBatchSampler, TrainBatchSampler, augmentation_rng
-from .transforms import TestTransform, TrainTransform
+from .samplers import EvalBatchSampler, TrainBatchSampler, augmentation_rng
+from .transforms import EvalTransform, TrainTransform
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class _TrainingView(Dataset):
         raise DataError("none of the training images can be read")
 
 
-class _TestView(Dataset):
+class _EvalView(Dataset):
     """Resized images; None for one that cannot be read."""
 
-    def __init__(self, dataset: DetectionDataset, transform: TestTransform):
+    def __init__(self, dataset: DetectionDataset, transform: EvalTransform):
         self.dataset = dataset
         self.transform = transform
 
@@ -280,11 +280,11 @@ def build_test_loader(
     in the resized image; `original_size` (height, width) leads back. Images that cannot be read
     are logged and left out.
     """
-    sampler = TestBatchSampler(
+    sampler = EvalBatchSampler(
         groups=_groups(cfg, dataset.records),
         batch_size=max(1, cfg.TEST.IMS_PER_BATCH // world_size),
         rank=rank,
         world_size=world_size,
     )
-    transform = TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    return _loader(cfg, _TestView(dataset, transform), sampler)
+    transform = EvalTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return _loader(cfg, _EvalView(dataset, transform), sampler)

@@ -115,10 +115,8 @@ class TrainBatchSampler(Sampler):
         return left[len(left) - count :]
 
 
-class TestBatchSampler(Sampler):
+class EvalBatchSampler(Sampler):
     """Each image once: batches in order, group after group, dealt out to the processes."""
-
-    __test__ = False  # not a test case, whatever pytest makes of the name
 
     def __init__(self, groups: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1):
         """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nasfcos.config import ConfigError
-from nasfcos.data.samplers import TestBatchSampler, TrainBatchSampler, augmentation_rng
+from nasfcos.data.samplers import EvalBatchSampler, TrainBatchSampler, augmentation_rng
 
 GROUPS = [0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
 
@@ -75,7 +75,7 @@ def test_augmentation_differs_by_seed_and_position():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])
 def test_test_shards_have_no_duplicates_or_gaps(world_size):
-    shards = [TestBatchSampler(GROUPS, 2, rank, world_size) for rank in range(world_size)]
+    shards = [EvalBatchSampler(GROUPS, 2, rank, world_size) for rank in range(world_size)]
     assert sum(len(shard) for shard in shards) == 7
     seen = [index for shard in shards for batch in shard for index in batch]
     assert sorted(seen) == list(range(13))
@@ -84,6 +84,6 @@ def test_test_shards_have_no_duplicates_or_gaps(world_size):
 
 
 def test_test_batches_keep_orientations_together():
-    batches = list(TestBatchSampler(GROUPS, 4))
+    batches = list(EvalBatchSampler(GROUPS, 4))
     orders = [np.array(GROUPS)[batch] for batch in batches]
     assert sum(len(set(order)) > 1 for order in orders) <= 1

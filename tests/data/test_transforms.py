@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nasfcos.data.transforms import (
-    TestTransform,
+    EvalTransform,
     TrainTransform,
     flip_boxes,
     resize,
@@ -146,6 +146,6 @@ def test_colour_jitter_changes_the_picture_reproducibly(part):
 
 def test_test_transform_only_resizes():
     pixels, target = picture()
-    out, moved = TestTransform(30, 1000)(Image.fromarray(pixels), target)
+    out, moved = EvalTransform(30, 1000)(Image.fromarray(pixels), target)
     assert out.shape == (3, 30, 50)
     assert moved["boxes"].tolist() == [[5, 10, 15, 20]]
