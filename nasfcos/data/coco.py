@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .images import find_size
-from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_and_count, side
+from .records import Annotations, DataError, Record, beyond, clip_and_count, side
+from .remarks import Oddity, Remarks
 
 
 def load_coco(path: Path) -> dict:
@@ -45,21 +46,21 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def find_fault(annotation: object) -> str | None:
+def find_fault(annotation: object) -> Oddity | None:
     """Why an annotation counts neither in training nor in testing; None where it does.
 
     It needs numbers as `image_id` and `category_id`, four finite ones as `bbox`, and 0, 1, false or
     true as `iscrowd` (0 if it has none).
     """
     if not isinstance(annotation, dict):
-        return "malformed annotations dropped"
+        return Oddity.MALFORMED
     if not (is_number(annotation.get("image_id")) and is_number(annotation.get("category_id"))):
-        return "annotations dropped whose image_id or category_id is not a number"
+        return Oddity.BAD_ID
     if annotation.get("iscrowd") not in (None, 0, 1):
-        return "annotations dropped whose iscrowd is neither 0 nor 1"
+        return Oddity.BAD_CROWD
     box = annotation.get("bbox")
     if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))):
-        return "annotations dropped whose bbox is not four finite numbers"
+        return Oddity.BAD_BBOX
     return None
 
 
@@ -127,7 +128,7 @@ def _choose_categories(
 
 
 def _add_absent(
-    names: dict[int, str], classes: tuple[str, ...], content: dict, remarks: Counter
+    names: dict[int, str], classes: tuple[str, ...], content: dict, remarks: Remarks
 ) -> dict[int, str]:
     """`names` with ids that nothing else has for those of the `classes` that have no category."""
     absent = [name for name in classes if name not in names.values()]
@@ -138,14 +139,11 @@ def _add_absent(
         if not find_fault(annotation):
             taken.add(annotation["category_id"])
     unused = (i for i in itertools.count(1) if i not in taken)
-    shown = ", ".join(map(repr, absent))
-    remarks[f"classes without a category in the file, so without objects in it ({shown})"] = len(
-        absent
-    )
+    remarks.add(Oddity.MISSING_CATEGORY, len(absent), ", ".join(map(repr, absent)))
     return names | dict(zip(unused, absent, strict=False))
 
 
-def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> dict[int, Record]:
+def _read_images(content: dict, path: Path, folder: Path, remarks: Remarks) -> dict[int, Record]:
     empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
     records = {}
     for image in content["images"]:
@@ -159,7 +157,7 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Counter) -> d
         if not isinstance(file_name, str):
             raise DataError(f"{path}: the file_name of image {image_id} is no text: {file_name!r}")
         if image_id in records:
-            remarks["image ids given twice (the last counts)"] += 1
+            remarks.add(Oddity.REPEATED_IMAGE)
         if height == 0 or width == 0:
             height, width = find_size(folder / file_name, (0, 0))
         records[image_id] = Record(file_name, image_id, height, width, *empty)
@@ -189,15 +187,13 @@ def read_coco(
             two of its categories are called.
     """
     content = load_coco(path)
-    remarks = Counter()
+    remarks = Remarks()
     records = _read_images(content, path, images, remarks)
     names = _categories(content, path)
     has_annotations = content.get("annotations") is not None
     if not names and classes is not None and not has_annotations:
         names = dict(enumerate(classes, 1))
-        remarks["classes without a category in the file, so with ids counted from 1 in results"] = (
-            len(names)
-        )
+        remarks.add(Oddity.INVENTED_ID, len(names))
     if not names:
         raise DataError(f"{path}: has no 'categories'")
     if classes is not None and adopted:
@@ -207,11 +203,11 @@ def read_coco(
     annotations = []
     for annotation in content.get("annotations") or []:
         if fault := find_fault(annotation):
-            remarks[fault] += 1
+            remarks.add(fault)
         elif annotation["image_id"] not in records:
-            remarks["boxes of unlisted images dropped"] += 1
+            remarks.add(Oddity.UNLISTED_IMAGE)
         elif annotation["category_id"] not in names:
-            remarks["boxes of unknown categories dropped"] += 1
+            remarks.add(Oddity.UNKNOWN_CATEGORY)
         elif annotation["category_id"] in labels:
             annotations.append(annotation)
     if annotations:
@@ -234,7 +230,7 @@ def _attach(
     records: dict[int, Record],
     labels: dict[int, int],
     folder: Path,
-    remarks: Counter,
+    remarks: Remarks,
 ) -> None:
     """Convert all boxes at once and give each record its own."""
     owners = [records[annotation["image_id"]] for annotation in annotations]
@@ -246,7 +242,7 @@ def _attach(
         annotated = record.height, record.width
         record.height, record.width = find_size(folder / record.file_name, annotated)
         if (record.height, record.width) != annotated:
-            remarks[OTHER_SIZE] += 1
+            remarks.add(Oddity.OTHER_SIZE)
     boxes, keep = clip_and_count(boxes, *_sizes(owners), remarks)
     kept = np.flatnonzero(keep)
     classes = np.array([labels[annotations[i]["category_id"]] for i in kept], dtype=np.int64)

@@ -63,7 +63,7 @@ class DetectionDataset(Dataset):
             len(self.classes),
         )  # fmt: skip
         if annotations.remarks:
-            logger.warning("data set %s: %s", self.name, annotations.describe_remarks())
+            logger.warning("data set %s: %s", self.name, annotations.remarks)
 
     def __len__(self) -> int:
         return len(self.records)

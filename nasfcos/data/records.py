@@ -4,15 +4,14 @@ Boxes are float32 [N, 4], (x0, y0, x1, y1) in pixels of the image, both corners 
 release's convention, as everywhere in this project).
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .remarks import Oddity, Remarks
+
 _ROUNDING = 0.1
 """Pixels by which the decimals of a file may miss the border without a remark."""
-
-OTHER_SIZE = "images annotated with another size than their files have (which counts)"
 
 
 class DataError(ValueError):
@@ -44,11 +43,7 @@ class Annotations:
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]  # the file's own id of the class with label i + 1
     has_annotations: bool
-    remarks: Counter = field(default_factory=Counter)  # oddity -> how often
-
-    def describe_remarks(self) -> str:
-        """The oddities in a line: how often each was met, and what it is."""
-        return ", ".join(f"{count} {what}" for what, count in sorted(self.remarks.items()))
+    remarks: Remarks = field(default_factory=Remarks)
 
 
 def side(value: object) -> int:
@@ -95,12 +90,10 @@ def clip_and_filter(
 
 
 def clip_and_count(
-    boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int, remarks: Counter
+    boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int, remarks: Remarks
 ) -> tuple[np.ndarray, np.ndarray]:
     """`clip_and_filter`, with what it changed among the remarks: the boxes and the mask."""
     clipped, keep, moved = clip_and_filter(boxes, heights, widths)
-    if dropped := int((~keep).sum()):
-        remarks["boxes not finite, without area or outside of their image dropped"] += dropped
-    if moved:
-        remarks["boxes clipped to their image"] += moved
+    remarks.add(Oddity.BAD_BOX, int((~keep).sum()))
+    remarks.add(Oddity.CLIPPED_BOX, moved)
     return clipped, keep

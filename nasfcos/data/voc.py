@@ -9,7 +9,8 @@ import numpy as np
 
 from ..config.errors import nearest
 from .images import find_size, image_suffixes
-from .records import OTHER_SIZE, Annotations, DataError, Record, beyond, clip_and_count, side
+from .records import Annotations, DataError, Record, beyond, clip_and_count, side
+from .remarks import Oddity, Remarks
 
 # The second column in the lists of one class: absent, difficult, there.
 _PRESENCE = re.compile(r"\s+(-1|0|1)$")
@@ -69,7 +70,7 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _choose_file(
-    name: str, files: list[str], annotated: str, images: Path, remarks: Counter
+    name: str, files: list[str], annotated: str, images: Path, remarks: Remarks
 ) -> str:
     """Of the `files` called `name` the annotated one; without any, what is annotated, if it is
     there."""
@@ -78,12 +79,12 @@ def _choose_file(
     if len(files) > 1:
         if annotated in files:
             return annotated
-        remarks["names with several image files (the first is taken)"] += 1
+        remarks.add(Oddity.SEVERAL_FILES)
     return files[0]
 
 
-def _text(element: ElementTree.Element | None, path: str) -> str:
-    return ((element.findtext(path) if element is not None else None) or "").strip()
+def _text(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
 
 
 def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
@@ -140,40 +141,21 @@ def read_voc(
     """
     labels = {name: label for label, name in enumerate(classes, 1)}
     files = _image_files(images)
-    remarks, dropped = Counter(), Counter()
+    remarks, others = Remarks(), Counter()
     records, missing = [], []
     for image_id, name in enumerate(voc_names(annotations, split), 1):
         path = annotations / f"{name}.xml"
-        root = None
-        if has_annotations:
-            if not path.exists():
-                missing.append(path)
-                continue
-            root = _parse(path)
-        named = _text(root, "filename")
-        file_name = _choose_file(name, files.get(name, []), named, images, remarks)
-        height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
-        if height == 0 or width == 0:
-            height, width = find_size(images / file_name, (0, 0))
-        boxes, found, ignored = _read_objects(root, labels, dropped)
-        if beyond(boxes, height, width).any():
-            annotated = height, width
-            height, width = find_size(images / file_name, annotated)
-            if (height, width) != annotated:
-                remarks[OTHER_SIZE] += 1
-        boxes, keep = clip_and_count(boxes, height, width, remarks)
-        objects = boxes[keep], found[keep], ignored[keep]
-        records.append(Record(file_name, image_id, height, width, *objects))
-    if dropped:
-        shown = ", ".join(f"{name!r}: {count}" for name, count in dropped.most_common(5))
-        shown += ", ..." if len(dropped) > 5 else ""
-        remarks[f"boxes of other classes dropped ({shown})"] = dropped.total()
-        # Perhaps one of them is meant by a class that has no object.
-        there = {classes[label - 1] for record in records for label in record.labels}
-        if absent := [name for name in classes if name not in there]:
-            hints = [(name, nearest(name, dropped)) for name in absent]
-            shown = ", ".join(f"{name!r}{hint and '.'}{hint}" for name, hint in hints)
-            remarks[f"classes without an object ({shown})"] = len(absent)
+        if has_annotations and not path.exists():
+            missing.append(path)
+            continue
+        root = _parse(path) if has_annotations else ElementTree.Element("annotation")
+        file_name = _choose_file(
+            name, files.get(name, []), _text(root, "filename"), images, remarks
+        )
+        content = _read_content(root, images / file_name, labels, others, remarks)
+        records.append(Record(file_name, image_id, *content))
+    if others:
+        _note_other_classes(others, classes, records, remarks)
     if missing:
         shown = ", ".join(str(path) for path in missing[:5])
         if len(missing) > max_missing or not records:
@@ -183,7 +165,7 @@ def read_voc(
                 f"{', ...' if len(missing) > 5 else ''}); up to DATASETS.MAX_BAD_IMAGES = "
                 f"{max_missing} would be left out, but not all"
             )
-        remarks[f"images without annotation file left out ({shown})"] = len(missing)
+        remarks.add(Oddity.MISSING_FILE, len(missing), shown)
     return Annotations(
         records=records,
         classes=classes,
@@ -193,16 +175,56 @@ def read_voc(
     )
 
 
+def _read_content(
+    root: ElementTree.Element,
+    image: Path,
+    labels: dict[str, int],
+    others: Counter[str],
+    remarks: Remarks,
+) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
+    """The fields of a `Record` from `height` on, of one XML file and the image it describes."""
+    height, width = side(_text(root, "size/height")), side(_text(root, "size/width"))
+    if height == 0 or width == 0:
+        height, width = find_size(image, (0, 0))
+    boxes, found, ignored = _read_objects(root, labels, others)
+    if beyond(boxes, height, width).any():
+        annotated = height, width
+        height, width = find_size(image, annotated)
+        if (height, width) != annotated:
+            remarks.add(Oddity.OTHER_SIZE)
+    boxes, keep = clip_and_count(boxes, height, width, remarks)
+    return height, width, boxes[keep], found[keep], ignored[keep]
+
+
+def _note_other_classes(
+    others: Counter[str], classes: tuple[str, ...], records: list[Record], remarks: Remarks
+) -> None:
+    """Remark on objects of classes that are not used, and on used classes without an object."""
+    shown = ", ".join(f"{name!r}: {count}" for name, count in others.most_common(5))
+    shown += ", ..." if len(others) > 5 else ""
+    remarks.add(Oddity.OTHER_CLASS, others.total(), shown)
+    present = {classes[label - 1] for record in records for label in record.labels}
+    absent = [name for name in classes if name not in present]
+    # Perhaps an absent class is a misspelling of one that is not used.
+    hints = [(name, nearest(name, others)) for name in absent]
+    shown = ", ".join(f"{name!r}{hint and '.'}{hint}" for name, hint in hints)
+    remarks.add(Oddity.UNUSED_CLASS, len(absent), shown)
+
+
 def _read_objects(
-    root: ElementTree.Element | None, labels: dict[str, int], dropped: Counter
+    root: ElementTree.Element, labels: dict[str, int], others: Counter[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes [N, 4] as annotated, labels [N] and difficult flags [N] of one XML file. Objects of
-    other classes than `labels` has are counted by these."""
+    """The objects of one XML file whose classes are in `labels`.
+
+    Returns:
+        Boxes [N, 4] as annotated but counted from 0 (NaN where malformed), labels [N] and
+        difficult flags [N]. Objects of other classes are counted by name in `others`.
+    """
     boxes, found, difficult = [], [], []
-    for item in root.iterfind("object") if root is not None else ():
+    for item in root.iterfind("object"):
         name = _text(item, "name")
         if name not in labels:
-            dropped[name] += 1
+            others[name] += 1
             continue
         try:
             boxes.append([float(_text(item, f"bndbox/{corner}")) - 1 for corner in _CORNERS])

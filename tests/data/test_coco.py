@@ -8,7 +8,8 @@ from PIL import Image
 
 from nasfcos.data import build_dataset
 from nasfcos.data.coco import coco_content, read_coco, read_coco_classes
-from nasfcos.data.records import OTHER_SIZE, DataError
+from nasfcos.data.records import DataError
+from nasfcos.data.remarks import Oddity
 
 
 def read(tmp_path, classes=None):
@@ -64,21 +65,21 @@ def test_bad_boxes_are_dropped_or_clipped_and_counted(write_coco, tmp_path):
     )
     found = read(tmp_path)
     assert found.records[0].boxes.tolist() == [[50, 30, 59, 39]]
-    assert found.remarks == {
-        "annotations dropped whose bbox is not four finite numbers": 8,
-        "boxes not finite, without area or outside of their image dropped": 5,
-        "boxes clipped to their image": 1,
-        "boxes of unlisted images dropped": 1,
-        "boxes of unknown categories dropped": 1,
-        "annotations dropped whose image_id or category_id is not a number": 3,
-    }
+    assert found.remarks.lines() == [
+        "8 annotations dropped whose bbox is not four finite numbers",
+        "3 annotations dropped whose image_id or category_id is not a number",
+        "1 boxes clipped to their image",
+        "5 boxes not finite, without area or outside of their image dropped",
+        "1 boxes of unknown categories dropped",
+        "1 boxes of unlisted images dropped",
+    ]
 
 
 def test_crowds_are_0_and_1(write_coco, tmp_path):
     write_coco([{"iscrowd": value} for value in (0, 1, False, True, None, 1.0, "0", "no", 2, [])])
     found = read(tmp_path)
     assert found.records[0].ignored.tolist() == [False, True, False, True, False, True]
-    assert found.remarks == {"annotations dropped whose iscrowd is neither 0 nor 1": 4}
+    assert found.remarks.lines() == ["4 annotations dropped whose iscrowd is neither 0 nor 1"]
 
 
 def test_classes_choose_and_order_categories(write_coco, tmp_path):
@@ -94,9 +95,9 @@ def test_ids_of_its_own_making_are_told(write_coco, tmp_path):
     write_coco([], categories=(), annotations=None)
     found = read(tmp_path, ("cat", "dog"))
     assert found.category_ids == (1, 2)
-    assert found.remarks == {
-        "classes without a category in the file, so with ids counted from 1 in results": 2
-    }
+    assert found.remarks.lines() == [
+        "2 classes without a category in the file, so with ids counted from 1 in results"
+    ]
 
 
 def test_adopted_classes_may_be_absent(write_coco, tmp_path):
@@ -106,10 +107,10 @@ def test_adopted_classes_may_be_absent(write_coco, tmp_path):
     assert found.classes == classes
     assert found.category_ids == (2, 3, 4)  # neither a category nor used without being one
     assert found.records[0].labels.tolist() == [2]
-    remarks = {
-        "classes without a category in the file, so without objects in it ('bird', 'ant')": 2
-    }
-    assert found.remarks == remarks | {"boxes of unknown categories dropped": 1}
+    assert found.remarks.lines() == [
+        "1 boxes of unknown categories dropped",
+        "2 classes without a category in the file, so without objects in it ('bird', 'ant')",
+    ]
     with pytest.raises(DataError, match="no category called 'bird', 'ant'"):
         read_coco(tmp_path / "ann.json", tmp_path / "images", ("bird", "ant"), adopted=True)
 
@@ -158,7 +159,9 @@ def test_a_box_beyond_the_annotated_size_is_clipped_to_the_file(write_coco, tmp_
     found = read(tmp_path)
     assert [(r.height, r.width) for r in found.records] == [(40, 60), (60, 40)]
     assert found.records[0].boxes.tolist() == [[45, 5, 54, 34], [5, 5, 59, 39]]
-    assert found.remarks == {OTHER_SIZE: 1, "boxes clipped to their image": 1}
+    assert found.remarks.lines() == [
+        "1 boxes clipped to their image", f"1 {Oddity.OTHER_SIZE.value}"
+    ]  # fmt: skip
     (tmp_path / "images" / "1.png").unlink()
     assert read(tmp_path).records[0].boxes.tolist() == [[5, 5, 39, 54]]
 

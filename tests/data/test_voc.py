@@ -3,7 +3,7 @@
 import pytest
 
 from nasfcos.data import DataError, build_dataset, class_names
-from nasfcos.data.records import OTHER_SIZE
+from nasfcos.data.remarks import Oddity
 from nasfcos.data.voc import read_voc
 
 
@@ -82,21 +82,21 @@ def test_odd_boxes_are_counted(write_voc, tmp_path):
     write_voc({"a": [("cat", box, 0) for box in boxes] + [("dog", (1, 1, 5, 5), 0)]})
     found = read_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "split.txt", ("cat",))
     assert found.records[0].boxes.tolist() == [[0, 0, 59, 19], [1.5, 1, 8, 8]]
-    assert found.remarks == {
-        "boxes not finite, without area or outside of their image dropped": 3,
-        "boxes clipped to their image": 1,
-        "boxes of other classes dropped ('dog': 1)": 1,
-    }
+    assert found.remarks.lines() == [
+        "1 boxes clipped to their image",
+        "3 boxes not finite, without area or outside of their image dropped",
+        "1 boxes of other classes dropped ('dog': 1)",
+    ]
 
 
 def test_a_misspelt_class_is_pointed_out(write_voc, tmp_path):
     objects = [(name, (1, 1, 9, 9), 0) for name in ("WBC", "Platelets", "Platelets", "RBC", "")]
     write_voc({"a": objects})
     found = read_voc(tmp_path / "xml", tmp_path / "images", None, ("WBC", "Plaetlets"))
-    assert found.remarks == {
-        "boxes of other classes dropped ('Platelets': 2, 'RBC': 1, '': 1)": 4,
-        "classes without an object ('Plaetlets'. Did you mean 'Platelets'?)": 1,
-    }
+    assert found.remarks.lines() == [
+        "4 boxes of other classes dropped ('Platelets': 2, 'RBC': 1, '': 1)",
+        "1 classes without an object ('Plaetlets'. Did you mean 'Platelets'?)",
+    ]
 
 
 def test_name_spaces_and_other_xml(write_voc, tmp_path):
@@ -130,7 +130,9 @@ def test_a_box_beyond_the_annotated_size_is_clipped_to_the_file(write_voc, tmp_p
     sizes = [(record.height, record.width) for record in found.records]
     assert sizes == [(40, 60), (60, 40)]  # of b, nothing says that the file had to be opened
     assert found.records[0].boxes.tolist() == [[44, 4, 57, 29], [4, 4, 59, 39]]
-    assert found.remarks == {OTHER_SIZE: 1, "boxes clipped to their image": 1}
+    assert found.remarks.lines() == [
+        "1 boxes clipped to their image", f"1 {Oddity.OTHER_SIZE.value}"
+    ]  # fmt: skip
     (tmp_path / "images" / "a.jpg").write_bytes(b"")
     assert read_voc(*args).records[0].boxes.tolist() == [[4, 4, 39, 49]]
 
