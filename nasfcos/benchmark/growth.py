@@ -336,7 +336,7 @@ def _add_point(
 
 
 def _finish(entry: dict[str, Any]) -> dict[str, Any]:
-    """Add the exponents of growth; None where too little could be measured."""
+    """Add the exponents of growth; None for fewer than three measured points."""
     for curve in entry["curves"]:
         points = curve["points"]
         x = [point["x"] for point in points]
@@ -344,8 +344,8 @@ def _finish(entry: dict[str, Any]) -> dict[str, Any]:
         memory = [point["memory_bytes"] or 0 for point in points]
         known = [m if m >= RESOLUTION else 0 for m in memory]
         for key, values in (("time_exponent", times), ("memory_exponent", known)):
-            exponent = growth_exponent(x, values)
-            curve[key] = exponent if math.isfinite(exponent) else None
+            measured = sum(value > 0 for value in values)
+            curve[key] = growth_exponent(x, values) if measured >= 3 else None
     return entry
 
 

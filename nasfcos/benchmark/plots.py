@@ -2,73 +2,150 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from ..files import replacing
 from .memory import RESOLUTION
 
+MIB = 2**20
+BOUND = {"marker": "v", "fillstyle": "none", "linestyle": ""}
+Style = dict[str, str]
+
 
 def plot_growth(axis: dict[str, Any], path: str | Path) -> None:
-    """Write a picture of one axis of `growth.measure_growth`: time left, memory right, both axes
-    logarithmic, with the exponent of the upper half of each curve in the legend. Memory that is too
-    small to be measured is left out."""
-    figure = Figure(figsize=(12, 5.2 + 0.22 * len(axis["curves"])), layout="constrained")
+    """Write a picture of one axis of `growth.measure_growth`: time left, memory right.
+
+    Both scales are logarithmic, and the legend has the exponent of the upper half of each curve.
+    Memory that is too small to be measured is drawn as an open triangle at the upper bound. One or
+    two values are drawn as bars, on linear scales.
+
+    Args:
+        axis: entry of the report's "axes", with at least one curve.
+        path: file to write; its suffix decides the format.
+    """
+    curves = axis["curves"]
+    values = sorted({point["x"] for curve in curves for point in curve["points"]})
+    few = len(values) < 3
+    figure = Figure(figsize=(12, 5 + 0.22 * len(curves)), layout="constrained")
     times, memory = figure.subplots(1, 2)
-    for curve in axis["curves"]:
-        x = [point["x"] for point in curve["points"]]
-        seconds = [point["seconds"] for point in curve["points"]]
-        (line,) = times.plot(
-            x,
-            [1000 * s["median"] for s in seconds],
-            marker="o",
-            label=_label(curve["name"], curve["time_exponent"]),
-        )
-        times.fill_between(
-            x,
-            [1000 * s["q1"] for s in seconds],
-            [1000 * s["q3"] for s in seconds],
-            color=line.get_color(),
-            alpha=0.2,
-            linewidth=0,
-        )
-        known = [p for p in curve["points"] if (p["memory_bytes"] or 0) >= RESOLUTION]
-        if known:
-            memory.plot(
-                [p["x"] for p in known],
-                [p["memory_bytes"] / 2**20 for p in known],
-                marker="o",
-                color=line.get_color(),
-                label=_label(curve["name"], curve["memory_exponent"]),
-            )
-    values = sorted({point["x"] for curve in axis["curves"] for point in curve["points"]})
-    _dress(times, "time of a call (ms), quartiles shaded", axis["label"], values)
-    _dress(memory, "peak memory of a call (MiB)", axis["label"], values)
-    figure.suptitle(axis["what"])
+    styles = _styles([curve["name"] for curve in curves])
+    if few:
+        _draw_bars(times, memory, curves, styles, values)
+    else:
+        _draw_curves(times, memory, curves, styles)
+    for panel, title, unit in (
+        (times, "time of a call", "milliseconds"),
+        (memory, "peak memory of a call", "MiB"),
+    ):
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel(axis["label"])
+        panel.set_ylabel(unit)
+        panel.grid(alpha=0.3, axis="y" if few else "both")
+        panel.set_axisbelow(True)
+        if not few:
+            _set_log_scales(panel, values)
+        places = range(len(values)) if few else values
+        panel.set_xticks(places, [_value_text(axis["name"], x) for x in values])
+    note = "" if few else " (logarithmic scales; quartiles of the times shaded)"
+    figure.suptitle(axis["what"] + note)
+    handles = [
+        Line2D([], [], marker="o", label=_label(curve), **style)
+        for curve, style in zip(curves, styles, strict=True)
+    ]
+    if not few and any(_is_too_small(point) for curve in curves for point in curve["points"]):
+        text = f"less memory than can be measured ({RESOLUTION / MIB:g} MiB)"
+        handles.append(Line2D([], [], color="grey", label=text, **BOUND))
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
-def _label(name: str, exponent: float | None) -> str:
-    return name if exponent is None else f"{name}: $\\sim x^{{{exponent:.2f}}}$"
+def _styles(names: Sequence[str]) -> list[Style]:
+    """A color for each kind of work and a line style for each model, for names "model: work"."""
+    models, works = ([name.rpartition(": ")[part] for name in names] for part in (0, 2))
+    colors = {work: f"C{i}" for i, work in enumerate(dict.fromkeys(works))}
+    lines = dict(zip(dict.fromkeys(models), ("-", "--", ":"), strict=False))
+    return [
+        {"color": colors[work], "linestyle": lines[model]}
+        for model, work in zip(models, works, strict=True)
+    ]
 
 
-def _dress(axes: Axes, title: str, label: str, values: list[int]) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(label)
-    axes.set_xticks(values, [f"{x:,}" for x in values], rotation=30 if values[-1] > 1000 else 0)
-    low, high = axes.get_ylim()
+def _draw_curves(
+    times: Axes, memory: Axes, curves: list[dict[str, Any]], styles: list[Style]
+) -> None:
+    for curve, style in zip(curves, styles, strict=True):
+        points = curve["points"]
+        x = [point["x"] for point in points]
+        median, q1, q3 = (
+            [1000 * point["seconds"][key] for point in points] for key in ("median", "q1", "q3")
+        )
+        times.plot(x, median, marker="o", **style)
+        times.fill_between(x, q1, q3, color=style["color"], alpha=0.2, linewidth=0)
+        measured = [(p["x"], p["memory_bytes"] / MIB) for p in points if _is_measured(p)]
+        memory.plot(*zip(*measured, strict=True) if measured else ([], []), marker="o", **style)
+        bounded = [point["x"] for point in points if _is_too_small(point)]
+        bounds = [RESOLUTION / MIB] * len(bounded)
+        memory.plot(bounded, bounds, color=style["color"], **BOUND)
+
+
+def _draw_bars(
+    times: Axes,
+    memory: Axes,
+    curves: list[dict[str, Any]],
+    styles: list[Style],
+    values: Sequence[int],
+) -> None:
+    """Draw groups of bars, one group a value, at 0, 1, ... on the x axes."""
+    width = 0.6 / len(curves)
+    for number, (curve, style) in enumerate(zip(curves, styles, strict=True)):
+        for point in curve["points"]:
+            place = values.index(point["x"]) + (number - (len(curves) - 1) / 2) * width
+            heights = 1000 * point["seconds"]["median"], (point["memory_bytes"] or 0) / MIB
+            for panel, height in zip((times, memory), heights, strict=True):
+                panel.bar(place, height, 0.9 * width, color=style["color"])
+    for panel in (times, memory):
+        panel.set_xlim(-0.6, len(values) - 0.4)
+
+
+def _is_measured(point: dict[str, Any]) -> bool:
+    return point["memory_bytes"] is not None and point["memory_bytes"] >= RESOLUTION
+
+
+def _is_too_small(point: dict[str, Any]) -> bool:
+    return point["memory_bytes"] is not None and point["memory_bytes"] < RESOLUTION
+
+
+def _label(curve: dict[str, Any]) -> str:
+    exponents = [
+        f"{what} $\\sim x^{{{curve[key]:.2f}}}$"
+        for what, key in (("time", "time_exponent"), ("memory", "memory_exponent"))
+        if curve[key] is not None
+    ]
+    return f"{curve['name']}: {', '.join(exponents)}" if exponents else curve["name"]
+
+
+def _value_text(axis_name: str, x: int) -> str:
+    """A value for people; numbers of pixels as the square that they are."""
+    return f"{math.isqrt(x)}$^2$" if axis_name == "image" else f"{x:,}"
+
+
+def _set_log_scales(panel: Axes, values: Sequence[int]) -> None:
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    margin = (values[-1] / values[0]) ** 0.05
+    panel.set_xlim(values[0] / margin, values[-1] * margin)
+    low, high = panel.get_ylim()
     if high < 10 * low:  # a decade at least, so that flat curves look flat
-        axes.set_ylim(high / 10, 1.1 * high)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+        panel.set_ylim(high / 10, 1.1 * high)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    panel.minorticks_off()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nasfcos.benchmark import growth
+from nasfcos.benchmark import growth, plots
 from nasfcos.benchmark.growth import (
     AXES,
     Axis,
@@ -114,6 +114,22 @@ def test_a_picture_of_an_axis(made_up_axis, setting, tmp_path):
     with Image.open(tmp_path / "plots" / "growth.png") as picture:
         assert picture.width > 2 * picture.height
         assert len(picture.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_two_values_are_bars_without_an_exponent(setting, monkeypatch, tmp_path):
+    def prepare(setting):
+        return lambda value: Case("", [Variant("work", lambda: torch.ones(value * 2**18))])
+
+    monkeypatch.setattr(growth, "AXES", (Axis("things", "things", "tensors", (1, 2), prepare),))
+    (axis,) = measure_growth(["things"], setting)["axes"]
+    (curve,) = axis["curves"]
+    assert len(curve["points"]) == 2
+    assert curve["time_exponent"] is None and curve["memory_exponent"] is None
+    drawn = []
+    draw = plots._draw_bars
+    monkeypatch.setattr(plots, "_draw_bars", lambda *a: drawn.append(a[-1]) or draw(*a))
+    plot_growth(axis, tmp_path / "growth.png")
+    assert drawn == [[1, 2]] and (tmp_path / "growth.png").exists()
 
 
 @pytest.mark.slow
