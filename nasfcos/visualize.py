@@ -16,7 +16,6 @@ from .data.transforms import scale_boxes
 AnyImage = np.ndarray | Tensor | Image.Image
 
 
-
 def draw_detections(
     image: AnyImage,
     detections: Mapping[str, Tensor],

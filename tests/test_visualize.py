@@ -1,6 +1,5 @@
 """Boxes on images, and sheets."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nasfcos.benchmark.report import format_report
 from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, set_threads
-from nasfcos.benchmark.suite import BENCHMARKS, choose, failed, run
+from nasfcos.benchmark.suite import BENCHMARKS, choose, has_failures, run
 from nasfcos.config import ConfigError
 from nasfcos.engine.distributed import resolve_device
 from nasfcos.files import write_json
@@ -63,7 +63,7 @@ def main() -> int:
     print(format_report(report), flush=True)
     if args.json:
         write_json(args.json, report, indent=2)
-    return 130 if report["interrupted"] else int(failed(report))
+    return 130 if report["interrupted"] else int(has_failures(report))
 
 
 if __name__ == "__main__":

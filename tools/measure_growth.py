@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nasfcos.benchmark.growth import failed, format_growth, measure_growth
+from nasfcos.benchmark.growth import format_growth, has_errors, measure_growth
 from nasfcos.benchmark.plots import plot_growth
 from nasfcos.benchmark.setting import Setting, add_arguments, require_writable, set_threads
 from nasfcos.config import ConfigError
@@ -44,7 +44,7 @@ def main() -> int:
         for axis in report["axes"]:
             if axis["curves"]:
                 plot_growth(axis, Path(args.plots) / f"{axis['name']}.png")
-    return 130 if report["interrupted"] else int(failed(report))
+    return 130 if report["interrupted"] else int(has_errors(report))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 
 from .machine import SAME_FOR_COMPARISON
 from .report import aligned, seconds_text
-from .statistics import Summary
-from .suite import FORMAT
+from .statistics import Quartiles
+from .suite import REPORT_FORMAT
 
 SLOWER, FASTER, SAME, NEW, GONE, FAILS, OTHER = (
     "slower", "faster", "as fast", "new", "gone", "fails", "other work",
@@ -39,8 +39,8 @@ class Change:
     name: str
     verdict: str
     figure: str = ""
-    old: Summary | None = None
-    new: Summary | None = None
+    old: Quartiles | None = None
+    new: Quartiles | None = None
 
     @property
     def factor(self) -> float | None:
@@ -56,8 +56,10 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        if report["format"] != FORMAT:
-            raise ReportError(f"{path} has format {report['format']}, this program reads {FORMAT}")
+        if report["format"] != REPORT_FORMAT:
+            raise ReportError(
+                f"{path} has format {report['format']}, this program reads {REPORT_FORMAT}"
+            )
         for case in report["cases"]:
             _figures(case)
         machine_differences(report, report)
@@ -86,9 +88,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 1.1) ->
     least; shares of a limit elsewhere, and seconds where there is neither. What is slower must be
     so by more than `threshold` times, and its lower quartile above the old upper one.
     """
-    before, after = (
-        {case["name"]: case for case in report["cases"]} for report in (old, new)
-    )
+    before, after = ({case["name"]: case for case in report["cases"]} for report in (old, new))
     changes = []
     for name in [*before, *(name for name in after if name not in before)]:
         changes += _compare_case(name, before.get(name), after.get(name), threshold)
@@ -121,7 +121,7 @@ def _fails(case: dict[str, Any] | None, variant: str) -> bool:
     return any(v["name"] == variant and v["status"] == "failed" for v in case["variants"])
 
 
-def _verdict(old: Summary, new: Summary, threshold: float) -> str:
+def _verdict(old: Quartiles, new: Quartiles, threshold: float) -> str:
     if new.median > threshold * old.median and new.q1 > old.q3:
         return SLOWER
     if old.median > threshold * new.median and old.q1 > new.q3:
@@ -129,7 +129,7 @@ def _verdict(old: Summary, new: Summary, threshold: float) -> str:
     return SAME
 
 
-def _figures(case: dict[str, Any]) -> dict[str, dict[str, Summary]]:
+def _figures(case: dict[str, Any]) -> dict[str, dict[str, Quartiles]]:
     """Of each variant of ours that was measured, by kind; less is better in all of them."""
     if case["status"] != "ok":
         return {}
@@ -137,12 +137,12 @@ def _figures(case: dict[str, Any]) -> dict[str, dict[str, Summary]]:
     for variant in case["variants"]:
         if variant["status"] != "ok" or variant["theirs"]:
             continue
-        figures[variant["name"]] = own = {"seconds": Summary.from_json(variant["seconds"])}
+        figures[variant["name"]] = own = {"seconds": Quartiles.from_json(variant["seconds"])}
         for rival in case["rivals"][:1]:
             if rival in variant["ratios"]:
-                own["ratio"] = Summary.from_json(variant["ratios"][rival])
+                own["ratio"] = Quartiles.from_json(variant["ratios"][rival])
         if "share" in variant:
-            own["share"] = Summary.from_json(variant["share"]).inverse()
+            own["share"] = Quartiles.from_json(variant["share"]).inverse()
     return figures
 
 
@@ -154,7 +154,7 @@ def format_changes(changes: list[Change], threshold: float) -> str:
         key=lambda c: (order.index(c.verdict), -(c.factor or 0)),
     )
 
-    def text(change: Change, value: Summary | None) -> str:
+    def text(change: Change, value: Quartiles | None) -> str:
         if value is None:
             return ""
         show = seconds_text if change.figure == "seconds" else "{:.3g}".format

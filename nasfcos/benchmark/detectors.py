@@ -83,9 +83,7 @@ def our_detector(name: str, size: Size, device: torch.device) -> Detector:
 
 
 @functools.lru_cache(maxsize=4)
-def their_detector(
-    name: str, size: Size, device: torch.device, frozen: bool = False
-) -> nn.Module:
+def their_detector(name: str, size: Size, device: torch.device, frozen: bool = False) -> nn.Module:
     """torchvision's FCOS or RetinaNet with ResNet-50, for images that are not resized, in
     evaluation mode.
 
@@ -134,7 +132,7 @@ def _predict_boxes(conv: nn.Conv2d, bias: float) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def optimized(model: Detector, dtype: torch.dtype, compile: bool) -> nn.Module:
+def optimized_detector(model: Detector, dtype: torch.dtype, compile: bool) -> nn.Module:
     """The inference form of our detector.
 
     Raises:

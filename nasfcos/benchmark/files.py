@@ -37,7 +37,7 @@ from .inputs import NUM_CLASSES, random_target, smooth_image
 from .measure import Case, Skip, Variant
 from .setting import Setting
 
-MOST_IMAGES = 64
+MAX_IMAGES = 64
 """Of a folder, so that the work of a call stays bounded."""
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 
@@ -49,7 +49,7 @@ def data_loading(training: bool, setting: Setting) -> Case:
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_TYPES)
     if not names:
         raise Skip(f"{folder} holds no {', '.join(IMAGE_TYPES)} pictures")
-    names = names[:MOST_IMAGES]
+    names = names[:MAX_IMAGES]
     sizes = [read_size(folder / name) for name in names]
     targets = [random_target(*size, seed=seed) for seed, size in enumerate(sizes)]
     annotations = setting.folder / "annotations.json"
@@ -302,7 +302,7 @@ def start_up(setting: Setting) -> Case:
     return Case(
         "a fresh Python process that imports the package and ends",
         [
-            Variant(f"import {module}", importing(module), module != "nasfcos", memory=False)
+            Variant(f"import {module}", importing(module), theirs=module != "nasfcos", memory=False)
             for module in ("torchvision", "torch", "nasfcos")
         ],
         rivals=["import torchvision"],

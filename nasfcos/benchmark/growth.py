@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..ops import batched_nms
 from . import machine
-from .detectors import inference_call, optimized, our_detector, our_training, training_call
+from .detectors import inference_call, optimized_detector, our_detector, our_training, training_call
 from .inputs import (
     NUM_CLASSES,
     generator,
@@ -28,19 +28,18 @@ from .inputs import (
     map_shapes,
     random_target,
     smooth_image,
-    to_device,
 )
 from .measure import QUICK, Case, Effort, Skip, Variant, measure
 from .memory import RESOLUTION
 from .parts import HEADS, head_maps, our_head
 from .report import aligned, bytes_text, seconds_text
 from .setting import Setting
-from .statistics import Summary, growth_exponent
+from .statistics import Quartiles, growth_exponent
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-EFFORT = Effort(seconds=15, fewest=3, most=9, warmups=1, sample=0.002)
+GROWTH_FORMAT = 1
+EFFORT = Effort(seconds=15, min_rounds=3, max_rounds=9, warmups=1, sample=0.002)
 MODEL = "R_50_NAS_head"
 SMALL = (128, 128)
 """(height, width) of images on axes where their size does not matter."""
@@ -88,12 +87,12 @@ def _batches(setting: Setting) -> Callable[[int], Case]:
 def _model_cases(setting: Setting) -> Callable[..., Case]:
     device = setting.device
     plain = our_detector(MODEL, MEDIUM, device)
-    fast = optimized(plain, torch.float32, False)
+    fast = optimized_detector(plain, torch.float32, False)
     trained = our_training(MODEL, SMALL, device)
 
     def case(size: tuple[int, int], batch: int, training: bool) -> Case:
         images = [smooth_image(*size).to(device) for _ in range(batch)]
-        targets = [to_device(random_target(*size, seed=i), device) for i in range(batch)]
+        targets = [random_target(*size, seed=i, device=device) for i in range(batch)]
         variants = [
             Variant("inference, plain", inference_call(plain, images)),
             Variant("inference, optimized", inference_call(fast, images)),
@@ -110,7 +109,7 @@ def _objects(setting: Setting) -> Callable[[int], Case]:
     def case(objects: int) -> Case:
         made = Case("", [])
         for name in HEADS:
-            target = to_device(random_target(*MEDIUM, objects=objects), setting.device)
+            target = random_target(*MEDIUM, objects=objects, device=setting.device)
             _add_losses(made, name, target, NUM_CLASSES, MEDIUM, setting)
         return made
 
@@ -123,7 +122,7 @@ def _classes(setting: Setting) -> Callable[[int], Case]:
     def case(classes: int) -> Case:
         made = Case("", [])
         for name in HEADS:
-            target = to_device(random_target(*size, classes=classes), setting.device)
+            target = random_target(*size, classes=classes, device=setting.device)
             head, maps = _add_losses(made, name, target, classes, size, setting)
             detached = tuple([x.detach() for x in levels] for levels in maps)
             detect = torch.inference_mode()(lambda h=head, m=detached: h.detect(m, [size]))
@@ -229,7 +228,7 @@ def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
             raise ValueError(f"no axis is called {name!r}; there are {', '.join(known)}")
     chosen = [axis for axis in AXES if not names or axis.name in names]
     report = {
-        "format": FORMAT,
+        "format": GROWTH_FORMAT,
         "machine": machine.describe(setting.device),
         "interrupted": False,
         "axes": [],
@@ -331,7 +330,7 @@ def _add_point(
     if curve not in curves:
         entry["curves"].append({"name": curve, "points": []})
         curves[curve] = entry["curves"][-1]
-    point = {"x": x, "seconds": Summary.of(seconds).to_json(), "memory_bytes": memory}
+    point = {"x": x, "seconds": Quartiles.of(seconds).to_json(), "memory_bytes": memory}
     curves[curve]["points"].append(point)
 
 
@@ -349,7 +348,7 @@ def _finish(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def failed(report: dict[str, Any]) -> bool:
+def has_errors(report: dict[str, Any]) -> bool:
     """Whether something in a report raised an exception."""
     return any(axis["errors"] for axis in report["axes"])
 

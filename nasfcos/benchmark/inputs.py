@@ -33,7 +33,12 @@ def smooth_image(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def random_target(
-    height: int, width: int, objects: int = OBJECTS, classes: int = NUM_CLASSES, seed: int = 0
+    height: int,
+    width: int,
+    objects: int = OBJECTS,
+    classes: int = NUM_CLASSES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """`boxes` [objects, 4] float32 xyxy within the image, of 16 pixels to two thirds of it in size
     (small ones as frequent by octave as large ones), and `labels` [objects] from 1."""
@@ -45,14 +50,9 @@ def random_target(
     room = torch.tensor([width - 1.0, height - 1.0]) - sides
     corner = room * torch.rand(objects, 2, generator=random)
     return {
-        "boxes": torch.cat((corner, corner + sides), dim=1),
-        "labels": torch.randint(1, classes + 1, (objects,), generator=random),
+        "boxes": torch.cat((corner, corner + sides), dim=1).to(device),
+        "labels": torch.randint(1, classes + 1, (objects,), generator=random).to(device),
     }
-
-
-def to_device(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """An image's boxes and labels on a device."""
-    return {key: value.to(device) for key, value in target.items()}
 
 
 def map_shapes(height: int, width: int) -> list[tuple[int, int]]:

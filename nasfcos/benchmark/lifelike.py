@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.layers import ModulatedDeformConv
 
-SMALLEST_VARIANCE = 1e-2
+MIN_VARIANCE = 1e-2
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def _hooked(handle):
 def _take_statistics(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     variance, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
     module.running_mean.copy_(mean)
-    module.running_var.copy_(variance.clamp(min=SMALLEST_VARIANCE))
+    module.running_var.copy_(variance.clamp(min=MIN_VARIANCE))
 
 
 def _scale_to_one(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -100,5 +100,3 @@ def _outputs_of(module: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     if not outputs or not all(x.isfinite().all() for x in outputs):
         raise ValueError("the model gave no finite class logits")
     return outputs
-
-

@@ -41,7 +41,7 @@ def matmul_limit(dtype: torch.dtype, setting: Setting) -> Variant:
             torch.set_float32_matmul_precision(before)
 
     name = matmul_name(dtype)
-    return Variant(name, run, True, side**3 / 1e9, MULTIPLY_ADDS, memory=False)
+    return Variant(name, run, theirs=True, amount=side**3 / 1e9, unit=MULTIPLY_ADDS, memory=False)
 
 
 def copy_limit(setting: Setting) -> Variant:
@@ -50,7 +50,12 @@ def copy_limit(setting: Setting) -> Variant:
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
     copy = torch.empty_like(source)
     return Variant(
-        COPY, lambda: copy.copy_(source), True, 2 * size / 1e9, GIGABYTES, memory=False
+        COPY,
+        lambda: copy.copy_(source),
+        theirs=True,
+        amount=2 * size / 1e9,
+        unit=GIGABYTES,
+        memory=False,
     )
 
 

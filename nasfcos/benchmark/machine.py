@@ -36,11 +36,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "compiled_operators": [
-            name
-            for name in OPERATORS
-            if has_compiled(name, device.type)
-        ],
+        "compiled_operators": [name for name in OPERATORS if has_compiled(name, device.type)],
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

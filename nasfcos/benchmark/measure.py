@@ -6,12 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
 from .memory import peak_bytes
-from .statistics import Summary, paired_ratio
+from .statistics import Quartiles, paired_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Variant:
 
     name: str
     run: Callable[[], object]
+    _: KW_ONLY
     theirs: bool = False
     amount: float | None = None
     unit: str | None = None
@@ -84,20 +85,20 @@ class Effort:
 
     Attributes:
         seconds: to spend on the timed rounds of a case, within the limits of rounds.
-        fewest, most: rounds.
+        min_rounds, most: rounds.
         warmups: rounds before the timed ones; one where a round takes longer than `seconds`.
         sample: seconds that one sample takes at least; quicker work is repeated within it.
     """
 
     seconds: float
-    fewest: int
-    most: int
+    min_rounds: int
+    max_rounds: int
     warmups: int
     sample: float
 
 
-FULL = Effort(seconds=20, fewest=5, most=50, warmups=2, sample=0.005)
-QUICK = Effort(seconds=0.3, fewest=2, most=10, warmups=1, sample=0.001)
+FULL = Effort(seconds=20, min_rounds=5, max_rounds=50, warmups=2, sample=0.005)
+QUICK = Effort(seconds=0.3, min_rounds=2, max_rounds=10, warmups=1, sample=0.001)
 
 COMPILING_CALLS = 4
 """Calls until nothing is compiled or recorded any more (CUDA graphs are in the third)."""
@@ -173,20 +174,20 @@ def measure(
             break
     in_turn("memory", 0.2, 0.3, peak)
 
-    rounds, number, started = effort.fewest, 0, time.perf_counter()
+    rounds, number, started = effort.min_rounds, 0, time.perf_counter()
     while variants and number < rounds:
         start, step = 0.3 + 0.7 * number / rounds, 0.7 / rounds
         in_turn(f"round {number + 1} of {rounds}", start, start + step, sample)
         number += 1
         if number == 1:
             affordable = int(effort.seconds / (time.perf_counter() - started))
-            rounds = min(effort.most, max(effort.fewest, affordable))
+            rounds = min(effort.max_rounds, max(effort.min_rounds, affordable))
     for name in timings.errors:
         timings.seconds.pop(name, None)
     return timings
 
 
-def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Summary]]:
+def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Quartiles]]:
     """By variant and rival, the variant's time over the rival's in the same rounds."""
     return {
         name: {
@@ -198,7 +199,7 @@ def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict
     }
 
 
-def shares(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Summary]:
+def shares(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
     """By variant that has a limit, its rate over that of its limit in the same rounds."""
     by_name = {variant.name: variant for variant in case.variants}
     found = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,7 +33,6 @@ from .inputs import (
     head_outputs,
     map_shapes,
     random_target,
-    to_device,
 )
 from .measure import Case, Variant
 from .reference import fcos_detections, retinanet_detections
@@ -57,23 +57,36 @@ class _MatchesOnly(nn.Module):
         return matched_idxs
 
 
+@dataclass(frozen=True)
+class HeadKind:
+    """A kind of head: TEST.NMS_IOU, torchvision's detector, and anchors per location."""
+
+    nms_iou: float
+    rival: type[nn.Module]
+    anchors: int
+
+
 HEADS = {
-    "fcos": (0.6, FCOS, 1),
-    "retinanet": (0.4, RetinaNet, RETINANET_ANCHORS),
+    "fcos": HeadKind(0.6, FCOS, 1),
+    "retinanet": HeadKind(0.4, RetinaNet, RETINANET_ANCHORS),
 }
-"""By name: TEST.NMS_IOU, torchvision's detector, and anchors of a place."""
 
 
 def our_head(name: str, classes: int, device: torch.device) -> DenseHead:
     """A head whose layers are not used."""
-    settings = {"MODEL.HEAD.NAME": name, "MODEL.HEAD.NUM_CONVS": 1, "TEST.NMS_IOU": HEADS[name][0]}
-    cfg = load_config(None, [x for item in settings.items() for x in item])
+    cfg = load_config(
+        None,
+        [
+            *("MODEL.HEAD.NAME", name, "MODEL.HEAD.NUM_CONVS", 1),
+            *("TEST.NMS_IOU", HEADS[name].nms_iou),
+        ],
+    )
     return build_head(cfg, classes).to(device)
 
 
-def their_detector(name: str, classes: int, device: torch.device, **settings) -> nn.Module:
+def their_head(name: str, classes: int, device: torch.device, **settings) -> nn.Module:
     """torchvision's detector without a backbone."""
-    return HEADS[name][1](_NoBackbone(), classes, **settings).to(device)
+    return HEADS[name].rival(_NoBackbone(), classes, **settings).to(device)
 
 
 def their_anchors(
@@ -118,7 +131,7 @@ def head_maps(
 ) -> tuple[list[Tensor], ...]:
     """What a trained head of `HEADS` gives (see `head_outputs` and `DenseHead.forward`)."""
     logits, distances, centerness = head_outputs(
-        *size, images=images, objects=objects, classes=classes, anchors=HEADS[name][2]
+        *size, images=images, objects=objects, classes=classes, anchors=HEADS[name].anchors
     )
     fcos = (logits, distances, centerness)
     maps = fcos if name == "fcos" else (logits, codes_like(logits, classes))
@@ -131,7 +144,7 @@ def _size_parameters(size: tuple[int, int], **further: object) -> dict[str, obje
 
 # ------------------------------------------------------------------------------ targets and losses
 def _targets(size: tuple[int, int], images: int, device: torch.device) -> list[dict[str, Tensor]]:
-    return [to_device(random_target(*size, seed=seed), device) for seed in range(images)]
+    return [random_target(*size, seed=seed, device=device) for seed in range(images)]
 
 
 def assignment(name: str, setting: Setting) -> Case:
@@ -140,7 +153,7 @@ def assignment(name: str, setting: Setting) -> Case:
     targets = _targets(size, images, setting.device)
     shapes = map_shapes(*size)
     head = our_head(name, NUM_CLASSES, setting.device)
-    theirs = their_detector(name, NUM_CLASSES, setting.device)
+    theirs = their_head(name, NUM_CLASSES, setting.device)
     anchors = their_anchors(theirs, size, images, setting.device)
     theirs.head = _MatchesOnly()
     case = Case(
@@ -166,7 +179,7 @@ def losses(name: str, setting: Setting) -> Case:
     maps = head_maps(name, size, setting.device, images=images)
     leaves = [x.requires_grad_() for levels in maps for x in levels]
     head = our_head(name, NUM_CLASSES, setting.device)
-    theirs = their_detector(name, NUM_CLASSES, setting.device)
+    theirs = their_head(name, NUM_CLASSES, setting.device)
     anchors = their_anchors(theirs, size, images, setting.device)
     levels = [h * w for h, w in map_shapes(*size)]
     their_targets = [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in targets]
@@ -253,15 +266,13 @@ def post_processing(name: str, setting: Setting) -> Case:
     head = our_head(name, NUM_CLASSES, device)
     if name == "fcos":
         by_loops = partial(fcos_detections, maps, [size], head.post_process)
-        scores = [
-            (x.sigmoid() * c.sigmoid()).sqrt() for x, c in zip(maps[0], maps[2], strict=True)
-        ]
+        scores = [(x.sigmoid() * c.sigmoid()).sqrt() for x, c in zip(maps[0], maps[2], strict=True)]
     else:
         by_loops = partial(retinanet_detections, head, maps, [size])
         scores = [x.sigmoid() for x in maps[0]]
     # As many candidates for torchvision, whose score is another function of the same maps.
     highest = torch.cat([x.flatten() for x in scores]).topk(candidates + 1).values
-    theirs = their_detector(
+    theirs = their_head(
         name,
         NUM_CLASSES,
         device,
@@ -270,7 +281,7 @@ def post_processing(name: str, setting: Setting) -> Case:
         detections_per_img=head.post_process.detections_per_image,
     )
     anchors = their_anchors(theirs, size, 1, device)
-    counts = [h * w * HEADS[name][2] for h, w in map_shapes(*size)]
+    counts = [h * w * HEADS[name].anchors for h, w in map_shapes(*size)]
     level_anchors = [list(x.split(counts)) for x in anchors]
 
     def run_theirs() -> object:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .memory import RESOLUTION
-from .statistics import Summary
+from .statistics import Quartiles
 
 RATIO_NOTE = (
     "Medians; in brackets the quartiles. A ratio is the time divided by that of the rival in the "
@@ -117,7 +117,7 @@ def _percent(share: float) -> str:
 def _with_quartiles(value: dict[str, float] | None, text) -> str:
     if value is None:
         return ""
-    summary = Summary.from_json(value)
+    summary = Quartiles.from_json(value)
     low, high = text(summary.q1), text(summary.q3)
     if low.split(" ")[1:] == high.split(" ")[1:]:  # the unit need not stand twice
         low = low.split(" ")[0]

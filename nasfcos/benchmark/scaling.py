@@ -15,7 +15,7 @@ from torch import nn
 
 from ..engine import distributed
 from .detectors import our_training, training_call
-from .inputs import random_target, smooth_image, to_device
+from .inputs import random_target, smooth_image
 from .measure import synchronize
 from .memory import bytes_in_use, peak_bytes
 
@@ -28,7 +28,7 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
         torch.set_num_threads(1)
         at_first = bytes_in_use(device)
         images = [smooth_image(*size, seed=distributed.rank()).to(device)]
-        targets = [to_device(random_target(*size, seed=distributed.rank()), device)]
+        targets = [random_target(*size, seed=distributed.rank(), device=device)]
         model: nn.Module
         model, optimizer = our_training(name, size, device)
         model = distributed.parallel(model)

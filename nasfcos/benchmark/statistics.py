@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Summary:
+class Quartiles:
     """Median and quartiles of `count` values."""
 
     median: float
@@ -19,7 +19,7 @@ class Summary:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
+    def of(cls, values: Sequence[float]) -> Quartiles:
         """
         Raises:
             ValueError: there are no values.
@@ -33,25 +33,25 @@ class Summary:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Summary:
+    def from_json(cls, value: dict[str, Any]) -> Quartiles:
         return cls(**value)
 
-    def scaled(self, factor: float) -> Summary:
+    def scaled(self, factor: float) -> Quartiles:
         """The summary of the values times a positive factor."""
-        return Summary(self.median * factor, self.q1 * factor, self.q3 * factor, self.count)
+        return Quartiles(self.median * factor, self.q1 * factor, self.q3 * factor, self.count)
 
-    def inverse(self) -> Summary:
+    def inverse(self) -> Quartiles:
         """The reciprocals, lowest first; the median of an even count is that of the values."""
-        return Summary(1 / self.median, 1 / self.q3, 1 / self.q1, self.count)
+        return Quartiles(1 / self.median, 1 / self.q3, 1 / self.q1, self.count)
 
 
-def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Summary:
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Quartiles:
     """Quotients of what was measured in the same round, summarised.
 
     Rounds are close in time, so that what slows the machine for a while slows both.
     """
     pairs = zip(numerators, denominators, strict=True)
-    return Summary.of([numerator / denominator for numerator, denominator in pairs])
+    return Quartiles.of([numerator / denominator for numerator, denominator in pairs])
 
 
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

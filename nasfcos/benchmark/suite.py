@@ -21,11 +21,11 @@ from . import files, limits, machine, parts, whole
 from .detectors import OURS
 from .measure import Case, Progress, Skip, Timings, measure, ratios, shares
 from .setting import Setting
-from .statistics import Summary
+from .statistics import Quartiles
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+REPORT_FORMAT = 1
 """Of the JSON; raised when what is written changes its meaning."""
 
 
@@ -112,7 +112,7 @@ def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
     others go on. Ctrl-C ends the run with what was measured until then, and `interrupted` is true.
     """
     report = {
-        "format": FORMAT,
+        "format": REPORT_FORMAT,
         "machine": machine.describe(setting.device),
         "quick": setting.quick,
         "interrupted": False,
@@ -132,7 +132,7 @@ def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
     return report
 
 
-def failed(report: dict[str, Any]) -> bool:
+def has_failures(report: dict[str, Any]) -> bool:
     """Whether something in a report raised an exception."""
     return any(
         "failed" in (case["status"], *(v["status"] for v in case.get("variants", ())))
@@ -165,7 +165,7 @@ def describe_case(name: str, case: Case, timings: Timings) -> dict[str, Any]:
             entry |= {"status": "failed", "reason": timings.errors[variant.name]}
             continue
         amount = case.amount if variant.amount is None else variant.amount
-        seconds = Summary.of(timings.seconds[variant.name])
+        seconds = Quartiles.of(timings.seconds[variant.name])
         entry |= {
             "status": "ok",
             "seconds": seconds.to_json(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,13 +19,13 @@ from .detectors import (
     THEIR_FCOS,
     THEIR_RETINANET,
     inference_call,
-    optimized,
+    optimized_detector,
     our_detector,
     our_step,
     their_detector,
     their_step,
 )
-from .inputs import NUM_CLASSES, OBJECTS, random_target, smooth_image, to_device
+from .inputs import NUM_CLASSES, OBJECTS, random_target, smooth_image
 from .limits import COPY, GIGABYTES, MULTIPLY_ADDS, copy_limit, matmul_limit, matmul_name
 from .measure import Case, Skip, Variant
 from .memory import storage_bytes, tensor_bytes
@@ -81,7 +82,9 @@ def _inference(name: str, batch: int, setting: Setting) -> Case:
             mode = f"optimized {str(dtype)[6:]}{', compiled' if compile else ''}"
             case.add(
                 mode,
-                lambda m=mode, d=dtype, c=compile: variant(m, optimized(model, d, c), compiles=c),
+                lambda m=mode, d=dtype, c=compile: variant(
+                    m, optimized_detector(model, d, c), compiles=c
+                ),
             )
     return case
 
@@ -93,7 +96,9 @@ def _their_inference(batch: int, setting: Setting) -> Case:
     last = copy.deepcopy(their_detector(THEIR_FCOS, setting.image_size(), setting.device))
     call = inference_call(last.to(memory_format=torch.channels_last), images)
     held = partial(tensor_bytes, last)
-    case.variants.append(Variant(f"{THEIR_FCOS}, channels-last", call, True, held_bytes=held))
+    case.variants.append(
+        Variant(f"{THEIR_FCOS}, channels-last", call, theirs=True, held_bytes=held)
+    )
     return case
 
 
@@ -144,7 +149,7 @@ def onnx(name: str, setting: Setting) -> Case:
     rival = f"ONNX Runtime {onnxruntime.__version__}"
     case, images = _inference_case(1, setting, rivals=[rival])
     model = our_detector(name, setting.image_size(), setting.device)
-    fast, canvases = optimized(model, torch.float32, False), torch.stack(images)
+    fast, canvases = optimized_detector(model, torch.float32, False), torch.stack(images)
     file = setting.folder / "detector.onnx"
     export_onnx(export_detector(fast, canvases), file)
     options = onnxruntime.SessionOptions()
@@ -159,6 +164,21 @@ def onnx(name: str, setting: Setting) -> Case:
         Variant(rival, lambda: session.run(None, inputs), theirs=True),
     ]
     return case
+
+
+@dataclass(frozen=True)
+class _TrainingWork:
+    """What the training steps of a case are measured on.
+
+    Attributes:
+        images, targets: of one step, on the device; all images have `size` (height, width).
+        modes: the name of each precision, and the dtype of its autocast.
+    """
+
+    size: tuple[int, int]
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    modes: dict[str, torch.dtype | None]
 
 
 def training(name: str, setting: Setting) -> Case:
@@ -181,12 +201,12 @@ def their_training(setting: Setting) -> Case:
     return case
 
 
-def _training_case(setting: Setting, rivals: list[str]) -> tuple[Case, tuple]:
+def _training_case(setting: Setting, rivals: list[str]) -> tuple[Case, _TrainingWork]:
     batch = 4 if setting.cuda else 2
     height, width = setting.image_size((800, 1333) if setting.cuda else (512, 512))
     image = smooth_image(height, width).to(setting.device)
     targets = [
-        to_device(random_target(height, width, seed=seed), setting.device) for seed in range(batch)
+        random_target(height, width, seed=seed, device=setting.device) for seed in range(batch)
     ]
     modes = {"float32": None, **({AUTOCAST: torch.bfloat16} if setting.cuda else {})}
     case = Case(
@@ -198,17 +218,19 @@ def _training_case(setting: Setting, rivals: list[str]) -> tuple[Case, tuple]:
         amount=batch,
         unit="images",
     )
-    return case, ((height, width), [image] * batch, targets, modes)
+    return case, _TrainingWork((height, width), [image] * batch, targets, modes)
 
 
 def _add_steps(
-    case: Case, name: str, build: Callable, work: tuple, theirs: bool, label: str = ""
+    case: Case, name: str, build: Callable, work: _TrainingWork, theirs: bool, label: str = ""
 ) -> None:
-    size, images, targets, modes = work
-    for mode, amp in modes.items():
-        model, optimizer, step = build(name, size, images, targets, amp)
+    """A variant for each precision; `build` is `our_step` or `their_step`."""
+    for mode, amp in work.modes.items():
+        model, optimizer, step = build(name, work.size, work.images, work.targets, amp)
         held = partial(tensor_bytes, model, optimizer)
-        case.variants.append(Variant(f"{name}, {label}{mode}", step, theirs, held_bytes=held))
+        case.variants.append(
+            Variant(f"{name}, {label}{mode}", step, theirs=theirs, held_bytes=held)
+        )
 
 
 def stages(name: str, setting: Setting) -> Case:
@@ -228,7 +250,7 @@ def stages(name: str, setting: Setting) -> Case:
     for dtype in (torch.float32, torch.bfloat16):
         mode = f"optimized {str(dtype)[6:]}"
         try:
-            _add_stages(case, mode, optimized(plain, dtype, False), images, work, dtype)
+            _add_stages(case, mode, optimized_detector(plain, dtype, False), images, work, dtype)
         except Skip as reason:
             case.unavailable[mode] = str(reason)
     return case
@@ -250,7 +272,8 @@ def their_stages(setting: Setting) -> Case:
 
     def add(name: str, run: Callable[[], object], amount: float, unit: str, limit: str) -> None:
         run = torch.inference_mode()(run)
-        case.variants.append(Variant(f"{THEIR_FCOS}: {name}", run, True, amount, unit, limit))
+        full = f"{THEIR_FCOS}: {name}"
+        case.variants.append(Variant(full, run, theirs=True, amount=amount, unit=unit, limit=limit))
 
     work = multiply_adds(model.backbone, inputs.tensors), multiply_adds(model.head, pyramid)
     add("backbone and neck", lambda: model.backbone(inputs.tensors), work[0], MULTIPLY_ADDS, limit)

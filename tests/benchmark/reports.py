@@ -1,10 +1,10 @@
 """Made-up reports."""
 
-from nasfcos.benchmark.statistics import Summary
+from nasfcos.benchmark.statistics import Quartiles
 
 
 def summary(median, spread=0.01):
-    return Summary(median, median * (1 - spread), median * (1 + spread), 5).to_json()
+    return Quartiles(median, median * (1 - spread), median * (1 + spread), 5).to_json()
 
 
 def variant(name, seconds=1.0, ratio=None, theirs=False, spread=0.01, **further):

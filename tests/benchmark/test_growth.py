@@ -12,8 +12,8 @@ from nasfcos.benchmark import growth, plots
 from nasfcos.benchmark.growth import (
     AXES,
     Axis,
-    failed,
     format_growth,
+    has_errors,
     measure_growth,
 )
 from nasfcos.benchmark.measure import Case, Skip, Variant
@@ -45,7 +45,7 @@ def made_up_axis(monkeypatch):
 
 def test_a_curve_has_what_could_be_measured(made_up_axis, setting):
     report = measure_growth(["things"], Setting(setting.device, setting.folder))
-    assert failed(report)
+    assert has_errors(report)
     json.dumps(report, allow_nan=False)
     (axis,) = report["axes"]
     (curve,) = axis["curves"]
@@ -98,7 +98,7 @@ def test_an_unknown_axis_lists_those_there_are(setting):
 @pytest.mark.parametrize("name", ["objects", "classes", "detections"])
 def test_the_axes_of_parts(name, setting):
     report = measure_growth([name], setting)
-    assert not failed(report)
+    assert not has_errors(report)
     (axis,) = report["axes"]
     values = next(a.values for a in AXES if a.name == name)[:3]
     assert axis["curves"]

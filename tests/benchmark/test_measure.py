@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nasfcos.benchmark.measure import Case, Effort, Skip, Variant, measure, ratios, shares
-from nasfcos.benchmark.statistics import Summary
+from nasfcos.benchmark.statistics import Quartiles
 
 CPU = torch.device("cpu")
-ONE_CALL = Effort(seconds=0, fewest=3, most=5, warmups=2, sample=0)
+ONE_CALL = Effort(seconds=0, min_rounds=3, max_rounds=5, warmups=2, sample=0)
 
 
 def recorder(log, name, fail_at=None):
@@ -35,7 +35,7 @@ def test_variants_take_turns():
 
 def test_rounds_fill_the_time_up_to_the_most():
     log = []
-    effort = Effort(seconds=60, fewest=3, most=11, warmups=1, sample=0)
+    effort = Effort(seconds=60, min_rounds=3, max_rounds=11, warmups=1, sample=0)
     timings = measure(Case("", [recorder(log, "A")]), CPU, effort)
     assert len(timings.seconds["A"]) == 11
 
@@ -52,7 +52,7 @@ def test_first_calls_that_compile_do_not_count():
 
 def test_quick_work_is_repeated_within_a_sample():
     log = []
-    effort = Effort(seconds=0, fewest=1, most=1, warmups=1, sample=0.002)
+    effort = Effort(seconds=0, min_rounds=1, max_rounds=1, warmups=1, sample=0.002)
     measure(Case("", [recorder(log, "A")]), CPU, effort)
     assert len(log) > 10
 
@@ -83,8 +83,8 @@ def test_ratios_to_each_rival():
     case = Case("", [recorder([], name) for name in "ABC"], rivals=["A", "B", "gone"])
     seconds = {"A": [1.0, 2.0], "B": [2.0, 4.0], "C": [3.0, 6.0]}
     found = ratios(case, seconds)
-    assert found["A"] == {"B": Summary(0.5, 0.5, 0.5, 2)}
-    assert found["C"] == {"A": Summary(3, 3, 3, 2), "B": Summary(1.5, 1.5, 1.5, 2)}
+    assert found["A"] == {"B": Quartiles(0.5, 0.5, 0.5, 2)}
+    assert found["C"] == {"A": Quartiles(3, 3, 3, 2), "B": Quartiles(1.5, 1.5, 1.5, 2)}
 
 
 def test_share_is_of_the_limits_rate():
@@ -95,7 +95,7 @@ def test_share_is_of_the_limits_rate():
     found = shares(
         Case("", [limit, stage, free]), {"limit": [1.0, 2.0], "stage": [0.5, 1.0], "free": [1.0]}
     )
-    assert found == {"stage": Summary(0.5, 0.5, 0.5, 2)}
+    assert found == {"stage": Quartiles(0.5, 0.5, 0.5, 2)}
 
 
 def test_memory_adds_what_is_held():

@@ -9,7 +9,7 @@ from nasfcos.benchmark.parts import (
     head_maps,
     our_head,
     their_anchors,
-    their_detector,
+    their_head,
 )
 from nasfcos.benchmark.reference import fcos_detections, retinanet_detections
 from nasfcos.models.heads.cells import flatten_map
@@ -51,5 +51,5 @@ def test_torchvision_gets_the_same_places(name):
     flattened = flat(logits, CLASSES)
     ours = torch.cat([flatten_map(x, CLASSES) for x in logits], dim=1)
     assert torch.equal(flattened, ours)
-    anchors = their_anchors(their_detector(name, CLASSES, CPU), (192, 256), 1, CPU)
+    anchors = their_anchors(their_head(name, CLASSES, CPU), (192, 256), 1, CPU)
     assert [x.shape for x in anchors] == [(flattened.shape[1], 4)]

@@ -3,31 +3,31 @@ import math
 import numpy as np
 import pytest
 
-from nasfcos.benchmark.statistics import Summary, growth_exponent, paired_ratio
+from nasfcos.benchmark.statistics import Quartiles, growth_exponent, paired_ratio
 
 
 def test_summary_is_median_and_quartiles():
-    assert Summary.of([5, 1, 3, 2, 4]) == Summary(median=3, q1=2, q3=4, count=5)
-    assert Summary.of([7.5]) == Summary(7.5, 7.5, 7.5, 1)
+    assert Quartiles.of([5, 1, 3, 2, 4]) == Quartiles(median=3, q1=2, q3=4, count=5)
+    assert Quartiles.of([7.5]) == Quartiles(7.5, 7.5, 7.5, 1)
     with pytest.raises(ValueError, match="no values"):
-        Summary.of([])
+        Quartiles.of([])
 
 
 def test_summary_survives_json():
-    summary = Summary.of([0.1, 0.7, 0.3])
-    assert Summary.from_json(summary.to_json()) == summary
+    summary = Quartiles.of([0.1, 0.7, 0.3])
+    assert Quartiles.from_json(summary.to_json()) == summary
 
 
 def test_inverse_and_scaled_are_of_the_values():
     values = np.array([0.5, 1, 2, 4, 8])
-    assert Summary.of(values).inverse() == Summary.of(1 / values)
-    assert Summary.of(values).scaled(3) == Summary.of(3 * values)
+    assert Quartiles.of(values).inverse() == Quartiles.of(1 / values)
+    assert Quartiles.of(values).scaled(3) == Quartiles.of(3 * values)
 
 
 def test_ratios_are_of_the_same_round():
     # The machine slows down tenfold: the ratio of the medians would be anything but 2.
     ratio = paired_ratio([2, 4, 20, 24, 26], [1, 2, 10, 12, 13])
-    assert ratio == Summary(2, 2, 2, 5)
+    assert ratio == Quartiles(2, 2, 2, 5)
     with pytest.raises(ValueError):
         paired_ratio([1, 2], [1])
 

@@ -11,7 +11,7 @@ from nasfcos import files
 from nasfcos.benchmark import growth, suite
 from nasfcos.benchmark.measure import Case, Skip, Variant
 from nasfcos.benchmark.setting import Setting
-from nasfcos.benchmark.suite import BENCHMARKS, Benchmark, choose, failed, run
+from nasfcos.benchmark.suite import BENCHMARKS, Benchmark, choose, has_failures, run
 from tests.benchmark import reports
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_a_report_of_good_missing_and_broken_work(tmp_path, capsys):
 
     benchmarks = [Benchmark("good", good), Benchmark("missing", missing), Benchmark("bad", broken)]
     report = run(benchmarks, Setting(torch.device("cpu"), tmp_path, quick=True))
-    assert failed(report)
+    assert has_failures(report)
     json.dumps(report, allow_nan=False)
     case, skipped, bad = report["cases"]
     assert skipped == {"name": "missing", "status": "skipped", "reason": "no such machine"}
@@ -81,7 +81,9 @@ def test_a_report_of_good_missing_and_broken_work(tmp_path, capsys):
     assert fault["status"] == "failed" and "ZeroDivisionError" in fault["reason"]
     assert other["reason"] == "not installed"
     assert [folder.parent for folder in folders] == [tmp_path] and not folders[0].exists()
-    assert not failed(run(benchmarks[1:2], Setting(torch.device("cpu"), tmp_path, quick=True)))
+    assert not has_failures(
+        run(benchmarks[1:2], Setting(torch.device("cpu"), tmp_path, quick=True))
+    )
     assert "[2/3] missing" in capsys.readouterr().err
 
 
