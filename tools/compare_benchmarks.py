@@ -1,8 +1,10 @@
-"""Say what became slower or faster between two reports of tools/benchmark.py.
+"""Compare two reports of tools/benchmark.py: what became slower or faster?
 
-python tools/compare_benchmarks.py old.json new.json --threshold 1.1
+  python tools/compare_benchmarks.py old.json new.json --threshold 1.1
 
-The exit code is 1 if something became slower or fails now, 2 if a file cannot be used.
+Compares ratios to the main rival where there is one, so that the speed of the machine matters
+little, and otherwise shares of a measured limit or seconds. The exit code is 1 if something became
+slower or fails now, and 2 if a file cannot be used.
 """
 
 import argparse
@@ -20,12 +22,14 @@ from nasfcos.benchmark.compare import (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare two reports of tools/benchmark.py.")
-    parser.add_argument("old", metavar="OLD.json")
-    parser.add_argument("new", metavar="NEW.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", metavar="OLD.json", help="report to compare with")
+    parser.add_argument("new", metavar="NEW.json", help="report to judge")
     parser.add_argument(
         "--threshold", type=float, default=1.1, metavar="FACTOR",
-        help="changes below this factor count as none (default: 1.1)",
+        help="smallest factor that counts as a change (default: 1.1)",
     )  # fmt: skip
     args = parser.parse_args()
     if args.threshold < 1:
@@ -36,8 +40,8 @@ def main() -> int:
         parser.error(str(error))
     if differences := machine_differences(old, new):
         print(
-            "warning: the reports are of different machines or libraries; times in seconds say "
-            "little about the program:\n  " + "\n  ".join(differences),
+            "warning: the reports come from different machines or libraries, so times in seconds "
+            "say little about the program:\n  " + "\n  ".join(differences),
             file=sys.stderr,
         )
     changes = compare(old, new, args.threshold)

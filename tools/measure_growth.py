@@ -1,6 +1,10 @@
-"""Measure how time and memory grow with the size of the work.
+"""Measure how time and memory grow with image size, batch, objects, classes, ...
 
-python tools/measure_growth.py --json output/growth.json --plots output/growth
+  python tools/measure_growth.py --json output/growth.json --plots output/growth
+  python tools/measure_growth.py --only image batch --device cuda
+
+Prints a table for each axis. The exit code is 1 if something raised an exception, and 130 after
+Ctrl-C, which ends the run with the axes that were measured until then.
 """
 
 import argparse
@@ -18,15 +22,17 @@ from nasfcos.files import write_json
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Measure how time and memory grow with image size, batch, objects in an image, "
-        "classes, detections and processes."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, quick="the smaller values only")
+    add_arguments(parser, quick="the three smallest values of each axis, few repetitions")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="AXIS",
-        help="of image, batch, objects, classes, detections, processes",
+        help="axes to measure, of image, batch, objects, classes, detections and processes "
+        "(default: all)",
     )  # fmt: skip
-    parser.add_argument("--plots", metavar="FOLDER", help="write a picture of each axis there")
+    parser.add_argument(
+        "--plots", metavar="FOLDER", help="write a picture of each axis, AXIS.png, to this folder"
+    )
     args = parser.parse_args()
     set_threads(parser, args.threads)
     require_writable(parser, "--json", args.json)

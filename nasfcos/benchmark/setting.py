@@ -46,11 +46,13 @@ class Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
-    """The options that all measuring tools have; `quick` describes theirs."""
+    """Add the options that all measuring tools share; `quick` is the help of --quick."""
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)"
+    )
 
 
 def set_threads(parser: argparse.ArgumentParser, threads: int | None) -> None:
