@@ -1,4 +1,4 @@
-"""Data: named sets, readers, transforms, samplers, loaders, and a generated demo set."""
+"""Data: named data sets, readers, transforms, samplers, loaders, and a generated demo set."""
 
 from .build import build_dataset, build_test_loader, build_train_loader
 from .catalog import DatasetSpec, class_names, find_dataset, num_classes

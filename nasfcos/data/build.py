@@ -1,4 +1,4 @@
-"""Data sets and loaders from the config."""
+"""Build data sets and loaders from the config."""
 
 import logging
 import os
@@ -28,9 +28,14 @@ Batch = tuple[list[Tensor], list[dict]]
 
 
 class _Pixels(Dataset):
-    """A data set with arrays of its pictures, which may be smaller versions of them."""
+    """A data set whose images are uint8 arrays [H, W, 3], possibly decoded at reduced size."""
 
     def __init__(self, dataset: DetectionDataset, enough: int):
+        """
+        Args:
+            dataset: the data set.
+            enough: see `load_pixels`.
+        """
         self.dataset = dataset
         self.load = partial(load_pixels, enough=enough)
 
@@ -42,7 +47,7 @@ class _Pixels(Dataset):
 
 
 class _TrainingView(Dataset):
-    """Some images of a joined data set, augmented. Items are asked for by (index, position)."""
+    """Some images of a joined data set, augmented; an item's key is (index, stream position)."""
 
     def __init__(
         self, dataset: ConcatDataset, indices: Sequence[int], transform: TrainTransform, seed: int
@@ -57,8 +62,8 @@ class _TrainingView(Dataset):
         image, target = self._load(index)
         return _apply(self.transform, image, target, augmentation_rng(self.seed, position))
 
-    def _load(self, index: int):
-        """The image, or the next one that can be read (the same one whenever it is asked for)."""
+    def _load(self, index: int) -> tuple[np.ndarray, dict]:
+        """The image with this index, or the next readable one, so that runs repeat exactly."""
         for step in range(len(self.indices)):
             try:
                 return self.dataset[self.indices[(index + step) % len(self.indices)]]
@@ -68,7 +73,7 @@ class _TrainingView(Dataset):
 
 
 class _EvalView(Dataset):
-    """Resized images; None for one that cannot be read."""
+    """Images resized for evaluation; None for one that cannot be read."""
 
     def __init__(self, dataset: DetectionDataset, transform: EvalTransform):
         self.dataset = dataset
@@ -83,6 +88,7 @@ class _EvalView(Dataset):
 
 
 def _apply(transform, image, target: dict, *args) -> tuple[Tensor, dict]:
+    """Apply a transform; an exception becomes a `DataError` that names the image."""
     try:
         return transform(image, target, *args)
     except Exception as error:
@@ -90,9 +96,9 @@ def _apply(transform, image, target: dict, *args) -> tuple[Tensor, dict]:
 
 
 def collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], list[dict]]:
-    """A batch in the form in which workers hand it on (`BatchLoader` undoes that)."""
+    """Batch samples in the form in which workers send them; `BatchLoader` restores tensors."""
     samples = [sample for sample in samples if sample is not None]
-    # Small arrays travel from the workers by value: each tensor would cost an open file.
+    # Workers send small arrays by value, whereas each tensor would cost an open file.
     for _, target in samples:
         target["boxes"] = target["boxes"].numpy()
         target["labels"] = target["labels"].numpy()
@@ -103,17 +109,17 @@ def collate(samples: list[tuple[Tensor, dict] | None]) -> tuple[list[Tensor], li
 
 
 def _share(images: list[Tensor]) -> None:
-    """Move images to shared memory, as the loader's queue would in a thread of its own.
+    """Move images to shared memory before the loader's queue does so in its own thread.
 
-    There a failure loses the batch, and the main process waits for it for ever.
+    A failure in that thread would lose the batch, and the main process would wait forever.
     """
     try:
         for image in images:
             image.share_memory_()
     except RuntimeError as error:
         raise DataError(
-            f"the loader's workers have too little shared memory for a batch ({error}): give "
-            "/dev/shm more (docker run --shm-size=8g), or set DATALOADER.NUM_WORKERS 0"
+            f"the loader's workers have too little shared memory for a batch ({error}): enlarge "
+            "/dev/shm (docker run --shm-size=8g), or set DATALOADER.NUM_WORKERS 0"
         ) from error
 
 
@@ -126,7 +132,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = None
         try:
-            with signals_deferred():  # it starts the workers
+            with signals_deferred():  # this starts the workers
                 batches = iter(self._loader)
             for images, targets in batches:
                 for target in targets:
@@ -135,22 +141,22 @@ class BatchLoader:
                 if images:
                     yield images, targets
         finally:
-            # An exception's traceback keeps the iterator alive; collected as cyclic garbage, it
-            # waits seconds for each worker or for ever. So its workers are ended here and now.
+            # An exception's traceback keeps the iterator alive, and when it is collected as cyclic
+            # garbage, it waits seconds for each worker, or forever. So end its workers here.
             if self._loader.num_workers and batches is not None:
                 batches._shutdown_workers()
 
     def __len__(self) -> int:
-        """Batches to come, for a test loader; a training loader has no end (TypeError)."""
+        """Number of batches of a test loader; TypeError for a training loader, which is endless."""
         return len(self._loader)
 
 
 def start_worker(_: int) -> None:
-    """Set up a worker process: one thread, and no signal that was not meant for it."""
+    """Set up a worker process: one thread, and deaf to signals not meant for it."""
     import cv2
 
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)  # not 1: that would wait for threads that only the main process has
+    cv2.setNumThreads(0)  # 1 would wait for threads that exist in the main process only
     # Ctrl-C, and often SIGTERM, reach the whole process group at once. The main process still needs
     # batches to finish its step and ends its workers itself, so only its own SIGTERM counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -160,10 +166,10 @@ def start_worker(_: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Wait for a SIGTERM that the process `parent` sent (or one that came after its end)."""
+    """Exit on a SIGTERM that was sent by process `parent`, or that arrives after its end."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
         pass
-    os._exit(0)  # to the loader any other code means that a worker failed
+    os._exit(0)  # the loader takes any other code for a failed worker
 
 
 def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:
@@ -179,7 +185,7 @@ def _loader(cfg: CfgNode, view: Dataset, sampler) -> BatchLoader:
 
 
 def _groups(cfg: CfgNode, records: Sequence) -> np.ndarray:
-    """1 for images at least as high as wide, 0 for the others; all 0 without grouping."""
+    """Aspect-ratio group of each image: 1 if height >= width, else 0; all 0 without grouping."""
     if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         return np.zeros(len(records), dtype=np.int64)
     return np.array([record.height >= record.width for record in records], dtype=np.int64)
@@ -188,16 +194,16 @@ def _groups(cfg: CfgNode, records: Sequence) -> np.ndarray:
 def build_dataset(
     cfg: CfgNode, name: str, classes: Sequence[str] | None = None
 ) -> DetectionDataset:
-    """Read the data set `name`; its labels are numbered as in the training data.
+    """Read a data set. Its labels are numbered as in the training data.
 
     Args:
         cfg: the config tree.
-        name: of the data set.
-        classes: names by label, where they are known better than from the training data (a
-            trained model has them on record).
+        name: name of the data set.
+        classes: class names by label, if known from elsewhere (a trained model records them);
+            None: those of the training data.
 
     Raises:
-        ConfigError: an unknown name or a faulty entry of DATASETS.CUSTOM.
+        ConfigError: unknown name, or faulty entry of DATASETS.CUSTOM.
         DataError: missing or malformed files.
     """
     spec = with_training_classes(cfg, find_dataset(cfg, name), classes)
@@ -207,20 +213,21 @@ def build_dataset(
 def build_train_loader(
     cfg: CfgNode, rank: int = 0, world_size: int = 1, start_iteration: int = 0
 ) -> BatchLoader:
-    """An endless loader over all of DATASETS.TRAIN; one item per optimizer step.
+    """Build an endless loader over all of DATASETS.TRAIN, with one item per optimizer step.
 
     An item is this process's share of the global batch: SOLVER.IMS_PER_BATCH / `world_size`
-    images, to be cut into SOLVER.ACCUMULATE parts by the caller. Items depend only on the config
-    and on the step, not on workers or on where the loader started.
+    images, which the caller splits into SOLVER.ACCUMULATE parts. It depends only on the config and
+    the step, not on the number of workers or the step at which the loader started.
 
     Args:
-        cfg: the config tree; SEED must not be negative any more.
-        rank, world_size: of this process.
-        start_iteration: steps already done; the first item is that of the next one.
+        cfg: the config tree; SEED must be an actual seed (not negative).
+        rank: rank of this process.
+        world_size: number of processes.
+        start_iteration: number of steps already done; the first item belongs to the next one.
 
     Raises:
-        ConfigError: a batch that does not divide, or MODEL.NUM_CLASSES that does not fit the data.
-        DataError: no usable data; while iterating, too many images that cannot be read.
+        ConfigError: the batch does not divide evenly, or MODEL.NUM_CLASSES does not fit the data.
+        DataError: no usable data, or, while iterating, too many unreadable images.
     """
     if cfg.SEED < 0:
         raise ValueError("SEED must be replaced by an actual seed before the loader is built")
@@ -228,7 +235,8 @@ def build_train_loader(
     if cfg.MODEL.NUM_CLASSES not in (0, len(classes)):
         raise ConfigError(
             f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but the data of DATASETS.TRAIN = "
-            f"{tuple(cfg.DATASETS.TRAIN)} have {len(classes)} classes; set it to 0 to follow them"
+            f"{tuple(cfg.DATASETS.TRAIN)} have {len(classes)} classes; set it to 0 to use that "
+            "number"
         )
     datasets = [build_dataset(cfg, name) for name in cfg.DATASETS.TRAIN]
     for dataset in datasets:
@@ -274,11 +282,17 @@ def build_train_loader(
 def build_test_loader(
     cfg: CfgNode, dataset: DetectionDataset, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
-    """Each image of `dataset` once over all processes, resized for testing.
+    """Build a loader that yields each image of `dataset` once over all processes, resized.
 
     Batches hold TEST.IMS_PER_BATCH / `world_size` images (at least one). Boxes of the targets are
-    in the resized image; `original_size` (height, width) leads back. Images that cannot be read
-    are logged and left out.
+    in pixels of the resized image; `original_size` (height, width) allows to scale them back.
+    Unreadable images are logged and left out.
+
+    Args:
+        cfg: the config tree.
+        dataset: the data set.
+        rank: rank of this process.
+        world_size: number of processes.
     """
     sampler = EvalBatchSampler(
         groups=_groups(cfg, dataset.records),

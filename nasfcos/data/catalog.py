@@ -1,7 +1,7 @@
-"""Which data sets there are, where their files lie, and which classes they have.
+"""The known data sets, the location of their files, and their classes.
 
-Built in: `coco_2017_{train,val,test_dev}` under coco/ and `voc_{2007,2012}_{train,val,trainval,
-test}` under voc/ of the data root. Own sets are entries of DATASETS.CUSTOM.
+Built in are `coco_2017_{train,val,test_dev}` under coco/ and `voc_{2007,2012}_{train,val,trainval,
+test}` under voc/ in the data root. Other data sets are entries of DATASETS.CUSTOM.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .voc import read_voc_classes
 
 logger = logging.getLogger(__name__)
 
-# Names in the order of the sorted category ids.
+# In the order of the sorted category ids.
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
     "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
@@ -52,21 +52,21 @@ _BUILT_IN = tuple(f"coco_2017_{split}" for split in _COCO_SPLITS) + tuple(
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set's description; nothing is read yet."""
+    """The description of a data set, before any file is read."""
 
     name: str
     format: str  # "coco" or "voc"
     images: Path  # folder
     annotations: Path  # JSON file (coco) or folder of XML files (voc)
     split: Path | None = None  # voc: text file of image names; None: all XML files
-    classes: tuple[str, ...] | None = None  # by label; None: follow from the annotations
-    adopted: bool = False  # the classes are the training data's, some of which may be absent here
+    classes: tuple[str, ...] | None = None  # names by label; None: those in the annotations
+    adopted: bool = False  # the classes are those of the training data; some may be absent here
     has_annotations: bool = True  # False: images only (a test split)
-    key: str = "DATASETS.ROOT"  # of the config, for messages
+    key: str = "DATASETS.ROOT"  # config key to name in error messages
 
 
 def data_root(cfg: CfgNode) -> Path:
-    """The folder of the data: DATASETS.ROOT, else $NASFCOS_DATA, else "datasets"."""
+    """The folder that holds the data: DATASETS.ROOT, else $NASFCOS_DATA, else "datasets"."""
     return Path(cfg.DATASETS.ROOT or os.environ.get("NASFCOS_DATA") or "datasets").expanduser()
 
 
@@ -158,11 +158,11 @@ def _check_files(spec: DatasetSpec) -> None:
 
 
 def find_dataset(cfg: CfgNode, name: str) -> DatasetSpec:
-    """The description of a data set by its name, with its files checked to be there.
+    """Look up the description of a data set and check that its files exist.
 
     Raises:
-        ConfigError: an unknown name, or a faulty entry of DATASETS.CUSTOM.
-        DataError: a file or folder that does not exist.
+        ConfigError: unknown name, or faulty entry of DATASETS.CUSTOM.
+        DataError: a file or folder does not exist.
     """
     spec = _lookup(cfg, name)
     _check_files(spec)
@@ -171,6 +171,7 @@ def find_dataset(cfg: CfgNode, name: str) -> DatasetSpec:
 
 @functools.lru_cache(maxsize=32)
 def _read_classes(spec: DatasetSpec, stamp: tuple[int, ...]) -> tuple[str, ...]:
+    """Cached by `stamp`, the modification times of the files."""
     if spec.format == "coco":
         return read_coco_classes(spec.annotations)
     return read_voc_classes(spec.annotations, spec.split)
@@ -185,12 +186,12 @@ def _classes_of(spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classes of the training data; label 1 is the first.
+    """Class names of the training data; the first has label 1.
 
-    Known without reading files for the built-in sets and where CLASSES are given.
+    Files are read only for custom sets without CLASSES.
 
     Raises:
-        ConfigError: no training set, or several that do not agree.
+        ConfigError: DATASETS.TRAIN is empty, or its sets have different classes.
         DataError: files that have to be read are missing or malformed.
     """
     if not cfg.DATASETS.TRAIN:
@@ -208,25 +209,26 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def num_classes(cfg: CfgNode) -> int:
-    """MODEL.NUM_CLASSES, or where that is 0 as many as the training data has."""
+    """MODEL.NUM_CLASSES or, if that is 0, the number of classes of the training data."""
     return cfg.MODEL.NUM_CLASSES or len(class_names(cfg))
 
 
 def with_training_classes(
     cfg: CfgNode, spec: DatasetSpec, classes: Sequence[str] | None = None
 ) -> DatasetSpec:
-    """`spec` with its classes settled: those of the training data, so that labels mean the same.
+    """Give `spec` the classes of the training data, so that labels mean the same in both.
 
-    Where the training data is not at hand, the set's own; but `classes` instead, if given.
+    If the training data is not available, the set keeps its own classes. `classes`, if given,
+    stand for those of the training data.
 
     Raises:
-        ConfigError: its classes do not fit those of the training data.
-        DataError: there are neither others' classes nor, for the reason given, its own.
+        ConfigError: the set's own classes do not fit those of the training data.
+        DataError: neither the training data's classes nor the set's own are available.
     """
     unreadable = None
     try:
         own = _classes_of(spec)
-    except DataError as error:  # not annotated; or malformed, which its reader will say
+    except DataError as error:  # not annotated, or malformed, which the reader will report
         own, unreadable = (), error
     trained = own
     if classes is not None:
@@ -244,8 +246,8 @@ def with_training_classes(
     unknown = [name for name in own if name not in trained]
     if unknown:
         raise ConfigError(
-            f"data set {spec.name} has classes that the training data has not: "
-            f"{', '.join(map(repr, unknown))}; name those to use in {spec.key}.CLASSES"
+            f"data set {spec.name} has classes that the training data does not have: "
+            f"{', '.join(map(repr, unknown))}; list those to use in {spec.key}.CLASSES"
         )
     if unreadable and not trained:
         raise unreadable

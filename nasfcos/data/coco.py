@@ -15,13 +15,13 @@ from .remarks import Oddity, Remarks
 
 
 def load_coco(path: Path) -> dict:
-    """The content of a COCO file: an object with at least the list `images`.
+    """Load a COCO file: a JSON object with at least the list `images`.
 
     Raises:
-        DataError: the file is something else.
+        DataError: not a COCO file.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:  # Windows' editors begin with a mark
+        with open(path, encoding="utf-8-sig") as file:  # Windows editors write a byte order mark
             content = json.load(file)
     except json.JSONDecodeError as error:
         raise DataError(
@@ -30,7 +30,7 @@ def load_coco(path: Path) -> dict:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a UTF-8 text file ({error})") from error
     except RecursionError as error:
-        raise DataError(f"{path}: not a COCO annotation file: it is nested too deep") from error
+        raise DataError(f"{path}: not a COCO annotation file: nested too deeply") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(
             f"{path}: not a COCO annotation file (an object with the list 'images'; a list of "
@@ -42,15 +42,15 @@ def load_coco(path: Path) -> dict:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a finite number (text and true are not)."""
+    """Whether a JSON value is a finite number (text and booleans are not)."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def find_fault(annotation: object) -> Oddity | None:
-    """Why an annotation counts neither in training nor in testing; None where it does.
+    """Why an annotation is used neither in training nor in testing; None for a usable one.
 
-    It needs numbers as `image_id` and `category_id`, four finite ones as `bbox`, and 0, 1, false or
-    true as `iscrowd` (0 if it has none).
+    A usable annotation has numbers as `image_id` and `category_id`, four finite numbers as `bbox`,
+    and 0, 1, false, true or nothing as `iscrowd`.
     """
     if not isinstance(annotation, dict):
         return Oddity.MALFORMED
@@ -65,20 +65,20 @@ def find_fault(annotation: object) -> Oddity | None:
 
 
 def _whole(value: object) -> object:
-    """A whole number as an integer: tables export some as 1.0."""
+    """Convert a float with an integer value to int: some tools export ids as 1.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _categories(content: dict, path: Path) -> dict[int, str]:
-    """id -> name, in the order of the ids."""
+    """Category id -> name, sorted by id."""
     names: dict = {}
     try:
         for category in content.get("categories") or []:
             i, name = _whole(category["id"]), category["name"]
             if names.setdefault(i, name) != name:
                 raise DataError(
-                    f"{path}: the categories {names[i]!r} and {name!r} have one id, {i!r}; whose "
-                    "boxes are whose cannot be told: give one of them another id"
+                    f"{path}: the categories {names[i]!r} and {name!r} have the same id, {i!r}, "
+                    "so their boxes cannot be told apart; give one of them another id"
                 )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: every category needs an 'id' and a 'name'") from error
@@ -88,19 +88,20 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
 
 
 def _refuse_namesakes(names: dict[int, str], chosen: Iterable[str], path: Path) -> None:
+    """Raise a `DataError` if a chosen class is the name of several categories."""
     counts = Counter(names.values())
     if twice := [name for name in dict.fromkeys(chosen) if counts[name] > 1]:
         raise DataError(
             f"{path}: several categories are called {', '.join(map(repr, twice))}; rename them, "
-            "make them one category, or give the other names as CLASSES"
+            "merge them into one, or list other names as CLASSES"
         )
 
 
 def read_coco_classes(path: Path) -> tuple[str, ...]:
-    """Class names of a COCO file in the order of their sorted ids.
+    """Class names of a COCO file, sorted by category id.
 
     Raises:
-        DataError: the file is not COCO JSON, or has no categories or two of one name.
+        DataError: not COCO JSON, no categories, or two categories of the same name.
     """
     names = _categories(load_coco(path), path)
     if not names:
@@ -112,7 +113,7 @@ def read_coco_classes(path: Path) -> tuple[str, ...]:
 def _choose_categories(
     names: dict[int, str], classes: tuple[str, ...] | None, path: Path
 ) -> dict[int, int]:
-    """Category id -> label in 1..N, in the order of labels."""
+    """Category id -> label in 1..N, sorted by label."""
     _refuse_namesakes(names, names.values() if classes is None else classes, path)
     if classes is None or tuple(names.values()) == classes:
         return {i: label for label, i in enumerate(names, 1)}
@@ -121,8 +122,8 @@ def _choose_categories(
     if missing:
         raise DataError(
             f"{path}: has no category called {', '.join(map(repr, missing))} (it has "
-            f"{', '.join(map(repr, ids))}); name some of these as CLASSES, or add the category to "
-            "the file"
+            f"{', '.join(map(repr, ids))}); choose CLASSES from these, or add the category to the "
+            "file"
         )
     return {ids[name]: label for label, name in enumerate(classes, 1)}
 
@@ -130,9 +131,9 @@ def _choose_categories(
 def _add_absent(
     names: dict[int, str], classes: tuple[str, ...], content: dict, remarks: Remarks
 ) -> dict[int, str]:
-    """`names` with ids that nothing else has for those of the `classes` that have no category."""
+    """Add the `classes` without a category to `names` (by id), under ids that are not in use."""
     absent = [name for name in classes if name not in names.values()]
-    if not absent or len(absent) == len(classes):  # none of them: these are other data
+    if not absent or len(absent) == len(classes):  # all absent: these are other data
         return names
     taken = set(names)
     for annotation in content.get("annotations") or []:
@@ -144,6 +145,7 @@ def _add_absent(
 
 
 def _read_images(content: dict, path: Path, folder: Path, remarks: Remarks) -> dict[int, Record]:
+    """Image id -> record without boxes."""
     empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
     records = {}
     for image in content["images"]:
@@ -155,7 +157,7 @@ def _read_images(content: dict, path: Path, folder: Path, remarks: Remarks) -> d
         if not isinstance(image_id, int):
             raise DataError(f"{path}: the id of an image must be an integer, not {image_id!r}")
         if not isinstance(file_name, str):
-            raise DataError(f"{path}: the file_name of image {image_id} is no text: {file_name!r}")
+            raise DataError(f"{path}: the file_name of image {image_id} is not text: {file_name!r}")
         if image_id in records:
             remarks.add(Oddity.REPEATED_IMAGE)
         if height == 0 or width == 0:
@@ -169,22 +171,21 @@ def read_coco(
 ) -> Annotations:
     """Read a COCO file.
 
-    A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. An image that one
-    of its boxes sticks out of gets the size of its file, should that be another one. Boxes that are
-    not finite, have no area, or belong to an unknown image or category are dropped and counted, as
-    is what `find_fault` finds. Records stand in the order of their sorted image ids.
+    A box (x, y, w, h) becomes (x, y, x + w - 1, y + h - 1), clipped to the image. If a box extends
+    beyond the annotated size of its image, the size is read from the image file. Boxes that are not
+    finite, have no area, or belong to an unknown image or category are dropped and counted, as are
+    annotations with a fault (`find_fault`). Records are sorted by image id.
 
     Args:
         path: annotation file; without `annotations` the set counts as not annotated.
-        images: its images folder, read only for images whose size the file does not give, or
-            which boxes stick out of.
-        classes: category names by label, some or all of the file's. None: all, by sorted id.
-        adopted: the classes are those of other data. The file need not have all of them, only one:
-            others have no objects in it (and some category id that it does not use).
+        images: images folder, read only for images whose size is not annotated or doubtful.
+        classes: names of the categories to use, by label. None: all, sorted by id.
+        adopted: whether the classes come from other data. Then the file needs to have only one of
+            them; the others get category ids that it does not use, and have no objects.
 
     Raises:
-        DataError: not COCO JSON (with the line), `classes` that the file does not have, or one that
-            two of its categories are called.
+        DataError: not COCO JSON (names the line), a class that the file does not have, or one that
+            is the name of two of its categories.
     """
     content = load_coco(path)
     remarks = Remarks()
@@ -222,6 +223,7 @@ def read_coco(
 
 
 def _sizes(owners: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Heights [N] and widths [N] of N images."""
     return np.array([record.height for record in owners]), np.array([r.width for r in owners])
 
 
@@ -232,10 +234,10 @@ def _attach(
     folder: Path,
     remarks: Remarks,
 ) -> None:
-    """Convert all boxes at once and give each record its own."""
+    """Convert all boxes at once and distribute them to the records."""
     owners = [records[annotation["image_id"]] for annotation in annotations]
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64)
-    with np.errstate(over="ignore"):  # what is not finite is dropped below
+    with np.errstate(over="ignore"):  # boxes that are not finite are dropped below
         boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:] - 1, 0)
     doubtful = {owners[i].image_id for i in np.flatnonzero(beyond(boxes, *_sizes(owners)))}
     for record in map(records.get, doubtful):
@@ -258,10 +260,10 @@ def _attach(
 
 
 def coco_content(records: Sequence[Record], classes: Sequence[str]) -> dict:
-    """The content of a COCO file from which `read_coco` reads these records.
+    """The content of a COCO file that `read_coco` reads back as these records.
 
-    Boxes become (x0, y0, x1 - x0 + 1, y1 - y0 + 1); `area` is that of the box, the category id of a
-    class its label, and `iscrowd` says what is ignored.
+    Boxes become (x0, y0, x1 - x0 + 1, y1 - y0 + 1), `area` is the area of the box, `category_id`
+    the label, and `iscrowd` the `ignored` flag.
     """
     annotations = []
     for record in records:

@@ -1,4 +1,4 @@
-"""The one data set class, whatever the format of the annotations."""
+"""The data set class for all annotation formats."""
 
 import logging
 from collections.abc import Callable
@@ -19,31 +19,36 @@ from .voc import read_voc
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[Path, tuple[int, int]], tuple[Any, tuple[int, int]]]
-"""Gives for a file and its annotated (height, width) an image in any form, and the (height, width)
-of the whole picture."""
+"""Maps a file and its annotated (height, width) to an image in any form, and the (height, width) of
+the full-size image."""
 
 
 class DetectionDataset(Dataset):
     """Images with boxes.
 
-    Attributes:
-        name: as in the config.
-        classes: names; the class of label i is `classes[i - 1]`.
-        category_ids: the annotation file's id of each class, in the same order.
-        records: one `Record` per image, with all boxes (crowd and difficult ones flagged).
-        spec: where the files lie.
-        has_annotations: False for a test split.
-
     `dataset[i]` is `(image, target)`: a PIL image, 8-bit RGB, and a dict with `boxes` [N, 4]
-    float32 and `labels` [N] int64 (without crowd and difficult ones), `image_id`,
-    `original_size` (height, width) and `file_name`.
+    float32 (xyxy in pixels, both corners inclusive), `labels` [N] int64 in 1..len(classes),
+    `image_id`, `original_size` (height, width) and `file_name`. Crowd and difficult boxes are left
+    out.
+
+    Attributes:
+        name: name in the config.
+        classes: class names; label i is `classes[i - 1]`.
+        category_ids: id of each class in the annotation file, in the same order.
+        records: one `Record` per image, with all boxes (crowd and difficult ones flagged).
+        spec: description of the data set, with the paths of its files.
+        has_annotations: False for a test split.
     """
 
     def __init__(self, spec: DatasetSpec, annotations: Annotations, max_bad_images: int = 10):
         """
         Args:
-            spec, annotations: what a reader found for this description.
-            max_bad_images: unreadable images to put up with before that becomes an error.
+            spec: description of the data set.
+            annotations: what a reader found for this description.
+            max_bad_images: number of unreadable images that are skipped before it is an error.
+
+        Raises:
+            DataError: the annotations list no image.
         """
         self.spec = spec
         self.name = spec.name
@@ -52,7 +57,7 @@ class DetectionDataset(Dataset):
         self.category_ids = annotations.category_ids
         self.has_annotations = annotations.has_annotations and spec.has_annotations
         self.max_bad_images = max_bad_images
-        # Shared with worker processes, so that all of them count together.
+        # In shared memory, so that worker processes count together.
         self._bad = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
         self._warned_of_size = False
         if not self.records:
@@ -71,13 +76,13 @@ class DetectionDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, dict]:
         """
         Raises:
-            UnreadableImage: this image is missing or does not decode (logged once).
-            DataError: more images than `max_bad_images` were.
+            UnreadableImage: the image is missing or does not decode (logged once).
+            DataError: more than `max_bad_images` images are unreadable.
         """
         return self.read(index, _load_image)
 
     def read(self, index: int, load: Loader) -> tuple[Any, dict]:
-        """`dataset[index]` with an image as `load` gives it."""
+        """`dataset[index]` with the image that `load` returns."""
         record = self.records[index]
         path = self.spec.images / record.file_name
         try:
@@ -98,11 +103,12 @@ class DetectionDataset(Dataset):
         }
 
     def _fit(self, boxes, labels, size, height, width, path) -> tuple[np.ndarray, np.ndarray]:
+        """Clip boxes to a file whose size differs from the annotated one; warn once."""
         if not self._warned_of_size:
             self._warned_of_size = True
             logger.warning(
                 "data set %s: %s is %d x %d pixels (height x width) but annotated as %d x %d; its "
-                "boxes are taken as pixels of the file (further images like this are not named)",
+                "boxes are taken as pixels of the file (further images like this are not reported)",
                 *(self.name, path, *size, height, width),
             )
         boxes, usable, _ = clip_and_filter(boxes, *size)
@@ -133,9 +139,12 @@ def load_dataset(spec: DatasetSpec, max_bad_images: int = 10) -> DetectionDatase
     """Read the annotations of a data set.
 
     Args:
-        spec: its description; a VOC set needs `classes`.
+        spec: description of the data set; a VOC set needs `classes`.
         max_bad_images: see `DetectionDataset`; also the number of VOC annotation files that may
             be missing.
+
+    Raises:
+        DataError: missing or malformed files, or a VOC set without `classes`.
     """
     if spec.format == "coco":
         annotations = read_coco(spec.annotations, spec.images, spec.classes, spec.adopted)

@@ -1,4 +1,4 @@
-"""Image files to RGB pictures, whatever mode, depth or orientation they are stored in."""
+"""Decode image files to 8-bit RGB from any mode, bit depth and orientation."""
 
 import functools
 from pathlib import Path
@@ -15,25 +15,25 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # what displays a picture of an EXIF orientation
+}  # by EXIF orientation: the transpose that displays the picture upright
 _QUARTER_TURNS = (5, 6, 7, 8)  # those that swap width and height
 _END_OF_JPEG = b"\xff\xd9"
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns these itself
+    if image.format == "TIFF":  # Pillow rotates these itself
         return 1
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block is no reason to lose the picture
+    except Exception:  # a broken EXIF block is no reason to skip the image
         return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB.
+    """Convert any PIL image to 8-bit RGB.
 
-    16-bit grey is divided by 257 (65535 becomes 255), where PIL would cut it off at 255; floating
-    point grey is taken as 0..1 if nothing in it is larger, else as 0..255. Alpha is dropped.
+    16-bit grey is divided by 257 (65535 becomes 255), whereas PIL would clip it at 255. Floating
+    point grey is taken as 0..1 if no value exceeds 1, else as 0..255. Alpha is dropped.
     """
     if image.mode == "RGB":
         return image
@@ -52,16 +52,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case suffixes of the files that PIL can open, such as ".jpg"."""
+    """Lower-case suffixes of the file types that PIL can open, such as ".jpg"."""
     extensions = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in extensions.items() if kind in Image.OPEN)
 
 
 def read_size(path: Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) of the picture that `load_image` makes of a file, without decoding it (but
-    for TIFF files)."""
+    """(height, width) of the image that `load_image` returns for a file.
+
+    Only TIFF files are decoded for it.
+
+    Raises:
+        OSError: the file is missing or not an image.
+    """
     with Image.open(path) as image:
-        if image.format == "TIFF":  # which some versions of Pillow turn only now
+        if image.format == "TIFF":  # some versions of Pillow rotate these on loading only
             image.load()
         width, height = image.size
         if _orientation_to_apply(image, annotated_size) in _QUARTER_TURNS:
@@ -70,7 +75,7 @@ def read_size(path: Path, annotated_size: tuple[int, int] | None = None) -> tupl
 
 
 def find_size(path: Path, annotated_size: tuple[int, int]) -> tuple[int, int]:
-    """`read_size`, or the annotated one for a file that cannot be read."""
+    """`read_size`, or the annotated size for a file that cannot be read."""
     try:
         return read_size(path, annotated_size)
     except Exception:  # reported by name when the image is loaded
@@ -78,16 +83,16 @@ def find_size(path: Path, annotated_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def load_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image file as 8-bit RGB, turned as its EXIF orientation says.
+    """Decode an image file to 8-bit RGB, rotated according to its EXIF orientation.
 
-    Some annotations were made on the displayed picture, others (COCO's) on the stored pixels. So
-    that boxes fit, a quarter turn is not applied where `annotated_size` (height, width) is that of
-    the stored pixels and not that of the displayed picture. Where the sizes cannot tell (half
-    turns, mirrored or square pictures) the orientation is applied, as today's annotation tools do,
-    and so it always is to TIFF files.
+    Some annotations refer to the displayed picture, others (COCO's) to the stored pixels. So that
+    boxes fit, a rotation by 90 or 270 degrees is not applied if `annotated_size` (height, width) is
+    the size of the stored pixels but not of the displayed picture. Where sizes cannot tell (half
+    turns, mirrored or square pictures) the orientation is applied, as annotation tools do today.
+    To TIFF files it is always applied.
 
     Raises:
-        Whatever PIL raises for a file that is missing or does not decode.
+        Exception: whatever PIL raises for a file that is missing or does not decode.
     """
     with Image.open(path) as image:
         orientation = _orientation_to_apply(image, annotated_size)
@@ -102,14 +107,15 @@ def load_pixels(
     annotated_size: tuple[int, int] | None = None,
     enough: int | None = None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """`load_image` as an array [H, W, 3], and the (height, width) of the whole picture.
+    """`load_image` as a uint8 array [H, W, 3], and the (height, width) of the full-size image.
 
-    Ordinary JPEG files are decoded faster, to the same pixels.
+    Ordinary JPEG files are decoded by OpenCV, which is faster and gives the same pixels.
 
     Args:
-        path, annotated_size: see `load_image`.
-        enough: pixels of the short side that suffice; a JPEG file may be decoded at 1/2, 1/4 or 1/8
-            of its size as long as they are left.
+        path: image file.
+        annotated_size: see `load_image`.
+        enough: sufficient length of the short side in pixels; a JPEG file may be decoded at 1/2,
+            1/4 or 1/8 of its size if the short side keeps this length. None: full size.
     """
     found = _decode_jpeg(Path(path), annotated_size, enough)
     if found is None:
@@ -121,8 +127,8 @@ def load_pixels(
 def _decode_jpeg(
     path: Path, annotated_size: tuple[int, int] | None, enough: int | None
 ) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """None for a file that is better left to PIL: of another kind, or damaged."""
-    import cv2  # here, since most of what imports this module decodes nothing with it
+    """See `load_pixels`; None for a file to leave to PIL: another format or mode, or damaged."""
+    import cv2  # slow, and most importers of this module never decode an image
 
     flags = {
         1: cv2.IMREAD_COLOR,
@@ -136,9 +142,9 @@ def _decode_jpeg(
         orientation = _orientation_to_apply(image, annotated_size)
         width, height = image.size
     data = path.read_bytes()
-    if not data.rstrip(b"\0").endswith(_END_OF_JPEG):  # some versions of OpenCV would not mind
+    if not data.rstrip(b"\0").endswith(_END_OF_JPEG):  # some versions of OpenCV accept it
         return None
-    # Sides that do not divide would leave boxes beside their pixels.
+    # With sides that do not divide evenly, boxes would not fit the pixels.
     fitting = [
         by
         for by in flags
@@ -159,7 +165,7 @@ def _decode_jpeg(
 
 
 def _orientation_to_apply(image: Image.Image, annotated_size: tuple[int, int] | None) -> int:
-    """The EXIF orientation that a picture is to be turned by, 1 for none; see `load_image`."""
+    """The EXIF orientation to apply to an image, 1 for none; see `load_image`."""
     orientation = _orientation(image)
     width, height = image.size
     as_stored = (

@@ -1,7 +1,7 @@
-"""What the readers hand on: one record per image, the same for every annotation format.
+"""What readers return: one record per image, whatever the annotation format.
 
 Boxes are float32 [N, 4], (x0, y0, x1, y1) in pixels of the image, both corners inclusive (the
-release's convention, as everywhere in this project).
+convention of the original release, used throughout this project).
 """
 
 from dataclasses import dataclass, field
@@ -11,15 +11,15 @@ import numpy as np
 from .remarks import Oddity, Remarks
 
 _ROUNDING = 0.1
-"""Pixels by which the decimals of a file may miss the border without a remark."""
+"""Pixels by which a box may exceed its image without a remark, since files round coordinates."""
 
 
 class DataError(ValueError):
-    """Data or their description are unusable; the message names the file, the key and a remedy."""
+    """Unusable data or description of data; the message names the file, the key and a remedy."""
 
 
 class UnreadableImage(DataError):
-    """One image is missing or does not decode; the caller may go on with another one."""
+    """One image is missing or does not decode; the caller may continue with another one."""
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Record:
 
     file_name: str  # relative to the data set's images folder
     image_id: int
-    height: int  # as annotated, or of the image file (see `beyond`); 0 where neither is known
+    height: int  # as annotated, or of the image file (see `beyond`); 0 if neither is known
     width: int
     boxes: np.ndarray  # [N, 4] float32
     labels: np.ndarray  # [N] int64 in 1..number of classes
@@ -37,17 +37,17 @@ class Record:
 
 @dataclass(slots=True)
 class Annotations:
-    """Everything a reader found."""
+    """What a reader found in the annotations of a data set."""
 
     records: list[Record]
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # the file's own id of the class with label i + 1
+    category_ids: tuple[int, ...]  # id in the file of the class with label i + 1
     has_annotations: bool
     remarks: Remarks = field(default_factory=Remarks)
 
 
 def side(value: object) -> int:
-    """The height or width in an annotation; 0 where it is no number of pixels."""
+    """An annotated height or width in pixels; 0 if it is not a number."""
     try:
         return max(0, int(float(value)))
     except (OverflowError, TypeError, ValueError):
@@ -55,14 +55,18 @@ def side(value: object) -> int:
 
 
 def beyond(boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int) -> np.ndarray:
-    """[N] bool: boxes (as for `clip_and_filter`) that their images, as annotated, end before.
+    """Which boxes extend beyond the annotated size of their images, [N] bool.
 
-    Either the box or the size is wrong: the image files have to be asked.
+    Either the box or the size is wrong, so the image file should be consulted. For the arguments
+    see `clip_and_filter`.
     """
     return (boxes > _last_pixels(boxes, heights, widths) + _ROUNDING).any(1)
 
 
-def _last_pixels(boxes: np.ndarray, heights, widths) -> np.ndarray:
+def _last_pixels(
+    boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int
+) -> np.ndarray:
+    """The largest valid value of each coordinate [N, 4]; infinite for images of unknown size."""
     last = np.empty(boxes.shape)
     last[:, 0::2] = np.reshape(widths, (-1, 1))
     last[:, 1::2] = np.reshape(heights, (-1, 1))
@@ -72,15 +76,16 @@ def _last_pixels(boxes: np.ndarray, heights, widths) -> np.ndarray:
 def clip_and_filter(
     boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Clip boxes to their images and find those that are left with an area.
+    """Clip boxes to their images and find those that still have an area.
 
     Args:
-        boxes: [N, 4] of any float type, perhaps with NaN.
-        heights, widths: of each box's image, [N] or one number; 0 where unknown (not clipped).
+        boxes: [N, 4] of any float type; may contain NaN.
+        heights, widths: size of the image of each box, [N] or one number for all; 0 if unknown
+            (then nothing is clipped).
 
     Returns:
         The clipped boxes [N, 4] float32; a mask [N] of those to keep (finite, and x1 > x0 and
-        y1 > y0 once clipped, as in the release); how many of the kept ones were clipped.
+        y1 > y0 after clipping, as in the release); the number of kept boxes that were clipped.
     """
     clipped = np.clip(boxes, 0, _last_pixels(boxes, heights, widths))
     keep = np.isfinite(boxes).all(1)
@@ -92,7 +97,7 @@ def clip_and_filter(
 def clip_and_count(
     boxes: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int, remarks: Remarks
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`clip_and_filter`, with what it changed among the remarks: the boxes and the mask."""
+    """`clip_and_filter` that counts its changes in `remarks`; returns the boxes and the mask."""
     clipped, keep, moved = clip_and_filter(boxes, heights, widths)
     remarks.add(Oddity.BAD_BOX, int((~keep).sum()))
     remarks.add(Oddity.CLIPPED_BOX, moved)

@@ -1,8 +1,8 @@
-"""Which image goes into which batch, on which process.
+"""Batch samplers: which image goes into which batch of which process.
 
-Training sees one endless stream of global batches that depends on the seed alone; every process
-takes its share of each. So the same images make up step t under any number of processes, and
-the stream can be entered at any step.
+Training uses one endless stream of global batches that depends on the seed alone; each process
+takes its share of every batch. So step t has the same images for any number of processes, and
+training can resume at any step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,12 @@ from ..config import ConfigError
 
 
 def share_of_batch(batch_size: int, world_size: int, accumulate: int = 1) -> int:
-    """Images of one process in each optimizer step.
+    """Number of images per process and optimizer step.
+
+    Args:
+        batch_size: images per optimizer step, over all processes.
+        world_size: number of processes.
+        accumulate: parts into which each process splits its share.
 
     Raises:
         ConfigError: the batch does not divide evenly.
@@ -28,16 +33,16 @@ def share_of_batch(batch_size: int, world_size: int, accumulate: int = 1) -> int
 
 
 def augmentation_rng(seed: int, position: int) -> np.random.Generator:
-    """The generator of the random choices for one place of the training stream."""
+    """The random generator for the augmentation of one position in the training stream."""
     return np.random.default_rng([seed, 1, position])
 
 
 class TrainBatchSampler(Sampler):
     """Endless batches of (image index, position in the stream).
 
-    Each epoch is a new shuffle of all images. An image joins the open batch of its group; a
-    batch is emitted once it is full. What is open at the end of an epoch is filled by the next,
-    so over the run no image is lost or preferred, and sets smaller than a batch repeat in it.
+    Each epoch is a new shuffle of all images. An image joins the open batch of its group, and a
+    full batch is emitted. A batch that is open at the end of an epoch is filled in the next one, so
+    no image is lost or preferred over a run, and a set smaller than a batch repeats within it.
     """
 
     def __init__(
@@ -52,12 +57,16 @@ class TrainBatchSampler(Sampler):
     ):
         """
         Args:
-            groups: the group (0, 1, ...) of each image; a batch has images of one group.
-            batch_size: of the global batch.
-            seed: of the order.
-            rank, world_size: this process takes the rank-th part of each batch.
-            accumulate: parts of an optimizer step; the batch must divide by it too.
-            start_iteration: number of global batches to pass over.
+            groups: group (0, 1, ...) of each image; a batch has images of one group only.
+            batch_size: images in a global batch.
+            seed: seed of the shuffles.
+            rank: rank of this process, which takes the rank-th part of each batch.
+            world_size: number of processes.
+            accumulate: parts of an optimizer step; each share must be divisible by it.
+            start_iteration: number of global batches to skip.
+
+        Raises:
+            ConfigError: the batch does not divide evenly.
         """
         self.share = share_of_batch(batch_size, world_size, accumulate)
         self.groups = np.asarray(groups, dtype=np.int64)
@@ -79,8 +88,9 @@ class TrainBatchSampler(Sampler):
             yield [(index, position + i) for i, index in enumerate(share)]
 
     def global_batches(self, start: int = 0) -> Iterator[list[int]]:
-        """The image indices of global batches `start`, `start` + 1, ... without end."""
-        # Batches that end in an epoch are known from the counts, so whole epochs are skipped.
+        """The image indices of global batches `start`, `start` + 1, ..., without end."""
+        # How many batches are full by the end of an epoch follows from the sizes of the groups, so
+        # whole epochs can be skipped.
         epoch = start * self.batch_size // len(self.groups)
         while self._batches_before(epoch + 1) <= start:
             epoch += 1
@@ -102,10 +112,11 @@ class TrainBatchSampler(Sampler):
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.groups))
 
     def _batches_before(self, epoch: int) -> int:
+        """Number of batches that are full before an epoch starts."""
         return sum(epoch * int(count) // self.batch_size for count in self._counts)
 
     def _left_over(self, group: int, epoch: int) -> list[int]:
-        """The images of a group's open batch at the start of an epoch."""
+        """The images in the open batch of a group at the start of an epoch."""
         count = epoch * int(self._counts[group]) % self.batch_size
         left: list[int] = []
         while len(left) < count:
@@ -116,14 +127,15 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """Each image once: batches in order, group after group, dealt out to the processes."""
+    """Batches with each image once, in order and group by group, dealt out to the processes."""
 
     def __init__(self, groups: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1):
         """
         Args:
-            groups: the group of each image; like ones are put together.
-            batch_size: images of one batch of one process.
-            rank, world_size: this process takes batches rank, rank + world_size, ...
+            groups: group of each image; images of a group are batched together.
+            batch_size: images in a batch of one process.
+            rank: rank of this process, which takes batches rank, rank + world_size, ...
+            world_size: number of processes.
         """
         order = np.argsort(np.asarray(groups, dtype=np.int64), kind="stable").tolist()
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

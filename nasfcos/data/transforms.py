@@ -1,7 +1,7 @@
-"""From a decoded picture to the model's input: sizes, flips, colours.
+"""Transforms from a decoded image to the model's input: resizing, flipping, colour jitter.
 
-Boxes are legacy inclusive xyxy; all randomness comes from the generator that is passed in. Testing
-resizes as the released models were tested, with PIL; training several times faster.
+Boxes are xyxy with both corners inclusive. All randomness comes from the generator passed in.
+Evaluation resizes with PIL, as the released models were tested; training uses a faster method.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from torch.nn.functional import interpolate
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """The size (height, width) to which an image is resized, its aspect ratio kept.
+    """The size (height, width) to which an image is resized, keeping its aspect ratio.
 
-    The short side becomes `min_size`, unless the long side would pass `max_size`; then the short
-    side becomes round(max_size * short / long). The long side is truncated to an integer. A short
-    side of 1 cannot give way any more: then the long side is cut to `max_size`.
+    The short side becomes `min_size` unless the long side would exceed `max_size`; then the short
+    side becomes round(max_size * short / long). The long side is truncated to an integer. If the
+    short side is 1, which cannot shrink further, the long side is cut to `max_size`.
     """
     short, long = min(height, width), max(height, width)
     if long * min_size > max_size * short:
@@ -30,7 +30,7 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
 
 
 def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """Bilinear with antialiasing, to (height, width)."""
+    """Resize to (height, width): bilinear with antialiasing."""
     height, width = shape
     if image.size == (width, height):
         return image
@@ -38,23 +38,23 @@ def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
 
 
 def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Boxes [N, 4] of an image of size `old` (height, width) in one resized to `new`.
+    """Scale boxes [N, 4] from an image of size `old` (height, width) to one of size `new`.
 
     Coordinates are multiplied by the ratio of the sizes, as in the release.
     """
     y, x = new[0] / old[0], new[1] / old[1]
-    dtype = torch.promote_types(boxes.dtype, torch.float32)  # they may be whole numbers
+    dtype = torch.promote_types(boxes.dtype, torch.float32)  # boxes may be integers
     return boxes * boxes.new_tensor([x, y, x, y], dtype=dtype)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
-    """Boxes [N, 4] in the mirrored image: x becomes width - 1 - x."""
+    """Mirror boxes [N, 4] left-right: x becomes width - 1 - x."""
     x0, y0, x1, y1 = boxes.unbind(1)
     return torch.stack((width - 1 - x1, y0, width - 1 - x0, y1), dim=1)
 
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] uint8 of an RGB picture."""
+    """An RGB image as a uint8 tensor [3, H, W]."""
     import cv2
 
     planes = np.empty((3, image.height, image.width), np.uint8)
@@ -63,15 +63,15 @@ def to_uint8_tensor(image: Image.Image) -> Tensor:
 
 
 def resize_fast(pixels: np.ndarray, shape: tuple[int, int], flip: bool) -> Tensor:
-    """An array [H, W, 3] resized to (height, width), and mirrored if `flip`: [3, height, width].
+    """Resize an array [H, W, 3] to (height, width), and mirror it if `flip`.
 
-    What `resize` gives, but for at most one step of brightness: in a fifth of the values of a
-    picture that is enlarged, in a thousandth of one that shrinks.
+    The result, uint8 [3, height, width], differs from that of `resize` by at most one brightness
+    level: in a fifth of the values when enlarging, in a thousandth when shrinking.
     """
     import cv2
 
     height, width = shape
-    if pixels.shape[0] > height or pixels.shape[1] > width:  # OpenCV's would alias
+    if pixels.shape[0] > height or pixels.shape[1] > width:  # OpenCV would alias
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         x = interpolate(x, shape, mode="bilinear", antialias=True)
         pixels = x[0].permute(1, 2, 0).numpy()
@@ -85,7 +85,7 @@ def resize_fast(pixels: np.ndarray, shape: tuple[int, int], flip: bool) -> Tenso
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize to a fixed short side."""
+    """Resize to a short side of `min_size` and a long side of at most `max_size` pixels."""
 
     min_size: int
     max_size: int
@@ -101,10 +101,13 @@ class EvalTransform:
 class TrainTransform:
     """Colour jitter, resize to a random short side, random flip.
 
-    min_sizes: short sides to choose from; size_range (low, high), both included: draw from the
-    whole range instead. max_size: limit of the long side. flip_prob: probability of a left-right
-    flip. brightness, contrast, saturation: the factor is drawn from 1 - x .. 1 + x; hue: the shift
-    from -x..x of the colour circle.
+    Attributes:
+        min_sizes: short sides to choose from, in pixels.
+        max_size: limit of the long side, in pixels.
+        size_range: (low, high), inclusive: short sides to draw from instead of `min_sizes`.
+        flip_prob: probability of a left-right flip.
+        brightness, contrast, saturation: x draws a factor from [1 - x, 1 + x].
+        hue: x draws a shift from [-x, x], in turns of the colour circle.
     """
 
     min_sizes: tuple[int, ...]
@@ -119,8 +122,15 @@ class TrainTransform:
     def __call__(
         self, pixels: np.ndarray, target: dict, rng: np.random.Generator
     ) -> tuple[Tensor, dict]:
-        """An array [H, W, 3] of a whole picture or of a smaller version of it, and its target, with
-        `boxes` in a picture of `original_size` (height, width)."""
+        """
+        Args:
+            pixels: uint8 [H, W, 3]: the image, at full or reduced size.
+            target: its target; `boxes` refer to the `original_size` (height, width).
+            rng: source of randomness.
+
+        Returns:
+            The image as a uint8 tensor [3, H', W'], and the target with boxes in its pixels.
+        """
         old = target["original_size"]
         new = resized_shape(*old, self._draw_size(rng), self.max_size)
         flip = rng.random() < self.flip_prob
@@ -131,7 +141,7 @@ class TrainTransform:
 
     @property
     def largest_short_side(self) -> int:
-        """The most pixels that the short side of a picture will have."""
+        """The largest short side that can be drawn, in pixels."""
         return max(self.size_range or self.min_sizes)
 
     def _draw_size(self, rng: np.random.Generator) -> int:
@@ -145,7 +155,7 @@ class TrainTransform:
         order = rng.permutation(len(strengths))
         if not any(strength > 0 for strength in strengths):
             return pixels
-        # Not at the top: it takes a second, and who only predicts does not need it.
+        # Not at the top: it takes a second to import, and prediction does not need it.
         from torchvision.transforms.v2 import functional as F
 
         changes = [

@@ -1,4 +1,4 @@
-"""PASCAL VOC annotations: one XML file per image, a text file that lists a split."""
+"""PASCAL VOC annotations: an XML file per image, and a text file that lists the split."""
 
 import re
 from collections import Counter
@@ -12,9 +12,9 @@ from .images import find_size, image_suffixes
 from .records import Annotations, DataError, Record, beyond, clip_and_count, side
 from .remarks import Oddity, Remarks
 
-# The second column in the lists of one class: absent, difficult, there.
+# The second column of the split lists of one class: absent, difficult or present.
 _PRESENCE = re.compile(r"\s+(-1|0|1)$")
-# VOC writes 1; some tools write words.
+# Values of <difficult>: VOC writes 1, some tools write words.
 _YES = ("1", "true", "yes")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -25,20 +25,28 @@ def _parse(path: Path) -> ElementTree.Element:
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{path}, line {line}, column {column}: not valid XML ({error})") from error
-    except (LookupError, ValueError) as error:  # an encoding that it declares
+    except (LookupError, ValueError) as error:  # the encoding that the file declares
         raise DataError(f"{path}: cannot be decoded ({error}); save it as UTF-8") from error
-    for element in root.iter():  # {namespace}name
+    for element in root.iter():  # strip namespaces: "{namespace}name"
         element.tag = element.tag.rpartition("}")[2]
     if root.tag != "annotation":
         raise DataError(
-            f"{path}: not a VOC annotation: its outermost element is <{root.tag}>, not <annotation>"
+            f"{path}: not a VOC annotation: its root element is <{root.tag}>, not <annotation>"
         )
     return root
 
 
 def voc_names(annotations: Path, split: Path | None) -> list[str]:
-    """Image names (without extension) of a split; without a split, of all XML files (but what a Mac
-    leaves beside them on disks of other systems, ._name.xml)."""
+    """Image names (without suffix) of a split, in order.
+
+    Args:
+        annotations: folder of XML files.
+        split: text file with a name per line; None: all XML files, sorted, except the ._name.xml
+            files that macOS leaves on foreign disks.
+
+    Raises:
+        DataError: the split is not UTF-8 or lists no image.
+    """
     if split is None:
         paths = annotations.glob("*.xml")
         names = sorted(path.stem for path in paths if not path.name.startswith("."))
@@ -55,13 +63,13 @@ def voc_names(annotations: Path, split: Path | None) -> list[str]:
 
 
 def _name(line: str, annotations: Path) -> str:
-    """The image name of a line, which may have spaces in it, and end like a second column."""
+    """The image name in a line; names may contain spaces, and even end like a second column."""
     name = _PRESENCE.sub("", line)
     return line if name != line and (annotations / f"{line}.xml").exists() else name
 
 
 def _image_files(folder: Path) -> dict[str, list[str]]:
-    """Image files by their names without suffix; often other files lie beside them."""
+    """The image files in a folder by name without suffix; other files are left out."""
     files: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in image_suffixes() and path.is_file():
@@ -72,8 +80,19 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
 def _choose_file(
     name: str, files: list[str], annotated: str, images: Path, remarks: Remarks
 ) -> str:
-    """Of the `files` called `name` the annotated one; without any, what is annotated, if it is
-    there."""
+    """The file of an image.
+
+    Args:
+        name: name of the image, without suffix.
+        files: image files with this name.
+        annotated: file name in the annotation, or "".
+        images: images folder.
+        remarks: where an ambiguous choice is noted.
+
+    Returns:
+        The annotated file if it is among `files`, or else the first of them. Without `files`, the
+        annotated file if it exists, or else the missing `name`.jpg.
+    """
     if not files:
         return annotated if annotated and (images / annotated).is_file() else f"{name}.jpg"
     if len(files) > 1:
@@ -91,7 +110,7 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     """Sorted names of the classes that occur in a split.
 
     Raises:
-        DataError: an XML file is malformed, none is there, or there is no object at all.
+        DataError: an XML file is malformed, all are missing, or there is no object in any.
     """
     found = set()
     paths = [annotations / f"{name}.xml" for name in voc_names(annotations, split)]
@@ -99,7 +118,7 @@ def read_voc_classes(annotations: Path, split: Path | None) -> tuple[str, ...]:
     if not present:
         raise DataError(
             f"{split or annotations}: none of the listed images has an annotation file "
-            f"({paths[0]}, for one): a split lists names without folder and ending"
+            f"(for example {paths[0]}): a split lists names without folder and suffix"
         )
     for path in present:
         found.update(_text(item, "name") for item in _parse(path).iterfind("object"))
@@ -123,21 +142,21 @@ def read_voc(
     """Read a split of a VOC data set.
 
     VOC counts pixels from 1, both corners inclusive: 1 is subtracted from each coordinate, then
-    boxes are clipped to the image. An image that one of its boxes sticks out of gets the size of
-    its file, should that be another one. Objects marked difficult are kept with their `ignored`
-    flag. The image id is the place in the split, from 1.
+    boxes are clipped to the image. If a box extends beyond the annotated size, the size is read
+    from the image file. Difficult objects are kept and flagged as `ignored`. The image id is the
+    position in the split, counted from 1.
 
     Args:
-        annotations: folder of XML files, called as the images.
-        images: images folder; other files in it, the annotations for one, do not matter.
+        annotations: folder of XML files, named like the images.
+        images: images folder; it may hold other files too, such as the annotations.
         split: text file with an image name per line; None: all XML files, sorted.
-        classes: names by label; objects of other classes are dropped and counted.
-        has_annotations: False where there are no XML files (a test split).
-        max_missing: images without XML file that are left out before that becomes an error, as it
-            is where no image has one.
+        classes: class names by label; objects of other classes are dropped and counted.
+        has_annotations: False if there are no XML files (a test split).
+        max_missing: number of images that may lack an XML file (they are left out); it is always an
+            error if all do.
 
     Raises:
-        DataError: a malformed XML file (with the line), or too many missing ones.
+        DataError: a malformed XML file (names the line), or too many missing ones.
     """
     labels = {name: label for label, name in enumerate(classes, 1)}
     files = _image_files(images)

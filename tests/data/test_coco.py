@@ -117,7 +117,8 @@ def test_adopted_classes_may_be_absent(write_coco, tmp_path):
 
 def test_two_categories_of_one_id_are_refused(write_coco, tmp_path):
     write_coco([{}], categories=((3, "dog"), (7, "cat"), (3, "ant")))
-    with pytest.raises(DataError, match=r"ann\.json: the categories 'dog' and 'ant' have one id"):
+    message = r"ann\.json: the categories 'dog' and 'ant' have the same id"
+    with pytest.raises(DataError, match=message):
         read(tmp_path)
     write_coco([{}], categories=((3, "dog"), (7, "cat"), (3, "dog")))  # the same one twice
     assert read(tmp_path).classes == ("dog", "cat")
@@ -231,7 +232,7 @@ def test_malformed_files_name_file_and_line(write_coco, tmp_path):
     with pytest.raises(DataError, match="file_name"):
         read(tmp_path)
     write_coco([], images=[{"id": 1, "file_name": None}])
-    with pytest.raises(DataError, match="the file_name of image 1 is no text: None"):
+    with pytest.raises(DataError, match="the file_name of image 1 is not text: None"):
         read(tmp_path)
     write_coco([], images=[{"id": "1", "file_name": "1.png"}])
     with pytest.raises(DataError, match="the id of an image must be an integer, not '1'"):
