@@ -1,4 +1,4 @@
-"""Pictures: boxes on images, and sheets of them."""
+"""Drawing of boxes on images, and of sheets of images."""
 
 import colorsys
 import functools
@@ -22,22 +22,27 @@ def draw_detections(
     class_names: Sequence[str] | None = None,
     score_threshold: float = 0.3,
 ) -> np.ndarray:
-    """An image with boxes and labels on it.
+    """Draw boxes and class names on a copy of an image.
+
+    Lines and text grow with the image. The best-scored boxes lie on top. Tags stay within the image
+    and do not cover each other if there is room.
 
     Args:
         image: uint8 RGB array [H, W, 3], PIL image, or RGB tensor [3, H, W], uint8 or float 0..1.
-        detections: `boxes` [N, 4], xyxy in the pixels of the image, both corners inside; `labels`
-            [N] from 1; `scores` [N]. A training target has no scores: all its boxes are drawn.
-        class_names: name of label n at n - 1; None shows the numbers.
-        score_threshold: detections below it are not drawn.
+        detections: `boxes` [N, 4], xyxy in pixels of the image, both corners inclusive; `labels`
+            [N] from 1; `scores` [N]. Without scores, as in a training target, all are drawn.
+        class_names: name of label n at index n - 1; None shows the numbers.
+        score_threshold: smallest score that is drawn.
 
     Returns:
-        A new uint8 array [H, W, 3]. Of boxes that overlap the best scored lies on top. Lines and
-        text grow with the image; tags stay inside of it and off each other where there is room.
+        uint8 RGB array [H, W, 3].
+
+    Raises:
+        ValueError: not such an image.
     """
     canvas = to_picture(image)
     draw = ImageDraw.Draw(canvas)
-    # A small part of the picture, but text that can still be read.
+    # Small compared with the image, but legible.
     font_size = max(9, round(math.sqrt(canvas.width * canvas.height) / 42))
     line_width = max(1, round(font_size / 6))
     font = _font(font_size)
@@ -77,19 +82,22 @@ def image_grid(
     columns: int | None = None,
     cell_size: int = 400,
 ) -> np.ndarray:
-    """A sheet of images, each with its detections.
+    """Draw a sheet of images, each with its detections.
 
-    Each image is fitted into its cell before its boxes are drawn, so text is equally legible in
-    all of them. A row is as high as its highest image.
+    Images are scaled to their cells before boxes are drawn, so that text is equally legible on all
+    of them. A row is as high as its highest image.
 
     Args:
-        images, class_names, score_threshold: as for `draw_detections`.
-        detections: for each image, or None for bare images.
-        columns: cells in a row; None makes as many rows as columns.
-        cell_size: the longer side of every image on the sheet, in pixels.
+        images, class_names, score_threshold: see `draw_detections`.
+        detections: detections of each image; None draws images only.
+        columns: number of columns; None makes the sheet about as many cells high as wide.
+        cell_size: longer side of each image on the sheet, in pixels.
 
     Returns:
         uint8 RGB array [H, W, 3].
+
+    Raises:
+        ValueError: no images, or something that is not an image.
     """
     if not images:
         raise ValueError("image_grid needs at least one image")
@@ -129,14 +137,14 @@ def image_grid(
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """The RGB color of a class: always the same, and far from those of the labels beside it."""
-    hue = (0.58 + label * (math.sqrt(5) - 1) / 2) % 1  # golden section: never close to the last few
+    """The RGB color of a label, in 0..255: fixed, and unlike those of neighbouring labels."""
+    hue = (0.58 + label * (math.sqrt(5) - 1) / 2) % 1  # golden ratio: far from the last few hues
     saturation, value = [(0.85, 0.95), (0.6, 1.0), (1.0, 0.7)][label // 8 % 3]
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def _best_first(detections: Mapping[str, Tensor], score_threshold: float):
-    """(box, label, score or None) of what is to be drawn."""
+    """(box, label, score or None) of the detections to draw, sorted by falling score."""
     boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
     if "scores" not in detections:
         return zip(boxes, labels, [None] * len(boxes), strict=True)
@@ -148,11 +156,10 @@ def _best_first(detections: Mapping[str, Tensor], score_threshold: float):
 
 
 def to_picture(image: AnyImage) -> Image.Image:
-    """A copy of an image as an 8-bit RGB picture, its pixels where they were.
+    """Copy an image (see `draw_detections`) to an 8-bit RGB PIL image of the same size.
 
     Raises:
-        ValueError: an array or tensor of another type, shape or range than `draw_detections` takes,
-            an image without pixels, or something else.
+        ValueError: wrong type, shape or range of values, or an image without pixels.
     """
     if isinstance(image, Image.Image):
         if 0 in image.size:
@@ -184,13 +191,13 @@ def to_picture(image: AnyImage) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # for its fonts, which know more alphabets than PIL's
+    import matplotlib  # its fonts cover more alphabets than PIL's
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
-    """The text, or as much of it as fits into `room` pixels and an ellipsis."""
+    """Shorten a text with an ellipsis so that it fits into `room` pixels."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "…") > room:
@@ -205,10 +212,16 @@ def _place_tag(
     image_size: tuple[int, int],
     placed: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
-    """Where a tag goes, (x0, y0, x1, y1) with the last row and column outside.
+    """Where to put the tag of a box: (x0, y0, x1, y1), with x1 and y1 exclusive.
 
-    The first free of: above the box, below it, inside at its top, inside at its bottom; the one
-    covered least where none is free.
+    The candidates are above the box, below it, inside at its top, and inside at its bottom. The
+    first one that covers no other tag is taken, or else the one that covers others least.
+
+    Args:
+        box: xyxy in pixels.
+        width, height: size of the tag.
+        image_size: (width, height).
+        placed: the tags that are already placed.
     """
     image_width, image_height = image_size
     width, height = min(width, image_width), min(height, image_height)

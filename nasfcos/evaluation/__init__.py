@@ -1,4 +1,4 @@
-"""COCO and PASCAL VOC figures of detections."""
+"""COCO and PASCAL VOC metrics of detections."""
 
 from .evaluate import EvaluationError, evaluate, format_metrics
 

@@ -1,6 +1,6 @@
-"""The twelve COCO figures and the AP of every class.
+"""The twelve COCO metrics and the AP of every class.
 
-The counting is faster-coco-eval's, which gives pycocotools' numbers in a fraction of its time.
+Computed by faster-coco-eval, which gives the numbers of pycocotools in a fraction of the time.
 """
 
 import logging
@@ -13,9 +13,9 @@ from ..data.coco import find_fault, is_number
 
 logger = logging.getLogger(__name__)
 
-# The figures by name: ("precision" or "recall", IoU threshold or None for the mean over
+# Metrics by name: ("precision" or "recall", IoU threshold or None for the mean over
 # 0.5:0.05:0.95, area range, detections per image).
-FIGURES = {
+METRICS = {
     "AP": ("precision", None, "all", 100),
     "AP50": ("precision", 0.5, "all", 100),
     "AP75": ("precision", 0.75, "all", 100),
@@ -29,17 +29,16 @@ FIGURES = {
     "ARm": ("recall", None, "medium", 100),
     "ARl": ("recall", None, "large", 100),
 }
-CLASS_FIGURES = ("AP", "AP50", "AP75")
+CLASS_METRICS = ("AP", "AP50", "AP75")
 
 
 def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
-    """Copies of COCO annotations with what counting boxes needs and real files often lack.
+    """Copies of COCO annotations with the keys that evaluation needs and real files often lack.
 
-    `iscrowd` becomes 0 and `area` width times height where they are missing (or `area` is not a
-    number). What a data set drops (`data.coco.find_fault`) is left out: there is nothing in it to
-    find. Ids are kept, so that the figures are those of pycocotools on the same file, unless they
-    cannot serve as ids at all (missing, used twice, or no whole numbers in 0..2^63 - 1): then all
-    are numbered anew.
+    A missing `iscrowd` becomes 0, and an `area` that is not a number the area of the box.
+    Annotations with a fault (`data.coco.find_fault`), which data sets drop too, are left out. Ids
+    are kept, so that the metrics are those of pycocotools on the same file, unless some of them
+    cannot be used (missing, repeated, or not integers in 0..2^63 - 1): then all are renumbered.
     """
     completed = []
     for annotation in annotations:
@@ -57,25 +56,25 @@ def complete_annotations(annotations: Iterable[dict]) -> list[dict]:
                 "iscrowd": int(annotation.get("iscrowd") or 0),
             }
         )
-    # Not a set of all at once: a list, for one, could not be in it.
+    # Valid ids only: others may not be hashable.
     ids = {annotation["id"] for annotation in completed if _is_id(annotation["id"])}
     if len(ids) < len(completed):
         logger.warning(
-            "Annotation ids are missing, not unique or no whole numbers in 0..2^63 - 1: numbered "
+            "Annotation ids are missing, not unique or not integers in 0..2^63 - 1: numbered "
             "anew for evaluation."
         )
         for number, annotation in enumerate(completed, start=1):
             annotation["id"] = number
     elif 0 in ids:
         logger.warning(
-            "An annotation has the id 0, which COCO's evaluation takes for 'not found': its object "
-            "counts as missed. Number the annotations from 1."
+            "An annotation has the id 0, which COCO's evaluation takes for 'not found', so its "
+            "object counts as missed. Number the annotations from 1."
         )
     return completed
 
 
 def _is_id(value: object) -> bool:
-    """Whether the counting, which marks what is found by signed 64-bit ids, can do with it."""
+    """Whether faster-coco-eval can use a value as an id: it marks matches by signed 64-bit ids."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -86,22 +85,22 @@ def coco_metrics(
     category_ids: Sequence[int],
     class_names: Sequence[str],
 ) -> dict[str, float | dict[str, dict[str, float]]]:
-    """Average precision and recall as COCO defines them, for boxes.
+    """Average precision and recall of boxes as COCO defines them.
 
     Args:
-        image_ids: the images that count, whether anything was detected in them or not.
+        image_ids: ids of the images to evaluate, with or without detections.
         annotations: COCO annotations; see `complete_annotations` for what may be missing.
         results: COCO results: `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`.
-        category_ids: the categories that count, in the order of `class_names`.
-        class_names: their names.
+        category_ids: ids of the categories to evaluate, in the order of `class_names`.
+        class_names: names of the categories.
 
     Returns:
-        The twelve `FIGURES`, each in 0..1, and `per_class`: for each class its `CLASS_FIGURES`. A
-        figure that no ground truth supports (a class without objects, no small objects, ...) is
-        nan, where pycocotools says -1.
+        The twelve `METRICS`, each in 0..1, and `per_class` with the `CLASS_METRICS` of each class.
+        A metric without ground truth (a class without objects, no small objects, ...) is nan,
+        where pycocotools says -1.
     """
-    # In the order of their ids, as COCO's code takes them; but faster_coco_eval counts in floating
-    # point, which takes neighbouring ids beyond 2^53 for one.
+    # Renumbered in the order of their ids, which COCO's code follows, because faster_coco_eval
+    # handles ids as floating-point numbers and confuses neighbouring ones beyond 2^53.
     images = {image_id: n for n, image_id in enumerate(sorted(set(image_ids)), start=1)}
     categories = {category_id: n for n, category_id in enumerate(sorted(category_ids), start=1)}
     detections = [
@@ -124,12 +123,12 @@ def coco_metrics(
     tables = {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}
     parameters = evaluation.params
     metrics: dict = {
-        figure: _figure(tables, parameters, *definition) for figure, definition in FIGURES.items()
+        metric: _metric(tables, parameters, *definition) for metric, definition in METRICS.items()
     }
     metrics["per_class"] = {
         name: {
-            figure: _figure(tables, parameters, *FIGURES[figure], category=number - 1)
-            for figure in CLASS_FIGURES
+            metric: _metric(tables, parameters, *METRICS[metric], category=number - 1)
+            for metric in CLASS_METRICS
         }
         for name, number in zip(class_names, map(categories.get, category_ids), strict=True)
     }
@@ -137,8 +136,10 @@ def coco_metrics(
 
 
 def _index(images: dict[int, int], annotations: list[dict], categories: dict[int, int]) -> COCO:
-    """What counts of the annotations, which get the numbers of their images and categories as
-    ids."""
+    """A COCO index of the annotations whose image and category are evaluated.
+
+    `images` and `categories` map ids to their numbers, which replace the ids in the annotations.
+    """
     counted = []
     for annotation in annotations:
         image = images.get(annotation["image_id"])
@@ -156,7 +157,7 @@ def _index(images: dict[int, int], annotations: list[dict], categories: dict[int
     return coco
 
 
-def _figure(
+def _metric(
     tables: dict[str, np.ndarray],
     parameters,
     kind: str,
@@ -165,7 +166,7 @@ def _figure(
     max_detections: int,
     category: int | None = None,
 ) -> float:
-    """Mean over a part of the precisions [T, R, K, A, M] or recalls [T, K, A, M]; -1 is no value.
+    """Mean over a part of the precisions [T, R, K, A, M] or recalls [T, K, A, M], ignoring -1.
 
     T are IoU thresholds, R recall levels, K categories, A area ranges, M detection limits.
     """

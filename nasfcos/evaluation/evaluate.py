@@ -1,4 +1,4 @@
-"""From detections to figures: check them, write them down, count them."""
+"""Evaluation of detections: check them, write them to files, compute their metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..boxes import legacy_to_xywh
 from ..data import DetectionDataset
 from ..data.coco import load_coco
 from ..files import write_json
-from .coco import FIGURES, coco_metrics
+from .coco import METRICS, coco_metrics
 from .voc import Boxes, voc_average_precision
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Metrics = dict[str, float | dict[str, dict[str, float]]]
 
 
 class EvaluationError(ValueError):
-    """Detections that cannot be those of the data set."""
+    """The detections cannot belong to the data set."""
 
 
 def evaluate(
@@ -32,26 +32,26 @@ def evaluate(
     detections: Mapping[int, dict[str, Tensor]],
     output_dir: str | Path | None = None,
 ) -> Metrics:
-    """Measure detections against a data set's ground truth.
+    """Evaluate detections against the ground truth of a data set.
 
     Args:
-        dataset: the data set; one without annotations only gets its submission file written.
-        detections: for each image id `boxes` [N, 4] (xyxy in the pixels of the original image, both
-            corners inside), `scores` [N] and `labels` [N] in 1..number of classes. An image that is
-            left out counts as one without detections; how many were is logged.
-        output_dir: where `bbox.json` (the detections as COCO results) and `metrics.json` go; None
+        dataset: the data set; without annotations, only the submission file is written.
+        detections: by image id: `boxes` [N, 4] (xyxy in pixels of the original image, both corners
+            inclusive), `scores` [N] and `labels` [N] in 1..number of classes. Missing images count
+            as images without detections; their number is logged.
+        output_dir: folder for `bbox.json` (the detections as COCO results) and `metrics.json`; None
             writes nothing.
 
     Returns:
-        The twelve COCO figures by name (`AP`, `AP50`, ... `ARl`) in 0..1, and under `per_class` for
-        each class its own AP, AP50 and AP75. A VOC data set also has `AP50_voc2007` (11 points) and
-        `AP50_voc` (area under the curve), overall and per class; its difficult objects count in
-        COCO's figures as crowds do: found or not, they neither help nor harm. A figure without
-        ground truth behind it is nan (null in `metrics.json`). Empty without annotations.
+        The twelve COCO metrics by name (`AP`, `AP50`, ... `ARl`) in 0..1, and under `per_class` the
+        AP, AP50 and AP75 of each class. A VOC data set also has `AP50_voc2007` (11 points) and
+        `AP50_voc` (area under the curve), overall and per class; in COCO's metrics its difficult
+        objects count like crowds: found or not, they change nothing. A metric without ground truth
+        is nan (null in `metrics.json`). Empty for a data set without annotations.
 
     Raises:
-        EvaluationError: an image that the data set does not have, or detections with a score or
-            coordinate that is not finite, an unknown label, or lengths that disagree.
+        EvaluationError: an image is not in the data set, a score or coordinate is not finite, a
+            label is unknown, or lengths disagree.
     """
     image_ids = {record.image_id for record in dataset.records}
     _check(detections, image_ids, len(dataset.classes), dataset.name)
@@ -65,8 +65,8 @@ def evaluate(
     missing = len(image_ids - detections.keys())
     if missing:
         logger.warning(
-            "%s: %d of %d images have no entry among the detections; counted as images in which "
-            "nothing was detected.",
+            "%s: %d of %d images have no entry among the detections; they count as images without "
+            "detections.",
             dataset.name, missing, len(image_ids),
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ def evaluate(
             dataset.classes,
         )
     if math.isnan(metrics["AP"]):
-        logger.warning("%s has no objects to find: its figures are not defined.", dataset.name)
+        logger.warning("%s has no objects to find: its metrics are undefined.", dataset.name)
     if output_dir is not None:
         write_json(Path(output_dir) / "metrics.json", metrics, indent=2)
     return metrics
@@ -90,9 +90,9 @@ def evaluate(
 def coco_results(
     detections: Mapping[int, dict[str, Tensor]], category_ids: Sequence[int]
 ) -> list[dict]:
-    """Detections (as `evaluate` takes them) in COCO's results format, images by rising id.
+    """Convert detections (as for `evaluate`) to COCO's results format, sorted by image id.
 
-    A box becomes [x0, y0, x1 - x0 + 1, y1 - y0 + 1]; label n the n-th category id.
+    A box becomes [x0, y0, x1 - x0 + 1, y1 - y0 + 1], and label n the n-th category id.
     """
     results = []
     for image_id in sorted(detections):
@@ -116,11 +116,11 @@ def coco_results(
 
 
 def format_metrics(metrics: Metrics) -> str:
-    """A table of the overall figures and, class by class, of the per-class figures."""
+    """Text tables of the overall metrics and of those of each class."""
     if not metrics:
         return "no figures: the data set has no annotations"
-    further = [name for name in metrics if name not in FIGURES and name != "per_class"]
-    names = list(FIGURES)
+    further = [name for name in metrics if name not in METRICS and name != "per_class"]
+    names = list(METRICS)
     groups = [names[:6], names[6:], *([further] if further else [])]
     blocks = [_table([group, [_number(metrics[name]) for name in group]]) for group in groups]
 
@@ -140,6 +140,7 @@ def _check(
     num_classes: int,
     dataset_name: str,
 ) -> None:
+    """Raise an `EvaluationError` for detections that cannot belong to the data set."""
     unknown = sorted(detections.keys() - image_ids)
     if unknown:
         shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
@@ -153,7 +154,7 @@ def _check(
         if boxes.shape != (len(scores), 4) or len(labels) != len(scores):
             fault = (
                 f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
-                f"{list(labels.shape)} do not fit each other"
+                f"{list(labels.shape)} do not agree"
             )
         elif not torch.isfinite(scores).all():
             fault = "a score is not finite"
@@ -168,7 +169,7 @@ def _check(
 def _voc_metrics(
     dataset: DetectionDataset, detections: Mapping[int, dict[str, Tensor]], results: list[dict]
 ) -> Metrics:
-    """VOC's two metrics beside COCO's figures, the latter from the ground truth as COCO has it."""
+    """COCO's metrics of a VOC data set, and VOC's own two metrics."""
     records = dataset.records
     truth = Boxes(
         image=np.repeat([r.image_id for r in records], [len(r.labels) for r in records]),
@@ -213,6 +214,8 @@ def _voc_metrics(
 
 
 def _flatten(detections: Mapping[int, dict[str, Tensor]]) -> Boxes:
+    """The detections of all images in flat arrays."""
+
     def join(key: str, dtype: torch.dtype, *shape: int) -> np.ndarray:
         parts = [found[key].detach().to("cpu", dtype) for found in detections.values()]
         return torch.cat([torch.zeros(0, *shape, dtype=dtype), *parts]).numpy()
@@ -231,7 +234,7 @@ def _number(value: float) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Rows of text, the first column flush left if it holds names, all others flush right."""
+    """Align rows of text: class names flush left, all other columns flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     names = rows[0][0] == "class"
     lines = [

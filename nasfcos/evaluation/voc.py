@@ -15,9 +15,12 @@ from ..boxes import legacy_areas, legacy_sizes
 class Boxes:
     """Boxes of many images in flat arrays.
 
-    image: [N] int, the image of each box. label: [N] int, its class. box: [N, 4] float64, xyxy with
-    both corners inside (width = x1 - x0 + 1). For detections `score` [N] float; for ground truth
-    `difficult` [N] bool.
+    Attributes:
+        image: [N] int, image id of each box.
+        label: [N] int, label of each box.
+        box: [N, 4] float64, xyxy with both corners inclusive (width = x1 - x0 + 1).
+        score: [N] float, for detections.
+        difficult: [N] bool, for ground truth.
     """
 
     image: np.ndarray
@@ -32,14 +35,14 @@ def voc_average_precision(
 ) -> tuple[np.ndarray, np.ndarray]:
     """AP of each class 1..num_classes by both of VOC's metrics.
 
-    Of all objects of its class in its image a detection goes to the one it overlaps most. If that
-    overlap reaches the threshold, the first (best scored) detection of the object is right and any
-    later one is wrong, except that detections of a difficult object count as neither; a detection
-    below the threshold is wrong. Difficult objects need not be found.
+    A detection is matched to the object of its class and image that it overlaps most. If their IoU
+    reaches the threshold, the first (best scored) detection of an object is a true positive and
+    later ones are false positives, except that detections of difficult objects count as neither. A
+    detection below the threshold is a false positive. Difficult objects need not be found.
 
     Returns:
-        (eleven_point, area), each [num_classes] float; nan for a class without an object that has
-        to be found.
+        (eleven_point, area), each [num_classes] float; nan for a class without objects other than
+        difficult ones.
     """
     order = np.argsort(-detections.score, kind="stable")
     label = detections.label[order]
@@ -68,10 +71,10 @@ def voc_average_precision(
 def _best_overlap(
     ground_truth: Boxes, image: np.ndarray, label: np.ndarray, box: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each detection the largest IoU with an object of its class in its image, and that object.
+    """The largest IoU of each detection with an object of its class and image, and that object.
 
-    The first object wins a tie. -inf and -1 where there is no such object. All pairs of a detection
-    and a candidate are laid out in one flat array, so no image is looped over.
+    Both [N]; -inf and -1 where there is no such object. The first object wins a tie. All pairs of a
+    detection and a candidate object lie in one flat array, which avoids a loop over images.
     """
     best_iou = np.full(len(image), -np.inf)
     best_object = np.full(len(image), -1)
@@ -101,10 +104,10 @@ def _best_overlap(
 
 
 def _paired_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of a[i] and b[i], [N, 4] each, both corners of a box inside it."""
+    """IoU [N] of a[i] and b[i], [N, 4] each, both corners inclusive."""
     top_left = np.maximum(a[:, :2], b[:, :2])
     bottom_right = np.minimum(a[:, 2:], b[:, 2:])
-    # The arithmetic of `nasfcos.boxes` does for arrays what it does for tensors.
+    # The functions of `nasfcos.boxes` work on arrays as on tensors.
     width, height = legacy_sizes(np.concatenate((top_left, bottom_right), axis=1))
     intersection = width.clip(min=0) * height.clip(min=0)
     return intersection / (legacy_areas(a) + legacy_areas(b) - intersection)
@@ -114,13 +117,13 @@ def _average(right: np.ndarray, objects: int) -> tuple[float, float]:
     """The 11-point and the area metric of one class.
 
     Args:
-        right: [D] int, right detections among the first 1, 2, ..., D by falling score.
-        objects: objects to be found, at least one.
+        right: [D] int, true positives among the 1, 2, ..., D best-scored detections.
+        objects: number of objects to find, at least one.
     """
     precision = right / np.arange(1, len(right) + 1)
-    # Precision at a recall is the best one at that recall or above.
+    # The precision at a recall is the best precision at that recall or above.
     precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # In whole numbers, so that a recall of exactly 3/10 reaches the level 0.3.
+    # In integers, so that a recall of exactly 3/10 reaches the level 0.3.
     levels = np.searchsorted(10 * right, objects * np.arange(11), side="left")
     gained = np.diff(right, prepend=0)
     return float(precision[levels].mean()), float((gained * precision[:-1]).sum() / objects)

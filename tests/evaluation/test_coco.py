@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from nasfcos.evaluation.coco import FIGURES, coco_metrics, complete_annotations
+from nasfcos.evaluation.coco import METRICS, coco_metrics, complete_annotations
 
 
 def reference(image_ids, annotations, results, category_ids) -> COCOeval:
@@ -96,7 +96,7 @@ def test_figures_are_those_of_pycocotools(seed, shape):
     metrics = coco_metrics(image_ids, annotations, results, category_ids, names)
     expected = reference(image_ids, annotations, results, category_ids)
 
-    ours = [-1 if math.isnan(metrics[name]) else metrics[name] for name in FIGURES]
+    ours = [-1 if math.isnan(metrics[name]) else metrics[name] for name in METRICS]
     assert ours == pytest.approx(expected.stats.tolist(), abs=1e-9)
     assert max(ours) > 0.05
 
@@ -130,7 +130,7 @@ def test_neighbouring_ids_beyond_floating_point_are_told_apart(first):
         for entries in (annotations, results)
     )
     found = coco_metrics(image_ids, annotations, results, category_ids, "abcd")
-    for figure in FIGURES:
+    for figure in METRICS:
         assert found[figure] == pytest.approx(expected[figure], abs=1e-12, nan_ok=True)
     for name in "abc":
         assert found["per_class"][name] == expected["per_class"][name]
@@ -145,7 +145,7 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_not_a_number():
         coco_metrics(image_ids, [], [], category_ids, names),
         coco_metrics([], [], [], category_ids, names),
     ):
-        assert all(math.isnan(no_truth[name]) for name in FIGURES)
+        assert all(math.isnan(no_truth[name]) for name in METRICS)
         assert math.isnan(no_truth["per_class"]["a"]["AP50"])
 
 

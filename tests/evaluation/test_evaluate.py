@@ -11,7 +11,7 @@ from PIL import Image
 from nasfcos.data import DatasetSpec
 from nasfcos.data.dataset import load_dataset
 from nasfcos.evaluation import EvaluationError, evaluate, format_metrics
-from nasfcos.evaluation.coco import FIGURES
+from nasfcos.evaluation.coco import METRICS
 
 EMPTY = {
     "boxes": torch.zeros(0, 4),
@@ -137,7 +137,7 @@ def test_a_set_without_objects_has_no_figures(coco_set, caplog, tmp_path):
     content["annotations"] = []
     coco_set.annotations.write_text(json.dumps(content))
     metrics = evaluate(load_dataset(coco_set), PERFECT, tmp_path / "out")
-    assert all(math.isnan(metrics[name]) for name in FIGURES)
+    assert all(math.isnan(metrics[name]) for name in METRICS)
     assert "no objects" in caplog.text
     assert "-1" not in format_metrics(metrics)
 
@@ -188,7 +188,7 @@ def test_voc_sets_have_both_kinds_of_figures(voc_set, tmp_path):
 def test_the_table_shows_every_figure_and_class(voc_set):
     metrics = evaluate(load_dataset(voc_set), {1: detection((10, 10, 29, 39, 0.9, 1))})
     table = format_metrics(metrics)
-    for name in (*FIGURES, "AP50_voc2007", "AP50_voc", "cat", "dog", "ox"):
+    for name in (*METRICS, "AP50_voc2007", "AP50_voc", "cat", "dog", "ox"):
         assert name in table.split()
     lines = table.splitlines()
     header = next(line for line in lines if line.startswith("class")).split()
