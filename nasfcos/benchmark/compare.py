@@ -1,4 +1,4 @@
-"""What became slower or faster between two reports of the benchmark."""
+"""Comparison of two benchmark reports: what became slower or faster."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ SLOWER, FASTER, SAME, NEW, GONE, FAILS, OTHER = (
 
 
 class ReportError(ValueError):
-    """A file that is no report; the message names it and says what is wrong."""
+    """A file is not a report; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one variant of one case.
+    """The change of one variant of one case.
 
     Attributes:
-        name: of case and variant.
+        name: names of case and variant.
         verdict: `SLOWER` or `FASTER` (by more than the threshold, and beyond the spread of both),
-            `SAME`, `NEW`, `GONE`, `FAILS` (it was measured, and now raises an exception), or
-            `OTHER` (its parameters changed: nothing to compare).
-        figure: what is compared: "ratio" (to the main rival), "share" (of the limit; here what a
-            limit's rate is of its own, so that less is better) or "seconds".
-        old, new: None where there is none.
+            `SAME`, `NEW`, `GONE`, `FAILS` (was measured before, and now raises an exception), or
+            `OTHER` (not comparable, since the parameters changed).
+        figure: quantity that is compared: "ratio" (to the main rival), "share" (rate of the limit
+            over its own rate, the inverse of the reported share, so that less is better) or
+            "seconds".
+        old, new: values of the quantity in both reports; None if there is none.
     """
 
     name: str
@@ -44,15 +45,15 @@ class Change:
 
     @property
     def factor(self) -> float | None:
-        """By which the time grew."""
+        """Factor by which the time grew; None if it is not known in both reports."""
         return None if self.old is None or self.new is None else self.new.median / self.old.median
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A file that `tools/benchmark.py --json` wrote.
+    """Read a file written by `tools/benchmark.py --json`.
 
     Raises:
-        ReportError: there is none, or it is something else.
+        ReportError: the file cannot be read or is not a report.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -73,7 +74,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def machine_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What absolute times depend on and is not the same, a line each."""
+    """The differences that affect absolute times (machine, libraries), a line each."""
     return [
         f"{key}: {old['machine'][key]} -> {new['machine'][key]}"
         for key in SAME_FOR_COMPARISON
@@ -82,11 +83,11 @@ def machine_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 1.1) -> list[Change]:
-    """The changes of all that is ours, case by case.
+    """The changes of all our variants, case by case.
 
-    Ratios to the main rival are compared where there is one, since they depend on the machine
-    least; shares of a limit elsewhere, and seconds where there is neither. What is slower must be
-    so by more than `threshold` times, and its lower quartile above the old upper one.
+    The ratio to the main rival is compared if there is one, since it depends least on the machine;
+    otherwise the share of a limit, or else seconds. A variant is slower if its median grew by more
+    than the factor `threshold` and its lower quartile is above the old upper quartile.
     """
     before, after = ({case["name"]: case for case in report["cases"]} for report in (old, new))
     changes = []
@@ -109,7 +110,7 @@ def _compare_case(
         elif variant not in after:
             yield Change(full, FAILS if _fails(new, variant) else GONE)
         else:
-            kinds = ("ratio", "share", "seconds")  # the best one that both have
+            kinds = ("ratio", "share", "seconds")  # the first that both reports have
             kind = next(k for k in kinds if k in before[variant] and k in after[variant])
             earlier, later = before[variant][kind], after[variant][kind]
             yield Change(full, _verdict(earlier, later, threshold), kind, earlier, later)
@@ -130,7 +131,7 @@ def _verdict(old: Quartiles, new: Quartiles, threshold: float) -> str:
 
 
 def _figures(case: dict[str, Any]) -> dict[str, dict[str, Quartiles]]:
-    """Of each variant of ours that was measured, by kind; less is better in all of them."""
+    """By variant of ours and kind ("seconds", "ratio", "share"), the values; less is better."""
     if case["status"] != "ok":
         return {}
     figures = {}
@@ -147,7 +148,7 @@ def _figures(case: dict[str, Any]) -> dict[str, dict[str, Quartiles]]:
 
 
 def format_changes(changes: list[Change], threshold: float) -> str:
-    """A table of what is not the same, the worst first, and a line that counts the rest."""
+    """A table of the changes, worst first, and a line that counts unchanged variants."""
     order = (FAILS, SLOWER, GONE, OTHER, NEW, FASTER)
     shown = sorted(
         (change for change in changes if change.verdict != SAME),

@@ -1,7 +1,7 @@
 """The detectors under comparison, ours and torchvision's, ready to run side by side.
 
-All have random weights with the manners of trained ones (see `lifelike`), and in an image given to
-`our_detector` or `their_detector` each has the same number of candidates above its threshold.
+All have random weights that behave like trained ones (see `lifelike`): on the image `smooth_image`
+of its size, each detector has the same number of candidates above its score threshold.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ OURS = {
     "R_50_NAS_retinanet": "search/R_50_NAS_retinanet.yaml",
     "R_50_FPN_FCOS": "baselines/R_50_FPN_FCOS.yaml",
 }
-"""Our configs by name, files under `CONFIGS`."""
+"""Our configs by name: files under `CONFIGS`."""
 
 THEIR_FCOS, THEIR_RETINANET = "torchvision FCOS", "torchvision RetinaNet"
 CANDIDATES = 1000
-"""Class probabilities above the threshold in the image, in every detector."""
+"""Number of class probabilities above the threshold in the image, for every detector."""
 STEP_SIZE = 1e-7
-"""Learning rate of measured training steps: random weights would not stand larger ones."""
+"""Learning rate of measured training steps; random weights would diverge with a larger one."""
 
 Size = tuple[int, int]
 
 
 def our_config(name: str) -> CfgNode:
-    """The config of `OURS`, for 80 classes whatever data is there.
+    """A config of `OURS`, for 80 classes whatever its data.
 
     Raises:
-        Skip: the configs are not here.
+        Skip: the config files are missing.
     """
     path = CONFIGS / OURS[name]
     if not path.exists():
@@ -67,7 +67,7 @@ def our_config(name: str) -> CfgNode:
 
 @functools.lru_cache(maxsize=1)
 def our_detector(name: str, size: Size, device: torch.device) -> Detector:
-    """A detector of `OURS` in evaluation mode; do not change it."""
+    """A detector of `OURS` in evaluation mode. It is cached: do not modify it."""
     torch.manual_seed(0)
     model = build_detector(our_config(name), NUM_CLASSES).to(device).eval()
     images = [smooth_image(*size).to(device)]
@@ -84,12 +84,15 @@ def our_detector(name: str, size: Size, device: torch.device) -> Detector:
 
 @functools.lru_cache(maxsize=4)
 def their_detector(name: str, size: Size, device: torch.device, frozen: bool = False) -> nn.Module:
-    """torchvision's FCOS or RetinaNet with ResNet-50, for images that are not resized, in
-    evaluation mode.
+    """torchvision's FCOS or RetinaNet with ResNet-50 in evaluation mode, without resizing.
 
-    `frozen`: with frozen batch norms and the first two stages not trained, as torchvision builds
-    it for pretrained weights, and as ours; otherwise with plain batch norms in the backbone, which
-    are a little faster at inference.
+    Args:
+        name: `THEIR_FCOS` or `THEIR_RETINANET`.
+        size: (height, width) of the images.
+        device: device of the model.
+        frozen: freeze batch norms and the first two stages, as torchvision does for pretrained
+            weights, and as ours are. Otherwise the backbone has plain batch norms, which are a
+            little faster at inference.
     """
     torch.manual_seed(0)
     settings = {
@@ -116,7 +119,7 @@ def their_detector(name: str, size: Size, device: torch.device, frozen: bool = F
     threshold = model.score_thresh
     if isinstance(model, FCOS):
         _predict_boxes(model.head.regression_head.bbox_reg, bias=4)
-        # Its threshold is for the square root of class probability times centerness.
+        # Its threshold applies to the square root of class probability times centerness.
         centerness, threshold = model.head.regression_head.bbox_ctrness, threshold**2
     run = torch.no_grad()(lambda: model(images))
     settle(model, run)
@@ -125,7 +128,7 @@ def their_detector(name: str, size: Size, device: torch.device, frozen: bool = F
 
 
 def _predict_boxes(conv: nn.Conv2d, bias: float) -> None:
-    """Distances of about four strides to each side."""
+    """Make a box layer predict distances of about four strides to each side."""
     with torch.no_grad():
         conv.weight *= 0.2
         nn.init.constant_(conv.bias, bias)
@@ -133,10 +136,10 @@ def _predict_boxes(conv: nn.Conv2d, bias: float) -> None:
 
 @functools.lru_cache(maxsize=4)
 def optimized_detector(model: Detector, dtype: torch.dtype, compile: bool) -> nn.Module:
-    """The inference form of our detector.
+    """Our detector, optimized for inference.
 
     Raises:
-        Skip: this processor has no instructions for the type.
+        Skip: the processor has no instructions for `dtype`.
     """
     device = model.preprocess.mean.device
     if dtype == torch.bfloat16 and not has_bfloat16(device):
@@ -145,7 +148,7 @@ def optimized_detector(model: Detector, dtype: torch.dtype, compile: bool) -> nn
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the processor itself computes in bfloat16."""
+    """Whether the processor has bfloat16 instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
@@ -158,7 +161,13 @@ def has_bfloat16(device: torch.device) -> bool:
 def inference_call(
     model: nn.Module, images: Sequence[Tensor], amp: torch.dtype | None = None
 ) -> Callable[[], object]:
-    """Detection in these images, on their device; with `amp` under autocast."""
+    """A call that detects objects in these images, on their device.
+
+    Args:
+        model: detector in evaluation mode.
+        images: [3, H, W] each.
+        amp: dtype of autocast; None: no autocast.
+    """
     images, device = list(images), images[0].device.type
 
     @torch.inference_mode()
@@ -172,7 +181,7 @@ def inference_call(
 def our_training(
     name: str, size: Size, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A detector of `OURS` in training mode and the form that training gives it; its optimizer."""
+    """A detector of `OURS` in training mode, channels-last as training has it; its optimizer."""
     model = our_detector.__wrapped__(name, size, device).train()  # not the shared one
     model = model.to(memory_format=torch.channels_last)
     return model, build_optimizer(our_config(name), model)
@@ -185,7 +194,7 @@ def training_call(
     targets: Sequence[dict[str, Tensor]],
     amp: torch.dtype | None = None,
 ) -> Callable[[], object]:
-    """A training step as `nasfcos.engine` takes it, with these images on their device."""
+    """A call that takes a training step like `nasfcos.engine`, with these images and targets."""
     scaler = torch.amp.GradScaler(images[0].device.type, enabled=False)
 
     def step() -> object:
@@ -203,7 +212,7 @@ def our_step(
     targets: Sequence[dict[str, Tensor]],
     amp: torch.dtype | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """A detector of `OURS`, its optimizer, and the training step."""
+    """A detector of `OURS`, its optimizer, and a call that takes a training step."""
     model, optimizer = our_training(name, size, images[0].device)
     return model, optimizer, training_call(model, optimizer, images, targets, amp)
 
@@ -217,14 +226,16 @@ def their_step(
     frozen: bool = True,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """The same of torchvision, as its reference scripts train: SGD with momentum. Between steps, as
-    in ours, there are no gradients; what they need is part of a step's memory."""
+    """`our_step` for torchvision, trained as by its reference scripts: SGD with momentum.
+
+    As in ours, gradients are freed between steps, so that a step's memory includes them.
+    """
     device = images[0].device
     model = their_detector.__wrapped__(name, size, device, frozen).train()
     model = model.to(memory_format=memory_format)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=STEP_SIZE, momentum=0.9, weight_decay=1e-4)
-    # Its labels start at 0, the background, of which these detectors predict nothing.
+    # torchvision's labels start at 0 here, since these detectors do not predict the background.
     targets = [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in targets]
     images = list(images)
 

@@ -1,4 +1,4 @@
-"""Benchmarks of what happens around the detector: data, evaluation, checkpoints, start-up."""
+"""Benchmarks of what surrounds a detector: data, evaluation, checkpoints, start-up."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from .measure import Case, Skip, Variant
 from .setting import Setting
 
 MAX_IMAGES = 64
-"""Of a folder, so that the work of a call stays bounded."""
+"""Number of images that are taken from a folder, to bound the work of a call."""
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 
 
 # -------------------------------------------------------------------------------------------- data
 def data_loading(training: bool, setting: Setting) -> Case:
-    """Pictures from files to the tensors that a detector takes, on one core."""
+    """Loading of pictures from files to the tensors that a detector takes, on one core."""
     folder = setting.images or _make_pictures(setting)
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_TYPES)
     if not names:
@@ -110,7 +110,7 @@ def data_loading(training: bool, setting: Setting) -> Case:
 
 
 def _make_pictures(setting: Setting) -> Path:
-    """A folder of JPEGs as COCO's: 640 x 480, about 165 kB each."""
+    """Make a folder of JPEGs like COCO's: 640 x 480, about 165 kB each."""
     folder = setting.folder / "pictures"
     folder.mkdir()
     for number in range(2 if setting.quick else 16):
@@ -122,7 +122,7 @@ def _make_pictures(setting: Setting) -> Path:
 def _coco_content(
     names: Sequence[str], sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
 ) -> dict:
-    """A COCO annotation file of pictures with these sizes and targets."""
+    """The content of a COCO annotation file for pictures with these sizes and targets."""
     records = []
     for name, size, target in zip(names, sizes, targets, strict=True):
         boxes, labels = target["boxes"].numpy(), target["labels"].numpy()
@@ -132,7 +132,7 @@ def _coco_content(
 
 
 class _ReferencePictures(Dataset):
-    """Pictures with boxes, through torchvision's transforms."""
+    """Pictures with boxes, transformed by torchvision."""
 
     def __init__(self, paths: list[Path], targets: list[dict], transform: Callable) -> None:
         self.paths, self.targets, self.transform = paths, targets, transform
@@ -149,7 +149,13 @@ class _ReferencePictures(Dataset):
         return self.transform(image, {"boxes": boxes, "labels": self.targets[index]["labels"]})
 
 
-def _reference_loader(paths, targets, transforms, shuffle: bool) -> Callable[[], None]:
+def _reference_loader(
+    paths: list[Path],
+    targets: list[dict[str, Tensor]],
+    transforms: list[Callable],
+    shuffle: bool,
+) -> Callable[[], None]:
+    """A call that loads all pictures once."""
     pictures = _ReferencePictures(paths, targets, v2.Compose(transforms))
     loader = DataLoader(pictures, batch_size=1, shuffle=shuffle, collate_fn=list)
 
@@ -176,7 +182,7 @@ def _on_one_thread(run: Callable[[], None]) -> Callable[[], None]:
 
 # -------------------------------------------------------------------------------------- evaluation
 def evaluation(setting: Setting) -> Case:
-    """The COCO figures of a data set's detections."""
+    """The COCO metrics of a data set's detections."""
     images = 20 if setting.quick else 500
     targets = [random_target(480, 640, objects=7, seed=seed) for seed in range(images)]
     truth = _coco_content([f"{i}.jpg" for i in range(images)], [(480, 640)] * images, targets)
@@ -205,7 +211,7 @@ def evaluation(setting: Setting) -> Case:
 
 
 def _detections_near(annotations: list[dict], images: int, each: int) -> list[dict]:
-    """COCO results: for every image `each` boxes, most of them beside an object of their class."""
+    """COCO results: `each` boxes per image, most of them near an object of their class."""
     rng = np.random.default_rng(0)
     by_image: list[list[dict]] = [[] for _ in range(images + 1)]
     for annotation in annotations:
@@ -230,7 +236,7 @@ def _detections_near(annotations: list[dict], images: int, each: int) -> list[di
 
 
 def _coco_variant(name: str, coco: type, evaluator: type, truth: dict, results: list) -> Variant:
-    truth, results = copy.deepcopy(truth), copy.deepcopy(results)  # they write into both
+    truth, results = copy.deepcopy(truth), copy.deepcopy(results)  # both are modified
 
     def run() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -247,7 +253,7 @@ def _coco_variant(name: str, coco: type, evaluator: type, truth: dict, results: 
 
 # ------------------------------------------------------------------------- checkpoints and start-up
 def weights(setting: Setting) -> Case:
-    """Weights of a detector from a file into the model."""
+    """Loading the weights of a detector from a file into the model."""
     model = build_detector(our_config("R_50_NAS_head"), NUM_CLASSES)
     path = setting.folder / "weights.pth"
     torch.save({"model": model.state_dict()}, path)
@@ -268,7 +274,7 @@ def weights(setting: Setting) -> Case:
 
 
 def checkpoint(setting: Setting) -> Case:
-    """The checkpoint of a training run, as it is read to go on."""
+    """Loading the checkpoint of a training run, as resuming does."""
     model = build_detector(our_config("R_50_NAS_head"), NUM_CLASSES)
     tensors = model.state_dict()
     moments = {i: {"momentum_buffer": x.clone()} for i, x in enumerate(model.parameters())}
@@ -294,7 +300,7 @@ def checkpoint(setting: Setting) -> Case:
 
 
 def start_up(setting: Setting) -> Case:
-    """A fresh interpreter that imports a package and ends."""
+    """Starting a Python process that imports a package and exits."""
 
     def importing(module: str) -> Callable[[], None]:
         return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)

@@ -1,4 +1,4 @@
-"""How time and memory grow with the size of the work, one axis at a time."""
+"""Measure how time and memory grow with the size of the work, one axis at a time."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ GROWTH_FORMAT = 1
 EFFORT = Effort(seconds=15, min_rounds=3, max_rounds=9, warmups=1, sample=0.002)
 MODEL = "R_50_NAS_head"
 SMALL = (128, 128)
-"""(height, width) of images on axes where their size does not matter."""
+"""(height, width) of images on axes that do not depend on their size."""
 MEDIUM = (512, 640)
 LABELS = {"fcos": "FCOS", "retinanet": "RetinaNet"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Something that grows.
+    """A quantity that grows.
 
     Attributes:
-        name: for --only and the file of its plot.
-        label: of the axis, with its unit.
-        what: is measured, in a line.
-        values: of the axis, from small to large.
-        prepare: gives the function that says what to measure at a value; it raises `Skip` where
-            that cannot be done here.
+        name: name for --only and for the file of its plot.
+        label: label for plots, with the unit.
+        what: one line on what is measured.
+        values: values of the axis, in rising order.
+        prepare: returns a function from a value to the case to measure there. Both may raise
+            `Skip` if something cannot be measured.
     """
 
     name: str
@@ -140,7 +140,7 @@ def _add_losses(
     size: tuple[int, int],
     setting: Setting,
 ) -> tuple[torch.nn.Module, tuple[list[Tensor], ...]]:
-    """Assignment, and losses with gradients; gives the head and the maps."""
+    """Add target assignment, and losses with gradients; return the head and its output maps."""
     maps = head_maps(name, size, setting.device, classes=classes)
     leaves = [x.requires_grad_() for levels in maps for x in levels]
     head = our_head(name, classes, setting.device)
@@ -214,13 +214,17 @@ PROCESSES = (1, 2)
 
 # --------------------------------------------------------------------------------------- measuring
 def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
-    """Measure the axes of these names (all, if there are none), with progress on stderr.
+    """Measure the axes of these names (without names: all), with progress on stderr.
 
-    What cannot be measured, or raises an exception, is reported with the axis; the rest goes on.
-    Ctrl-C ends the run with the axes that are done, and `interrupted` is true.
+    Values that cannot be measured, or raise an exception, are reported with the axis, and the
+    others are measured. Ctrl-C ends the run: the report has the axes that are done, and
+    `interrupted` is true.
+
+    Returns:
+        The content of the JSON file.
 
     Raises:
-        ValueError: a name that no axis has.
+        ValueError: unknown name.
     """
     known = [axis.name for axis in AXES] + ["processes"]
     for name in names:
@@ -244,7 +248,7 @@ def measure_growth(names: Sequence[str], setting: Setting) -> dict[str, Any]:
 
 
 def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
-    """All values in turns, so that a machine that becomes slower does not bend the curves."""
+    """Measure all values in turns, so that a slowdown of the machine does not bend the curves."""
     entry = _new_entry(axis.name, axis.label, axis.what)
     together = Case("", [])
     points: list[tuple[str, str, int]] = []  # unique name, curve, value
@@ -274,7 +278,7 @@ def _measure_axis(axis: Axis, setting: Setting) -> dict[str, Any]:
 
 @contextmanager
 def _noting_failure(entry: dict[str, Any], key: str) -> Iterator[None]:
-    """Leave the block at an exception, which the axis' report has by this key."""
+    """Note an exception in the block under `key` in the axis' entry, and continue after it."""
     try:
         yield
     except Skip as reason:
@@ -285,7 +289,7 @@ def _noting_failure(entry: dict[str, Any], key: str) -> Iterator[None]:
 
 
 def _measure_processes(setting: Setting) -> dict[str, Any]:
-    """Training steps of one and of two processes started by torchrun, one image each."""
+    """Measure training steps of one and of two processes under torchrun, one image each."""
     entry = _new_entry(
         "processes",
         "processes",
@@ -349,12 +353,12 @@ def _finish(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_errors(report: dict[str, Any]) -> bool:
-    """Whether something in a report raised an exception."""
+    """Whether anything in a report raised an exception."""
     return any(axis["errors"] for axis in report["axes"])
 
 
 def format_growth(report: dict[str, Any]) -> str:
-    """A table an axis: for each curve the times and the memory along it, and the exponents."""
+    """A table for each axis: times and memory along each curve, and their exponents."""
     end = ["Interrupted: the rest was not measured."] if report["interrupted"] else []
     return "\n\n".join([*map(_format_axis, report["axes"]), *end])
 
@@ -381,7 +385,7 @@ def _exponent_text(exponent: float | None) -> str:
 
 
 def _stacked(columns: list[list[str]], curves: int = 2) -> list[str]:
-    """Tables of so many curves each, one below the other, so that lines stay short."""
+    """Lines of tables, one below the other, of `curves` curves each, to keep lines short."""
     first, rest = columns[0], columns[1:]
     lines = []
     for start in range(0, len(rest), 2 * curves):

@@ -1,4 +1,4 @@
-"""What the benchmarks work on: made-up images, objects, and outputs of heads."""
+"""Inputs of the benchmarks: synthetic images, targets and head outputs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..models.heads.cells import STRIDES
 
 NUM_CLASSES = 80
 OBJECTS = 10
-"""Of a typical image; COCO's have seven on average."""
+"""Number of objects in a typical image; COCO has seven on average."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    """Of random numbers that are the same on every machine and for every device."""
+    """A CPU generator: its numbers are the same on every machine and for every device."""
     return torch.Generator().manual_seed(seed)
 
 
 def smooth_image(height: int, width: int, seed: int = 0) -> Tensor:
-    """An image [3, height, width], float32 in 0..1: noise of all sizes, most of it coarse."""
+    """An image [3, height, width], float32 in 0..1: noise at all scales, mostly coarse."""
     random = generator(seed)
     total = torch.zeros(1, 3, height, width)
     for octave in range(1, 8):
@@ -40,8 +40,10 @@ def random_target(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """`boxes` [objects, 4] float32 xyxy within the image, of 16 pixels to two thirds of it in size
-    (small ones as frequent by octave as large ones), and `labels` [objects] from 1."""
+    """A random target: `boxes` [objects, 4] float32 xyxy in the image, `labels` [objects] from 1.
+
+    Sides are distributed log-uniformly from 16 pixels to two thirds of the short side of the image.
+    """
     random = generator(seed)
     short = min(height, width)
     largest = math.log(max(2 / 3 * short / 16, 1.0))
@@ -69,12 +71,14 @@ def head_outputs(
     anchors: int = 1,
     seed: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Maps as a trained head gives them: sure of the middle of some objects, in doubt around, and
-    nearly sure that there is nothing elsewhere. Each object looks a little like a second class.
+    """Maps like those of a trained head: confident in the middle of objects, low elsewhere.
+
+    Each object looks a little like a second class.
 
     Returns:
-        by level (P3 first), float32: class logits [images, anchors * classes, H, W]; distances of
-        the sides [images, 4, H, W] in pixels; centerness logits [images, 1, H, W].
+        Three lists by level (P3 first), float32: class logits [images, anchors * classes, H, W],
+        distances to the sides of the box [images, 4, H, W] in pixels, and centerness logits
+        [images, 1, H, W].
     """
     random = generator(seed)
     logits, distances, centerness = [], [], []
@@ -119,5 +123,5 @@ def head_outputs(
 
 
 def count_candidates(logits: list[Tensor], threshold: float = 0.05) -> int:
-    """Class probabilities above the threshold, in maps of all levels."""
+    """Number of class probabilities above the threshold, in the maps of all levels."""
     return sum(int((x.sigmoid() > threshold).sum()) for x in logits)

@@ -1,10 +1,10 @@
-"""Random weights with the manners of trained ones.
+"""Random weights that behave like trained ones.
 
-The time of a detector depends on its numbers in three places: values that overflow or vanish are
-slow, deformable convolutions that look far outside the map are quick, and what passes the score
-threshold decides on the work after the head. So each norm layer gets the statistics of what it
-sees, offsets get a standard deviation of one pixel, and the classifier's biases are set so that a
-given number of candidates passes the threshold, spread over all classes.
+The speed of a detector depends on its values in three ways: denormal and non-finite numbers are
+slow, deformable convolutions that sample far outside the map are fast, and the number of candidates
+above the score threshold decides on the work after the head. So each norm layer gets the statistics
+of its input, offsets get a standard deviation of one pixel, and the classifier's biases are set so
+that a given number of candidates passes the threshold, spread over all classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ MIN_VARIANCE = 1e-2
 
 @torch.no_grad()
 def settle(model: nn.Module, run: Callable[[], object]) -> None:
-    """Give the layers of a fresh `model` (in eval mode) sensible scales, going by one `run()`."""
+    """Give the layers of a randomly initialised model sensible scales.
+
+    Args:
+        model: model in evaluation mode.
+        run: applies the model to an image; called once.
+    """
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(getattr(module, "running_var", None), Tensor):
@@ -42,31 +47,38 @@ def set_candidates(
     threshold: float,
     centerness: nn.Conv2d | None = None,
 ) -> int:
-    """Shift the biases of `classifier` so that `count` of the class probabilities that a run gives
-    (or all, if there are fewer) exceed the threshold. Returns how many do.
+    """Shift the biases of `classifier` so that `count` class probabilities exceed the threshold.
 
     Args:
-        classifier: the conv whose outputs are the class logits.
+        classifier: the convolution that gives the class logits.
         run: applies the model to the image.
-        threshold: of the probability; with `centerness`, of its product with that probability.
-        centerness: the conv whose outputs are the centerness logits, where the model's threshold
-            takes it into account.
+        count: wanted number of candidates.
+        threshold: threshold of the class probability or, with `centerness`, of its product with
+            the centerness.
+        centerness: the convolution that gives the centerness logits, if the model applies its
+            threshold to the product.
+
+    Returns:
+        The number of candidates, below `count` if there are not as many probabilities.
+
+    Raises:
+        ValueError: the logits are not finite.
     """
     logits = _outputs_of(classifier, run)
     centre = [torch.zeros(()) for _ in logits]
     if centerness is not None:
-        # log(1 / sigmoid): what the factor takes off the logarithm of the score
+        # log(1 / sigmoid): by how much centerness lowers the logarithm of the score
         centre = [nn.functional.softplus(-x.double()) for x in _outputs_of(centerness, run)]
     total = sum(x[0, 0].numel() for x in logits) * len(logits[0])
     mean = sum(x.double().sum((0, 2, 3)) for x in logits) / total
     missing = []
     for level, loss in zip(logits, centre, strict=True):
-        needed = threshold * loss.exp().to(level.device)  # of the class probability
+        needed = threshold * loss.exp().to(level.device)  # class probability to reach
         wanted = torch.where(needed < 1, torch.logit(needed, eps=1e-12), torch.inf)
         missing.append((wanted - (level.double() - mean[:, None, None])).flatten())
     ordered = torch.cat(missing).sort().values
     count = min(count, int(ordered.isfinite().sum()))
-    # Halfway to the next one, so that rounding changes nothing.
+    # Halfway to the next candidate, so that rounding changes nothing.
     after = ordered[count] if count < len(ordered) else ordered[count - 1] + 1
     shift = (ordered[count - 1] + after) / 2 if after.isfinite() else ordered[count - 1] + 1
     classifier.bias += (shift - mean).to(classifier.bias.dtype)

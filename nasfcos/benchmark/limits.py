@@ -1,4 +1,4 @@
-"""The machine's own limits, measured: matrix products and copying."""
+"""The measured limits of the machine: rates of matrix products and of copying."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ COPY = "limit: copy"
 
 
 def matmul_name(dtype: torch.dtype) -> str:
-    """Of the limit for multiply-adds in a type."""
+    """Name of the variant that measures the rate of multiply-adds in a dtype."""
     return f"limit: {str(dtype)[6:]} matmul"
 
 
 def matmul_limit(dtype: torch.dtype, setting: Setting) -> Variant:
-    """A product of square matrices. On CUDA those of float32 are TensorFloat-32 where convolutions
-    are (PyTorch's default), since these are what is compared with the limit.
+    """A product of square matrices.
+
+    On CUDA, float32 products use TensorFloat-32 if convolutions do (PyTorch's default), since
+    convolutions are what is compared with the limit.
 
     Raises:
-        Skip: the processor does not compute in this type.
+        Skip: the processor has no instructions for `dtype`.
     """
     device = setting.device
     if dtype == torch.bfloat16 and not has_bfloat16(device):
@@ -45,7 +47,7 @@ def matmul_limit(dtype: torch.dtype, setting: Setting) -> Variant:
 
 
 def copy_limit(setting: Setting) -> Variant:
-    """A copy of a tensor that no cache holds; what is read and what is written both count."""
+    """A copy of a tensor larger than the caches; bytes read and bytes written both count."""
     size = 2**30 if setting.cuda else 2**26 if setting.quick else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
     copy = torch.empty_like(source)
@@ -60,7 +62,7 @@ def copy_limit(setting: Setting) -> Variant:
 
 
 def limits(setting: Setting) -> Case:
-    """Both limits, by type."""
+    """Matrix products by dtype, and copying."""
     case = Case("what this machine can do at most, measured", [])
     for dtype in (torch.float32, torch.bfloat16):
         case.add(matmul_name(dtype), lambda d=dtype: matmul_limit(d, setting))

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Description of the machine and the software that were measured."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 SAME_FOR_COMPARISON = (
     "cpu", "cores", "threads", "gpu", "torch", "torchvision", "python", "compiled_operators",
 )  # fmt: skip
-"""Entries of `describe` that absolute times depend on."""
+"""Entries of `describe` that affect absolute times."""
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The machine, the libraries, the commit (if this is a checkout), the command and the date."""
+    """Machine, libraries, commit (in a checkout), command and date."""
     cuda = device.type == "cuda"
     return {
         "cpu": _cpu_model(),
@@ -53,12 +53,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with a + if files differ from it; None: no checkout."""
+    """The commit of the checkout, followed by + if files were modified; None: no checkout."""
     if not (ROOT / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
-        # The user's settings must not make git wait for a lock or rewrite its index.
+        # Whatever the user's settings, git must not wait for a lock or rewrite its index.
         environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         done = subprocess.run(
             ["git", "-C", str(ROOT), *arguments],

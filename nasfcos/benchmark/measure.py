@@ -1,4 +1,4 @@
-"""Timing side by side: A B C A B C ..., in one process, with warm-up and medians."""
+"""Timing side by side: A B C A B C ..., in one process, after a warm-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Skip(Exception):
-    """Something cannot be measured here; the message says why."""
+    """Something cannot be measured on this machine; the message says why."""
 
 
 @dataclass
@@ -27,14 +27,15 @@ class Variant:
     Attributes:
         name: unique within the case.
         run: does the work once.
-        theirs: not ours; its figures are there to compare with.
-        amount: of the work that one call does, in the case's `unit` or in its own `unit`.
-        unit: of `amount`, where it is not that of the case.
-        limit: name of the variant whose rate bounds this one's; its share of that is reported.
-        held_bytes: tells what the work keeps in memory between calls (weights, say).
+        theirs: whether it is another library's, measured for comparison.
+        amount: amount of work that one call does, in `unit`.
+        unit: unit of `amount`; None: the unit of the case.
+        limit: name of the variant whose rate bounds the rate of this one; the share of the limit
+            that it reaches is reported.
+        held_bytes: returns the bytes that are held between calls, such as the weights.
         memory: whether the memory of a call can be measured (not for work in other processes).
-        compiles: its first calls compile something; they are not counted, and the time of the very
-            first is reported.
+        compiles: whether the first calls compile something. They are not counted; the time of the
+            very first one is reported.
     """
 
     name: str
@@ -51,16 +52,17 @@ class Variant:
 
 @dataclass
 class Case:
-    """What is measured side by side.
+    """Variants that are measured side by side.
 
     Attributes:
-        what: one line for people.
-        variants: in the order in which they are measured; if the work changes something they all
-            use, each must leave it as it found it.
-        rivals: names of the variants that the others' times are divided by, the main one first.
-        parameters: what the figures depend on; figures of other parameters are not compared.
-        amount, unit: of the work that one call of any variant does.
-        unavailable: variants that cannot be measured here, and why.
+        what: description in one line.
+        variants: the variants in the order of measurement. Shared state must be unchanged after a
+            call.
+        rivals: names of the variants by whose times the others' are divided, the main one first.
+        parameters: what the measurements depend on; results with other parameters are not compared.
+        amount: amount of work that one call of any variant does, in `unit`.
+        unit: unit of `amount`.
+        unavailable: by name, why a variant cannot be measured here.
     """
 
     what: str
@@ -72,7 +74,7 @@ class Case:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, make: Callable[[], Variant]) -> None:
-        """Append the variant `name` that `make` gives, or why it cannot be had."""
+        """Append the variant that `make` returns; if it raises `Skip`, note why."""
         try:
             self.variants.append(make())
         except Skip as reason:
@@ -81,13 +83,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much measuring a case is worth.
+    """How much time to spend on a case.
 
     Attributes:
-        seconds: to spend on the timed rounds of a case, within the limits of rounds.
-        min_rounds, most: rounds.
-        warmups: rounds before the timed ones; one where a round takes longer than `seconds`.
-        sample: seconds that one sample takes at least; quicker work is repeated within it.
+        seconds: time for the timed rounds of a case, within the limits on their number.
+        min_rounds, max_rounds: limits on the number of timed rounds.
+        warmups: rounds before the timed ones; only one if a round takes longer than `seconds`.
+        sample: minimal duration of a sample in seconds; quicker work is repeated within a sample.
     """
 
     seconds: float
@@ -101,21 +103,21 @@ FULL = Effort(seconds=20, min_rounds=5, max_rounds=50, warmups=2, sample=0.005)
 QUICK = Effort(seconds=0.3, min_rounds=2, max_rounds=10, warmups=1, sample=0.001)
 
 COMPILING_CALLS = 4
-"""Calls until nothing is compiled or recorded any more (CUDA graphs are in the third)."""
+"""Calls until compilation is complete (CUDA graphs are recorded in the third)."""
 
 Progress = Callable[[str, float], None]
-"""Told what is being done and which share of the case (0..1) is done."""
+"""Called with a description of the current work and the completed share (0..1) of the case."""
 
 
 @dataclass
 class Timings:
-    """What was measured of a case, by variant.
+    """The measurements of a case, by name of the variant.
 
     Attributes:
-        seconds: of one call, in each round.
-        memory: bytes that a call needs, with what is held between calls; None: not known.
-        errors: of those that raised an exception; they have no `seconds`.
-        first: seconds of the first call of those that compile.
+        seconds: time of a call in each round.
+        memory: bytes that a call needs, including those held between calls; None: unknown.
+        errors: description of the exception, for variants that raised one; they have no `seconds`.
+        first: seconds of the first call, for variants that compile.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -129,7 +131,13 @@ def measure(
 ) -> Timings:
     """Time the variants of a case in turns, and measure the memory of one call of each.
 
-    A variant that raises an exception is left out from then on; the others go on.
+    A variant that raises an exception is left out from then on; the others are measured.
+
+    Args:
+        case: the case.
+        device: device to wait for, and whose memory is measured.
+        effort: how much time to spend.
+        progress: called before each step.
     """
     timings = Timings()
     variants = list(case.variants)
@@ -153,7 +161,7 @@ def measure(
 
     def warm_up(variant: Variant) -> None:
         seconds = _seconds(variant.run, 1, device)
-        # The first call also allocates and fills caches: a quick one is asked again.
+        # The first call also allocates memory and fills caches, so a quick one is repeated.
         if seconds < effort.sample:
             seconds = _seconds(variant.run, 1, device)
         calls[variant.name] = max(1, math.ceil(effort.sample / max(seconds, 1e-7)))
@@ -188,7 +196,7 @@ def measure(
 
 
 def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Quartiles]]:
-    """By variant and rival, the variant's time over the rival's in the same rounds."""
+    """By variant and rival: the variant's time over the rival's in the same rounds."""
     return {
         name: {
             rival: paired_ratio(values, seconds[rival])
@@ -200,7 +208,7 @@ def ratios(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict
 
 
 def shares(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
-    """By variant that has a limit, its rate over that of its limit in the same rounds."""
+    """By variant with a limit: its rate over the rate of the limit in the same rounds."""
     by_name = {variant.name: variant for variant in case.variants}
     found = {}
     for name, values in seconds.items():
@@ -213,7 +221,7 @@ def shares(case: Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Quar
 
 
 def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Of one call, the mean of several in a row."""
+    """Mean seconds of a call over `calls` in a row."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -223,6 +231,6 @@ def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> flo
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done what was asked of it."""
+    """Wait until a CUDA device has completed its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a call needs of memory."""
+"""Measurement of the memory that a call needs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
 
 RESOLUTION = 2**18
-"""Bytes below which `peak_bytes` says little: the kernel counts pages a batch at a time."""
+"""Bytes below which `peak_bytes` is not reliable: the kernel counts pages in batches."""
 
 
 def bytes_in_use(device: torch.device) -> int | None:
-    """On CUDA, of the tensors that PyTorch allocated. On the CPU, the process's resident memory,
-    after the allocator gave back what it keeps of freed memory.
+    """Bytes of memory in use.
 
-    None: this system does not tell (it takes Linux with glibc).
+    On CUDA, the tensors allocated by PyTorch. On the CPU, the resident memory of the process, after
+    the allocator has returned freed memory to the system; None if the system does not tell (only
+    Linux with glibc does).
     """
     gc.collect()
     if device.type == "cuda":
@@ -38,11 +39,10 @@ def bytes_in_use(device: torch.device) -> int | None:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that was in use (see `bytes_in_use`) during `call()` beyond what was in use
-    before it.
+    """Peak memory in use (see `bytes_in_use`) during `call()` minus the memory in use before it.
 
-    Since the allocator gives back freed memory first, all that the call needs makes the process
-    grow, and the kernel's high-water mark tells by how much.
+    Since the allocator returns freed memory first, everything that the call needs makes the process
+    grow, and the kernel's high-water mark tells by how much. None if the system does not tell.
     """
     before = bytes_in_use(device)
     if before is None:
@@ -64,7 +64,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def tensor_bytes(module: nn.Module, optimizer: Optimizer | None = None) -> int:
-    """Bytes of a module's parameters and buffers, and of its optimizer's state."""
+    """Bytes of a module's parameters and buffers and of its optimizer's state."""
     tensors = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
         tensors += [
@@ -77,7 +77,7 @@ def tensor_bytes(module: nn.Module, optimizer: Optimizer | None = None) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind tensors; what several of them share counts once."""
+    """Bytes of the storages of tensors; a shared storage counts once."""
     sizes = {}
     for x in tensors:
         if x.layout == torch.strided:

@@ -45,13 +45,13 @@ CHANNELS = 256
 
 
 class _NoBackbone(nn.Identity):
-    """In the place of a backbone where only what follows it is measured."""
+    """Stands in for the backbone of a torchvision detector of which only the head is used."""
 
     out_channels = CHANNELS
 
 
 class _MatchesOnly(nn.Module):
-    """In the place of torchvision's head: what it was told to compute losses of."""
+    """Stands in for torchvision's head: returns the matches instead of computing losses."""
 
     def compute_loss(self, targets, outputs, anchors, matched_idxs):
         return matched_idxs
@@ -73,7 +73,7 @@ HEADS = {
 
 
 def our_head(name: str, classes: int, device: torch.device) -> DenseHead:
-    """A head whose layers are not used."""
+    """Our head, for its post-processing, assignment and losses; its layers are not used."""
     cfg = load_config(
         None,
         [
@@ -85,14 +85,14 @@ def our_head(name: str, classes: int, device: torch.device) -> DenseHead:
 
 
 def their_head(name: str, classes: int, device: torch.device, **settings) -> nn.Module:
-    """torchvision's detector without a backbone."""
+    """torchvision's detector without a backbone; `settings` go to its constructor."""
     return HEADS[name].rival(_NoBackbone(), classes, **settings).to(device)
 
 
 def their_anchors(
     model: nn.Module, size: tuple[int, int], images: int, device: torch.device
 ) -> list[Tensor]:
-    """The anchors of each image that torchvision's detector works with."""
+    """The anchors of each image in torchvision's detector."""
     features = [torch.empty(images, 1, *shape, device=device) for shape in map_shapes(*size)]
     return model.anchor_generator(
         ImageList(torch.empty(images, 3, *size, device=device), [size] * images), features
@@ -100,7 +100,7 @@ def their_anchors(
 
 
 def flat(levels: Sequence[Tensor], channels: int) -> Tensor:
-    """Maps [N, A * channels, H, W] as torchvision's heads give them: [N, sum of H * W * A, C]."""
+    """Convert maps [N, A * channels, H, W] to torchvision's [N, sum of H * W * A, channels]."""
     return torch.cat(
         [
             x.view(len(x), -1, channels, *x.shape[-2:])
@@ -113,7 +113,7 @@ def flat(levels: Sequence[Tensor], channels: int) -> Tensor:
 
 
 def codes_like(logits: list[Tensor], classes: int) -> list[Tensor]:
-    """Small codes of boxes for the anchors that have these logits."""
+    """Small random box codes [N, 4 * A, H, W] for class logits [N, A * classes, H, W] by level."""
     random = generator(1)
     return [
         0.1 * torch.randn((len(x), 4 * (x.shape[1] // classes), *x.shape[-2:]), generator=random)
@@ -129,7 +129,7 @@ def head_maps(
     objects: int = 30,
     classes: int = NUM_CLASSES,
 ) -> tuple[list[Tensor], ...]:
-    """What a trained head of `HEADS` gives (see `head_outputs` and `DenseHead.forward`)."""
+    """Outputs like those of a trained head of `HEADS`: see `head_outputs`, `DenseHead.forward`."""
     logits, distances, centerness = head_outputs(
         *size, images=images, objects=objects, classes=classes, anchors=HEADS[name].anchors
     )
@@ -148,7 +148,7 @@ def _targets(size: tuple[int, int], images: int, device: torch.device) -> list[d
 
 
 def assignment(name: str, setting: Setting) -> Case:
-    """Which place answers for which object, in two images."""
+    """Target assignment in two images."""
     size, images = setting.image_size(), 2
     targets = _targets(size, images, setting.device)
     shapes = map_shapes(*size)
@@ -173,7 +173,7 @@ def assignment(name: str, setting: Setting) -> Case:
 
 
 def losses(name: str, setting: Setting) -> Case:
-    """All loss terms of a batch, target assignment and gradients of the head's outputs included."""
+    """All losses of a batch, including target assignment and the gradients of the head's maps."""
     size, images = setting.image_size(), 2
     targets = _targets(size, images, setting.device)
     maps = head_maps(name, size, setting.device, images=images)
@@ -238,8 +238,8 @@ def focal_loss(setting: Setting) -> Case:
         return rival(logits, targets(), alpha=0.25, gamma=2, reduction="sum")
 
     return Case(
-        "sigmoid focal loss, forward and backward; torchvision's takes dense targets, which are "
-        "there beforehand except where it is said",
+        "sigmoid focal loss, forward and backward; torchvision's takes dense targets, made "
+        "beforehand unless the name says otherwise",
         [
             Variant(TORCHVISION, lambda: gradient(lambda: theirs(lambda: made)), theirs=True),
             Variant(
@@ -256,7 +256,7 @@ def focal_loss(setting: Setting) -> Case:
 
 # --------------------------------------------------------------------------------- post-processing
 def post_processing(name: str, setting: Setting) -> Case:
-    """From the head's maps to the detections of one image."""
+    """Post-processing: from the head's maps to the detections of one image."""
     size, device = setting.image_size(), setting.device
     maps = head_maps(name, size, device)
     candidates = count_candidates(maps[0])
@@ -270,7 +270,7 @@ def post_processing(name: str, setting: Setting) -> Case:
     else:
         by_loops = partial(retinanet_detections, head, maps, [size])
         scores = [x.sigmoid() for x in maps[0]]
-    # As many candidates for torchvision, whose score is another function of the same maps.
+    # The same number of candidates for torchvision, whose score is another function of the maps.
     highest = torch.cat([x.flatten() for x in scores]).topk(candidates + 1).values
     theirs = their_head(
         name,
@@ -323,7 +323,7 @@ def nms(count: int, setting: Setting) -> Case:
     data = boxes, torch.rand(count, generator=random), objects["labels"][which]
     boxes, scores, labels = (x.to(setting.device) for x in data)
     return Case(
-        "class-wise NMS of boxes that are ten to an object",
+        "class-wise NMS, ten boxes per object",
         [
             Variant(
                 TORCHVISION,
@@ -386,7 +386,15 @@ def operator_case(
     grad: Tensor | None,
     parameters: dict[str, object],
 ) -> Case:
-    """One operator in several versions, the first the rival's; without `grad` forward only."""
+    """A case for an operator in several versions.
+
+    Args:
+        title: name of the operator.
+        forwards: by name, a function that computes the output; the first is the rival's.
+        leaves: tensors whose gradients are reset after each call.
+        grad: gradient of the output; None: forward only.
+        parameters: see `Case`.
+    """
 
     def finish(forward: Callable[[], Tensor]) -> None:
         output = forward()
@@ -428,7 +436,7 @@ def conv3x3(backward: bool, setting: Setting) -> Case:
 
 
 def depthwise_conv(backward: bool, setting: Setting) -> Case:
-    """The 5x5 depthwise convolution of dilation 6, on P3."""
+    """The depthwise 5x5 convolution with dilation 6, on P3."""
     height, width = map_shapes(*setting.image_size())[0]
     x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
     weight = torch.randn(CHANNELS, 1, 5, 5, generator=generator()).to(setting.device)
@@ -446,7 +454,7 @@ def depthwise_conv(backward: bool, setting: Setting) -> Case:
 
 
 def concat(backward: bool, setting: Setting) -> Case:
-    """The searched concatenation with its batch norm, as training computes it, on P3."""
+    """The concatenation of searched necks with its batch norm, in training mode, on P3."""
     height, width = map_shapes(*setting.image_size())[0]
     x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
     y = x.detach().flip(1).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
@@ -466,7 +474,7 @@ def concat(backward: bool, setting: Setting) -> Case:
 
 
 def norm_relu(backward: bool, setting: Setting) -> Case:
-    """Batch norm and ReLU, as training computes them, on P3."""
+    """Batch norm and ReLU in training mode, on P3."""
     return _norm_case("batch norm and ReLU in training", nn.BatchNorm2d, backward, setting)
 
 
@@ -492,7 +500,7 @@ def _norm_case(title: str, make: layers.Norm, backward: bool, setting: Setting) 
 
 
 def weighted_sum(backward: bool, setting: Setting) -> Case:
-    """The searched sum with a factor for each channel of either map, on P3."""
+    """The weighted sum of searched necks (a factor per channel of both maps), on P3."""
     height, width = map_shapes(*setting.image_size())[0]
     x, grad = _last_maps(setting, CHANNELS, CHANNELS, backward)
     y = x.detach().flip(1).contiguous(memory_format=torch.channels_last).requires_grad_(backward)
@@ -509,7 +517,7 @@ def weighted_sum(backward: bool, setting: Setting) -> Case:
 def _last_maps(
     setting: Setting, channels: int, out_channels: int, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """Channels-last maps like P3, and a gradient of what is made of them."""
+    """Random channels-last maps of the size of P3: an input, and a gradient of the output."""
     size = map_shapes(*setting.image_size())[0]
     maps = [
         torch.randn(1, c, *size, generator=generator())

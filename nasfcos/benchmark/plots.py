@@ -104,7 +104,7 @@ def _draw_bars(
     styles: list[Style],
     values: Sequence[int],
 ) -> None:
-    """Draw groups of bars, one group a value, at 0, 1, ... on the x axes."""
+    """Draw a group of bars for each value, at 0, 1, ... on the x axes."""
     width = 0.6 / len(curves)
     for number, (curve, style) in enumerate(zip(curves, styles, strict=True)):
         for point in curve["points"]:
@@ -134,7 +134,7 @@ def _label(curve: dict[str, Any]) -> str:
 
 
 def _value_text(axis_name: str, x: int) -> str:
-    """A value for people; numbers of pixels as the square that they are."""
+    """Label of a value; numbers of pixels are shown as squares of the side."""
     return f"{math.isqrt(x)}$^2$" if axis_name == "image" else f"{x:,}"
 
 

@@ -1,5 +1,7 @@
-"""Detection from a head's outputs as it was written in 2019: a loop over images, one over levels,
-one over classes. Slow, and easy to see through."""
+"""Post-processing as it was written in 2019: loops over images, levels and classes.
+
+Slow, but easy to verify.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def fcos_detections(
     sizes: Sequence[tuple[int, int]],
     post_process: PostProcess,
 ) -> list[Detections]:
-    """What `FCOSHead.detect` gives (of equal scores perhaps others, or in another order)."""
+    """The detections of `FCOSHead.detect`, except for the choice and order among equal scores."""
     logits, distances, centerness = outputs
     detections = []
     for image, size in enumerate(sizes):
@@ -48,7 +50,7 @@ def retinanet_detections(
     outputs: tuple[list[Tensor], list[Tensor]],
     sizes: Sequence[tuple[int, int]],
 ) -> list[Detections]:
-    """What `RetinaNetHead.detect` gives (of equal scores perhaps others, or in another order)."""
+    """The detections of `RetinaNetHead.detect`, up to choice and order among equal scores."""
     logits, codes = outputs
     anchors = head.anchors([tuple(x.shape[-2:]) for x in logits])
     detections = []
@@ -72,7 +74,14 @@ def _level(
     boxes_at: Callable[[Tensor], Tensor],
     post_process: PostProcess,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of a level's best candidates; `probability` is [L, C]."""
+    """Boxes, scores and labels of the best candidates of a level.
+
+    Args:
+        probability: class probabilities [L, C] at the level's L locations or anchors.
+        factor: [L] to multiply the scores with, or None.
+        boxes_at: returns the boxes [K, 4] at the indices [K] of locations or anchors.
+        post_process: threshold and number of candidates.
+    """
     boxes, scores, labels = [], [], []
     for label in range(probability.shape[1]):
         place = (probability[:, label] > post_process.score_threshold).nonzero().squeeze(1)
@@ -93,7 +102,7 @@ def _level(
 def _image(
     levels: list[tuple[Tensor, Tensor, Tensor]], size: tuple[int, int], post_process: PostProcess
 ) -> Detections:
-    """The detections among the candidates of all levels."""
+    """The detections of an image from the candidates (boxes, scores, labels) of its levels."""
     boxes, scores, labels = (torch.cat(part) for part in zip(*levels, strict=True))
     boxes = clip_boxes(boxes, *size)
     kept = []

@@ -1,25 +1,25 @@
-"""A report as a table for people."""
+"""Formatting of a report as text tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .memory import RESOLUTION
 from .statistics import Quartiles
 
 RATIO_NOTE = (
-    "Medians; in brackets the quartiles. A ratio is the time divided by that of the rival in the "
-    "same rounds: below 1 is faster.\nMemory is the most that a call needs beyond what the process "
-    "held, and the weights (in training also the optimizer's state);\non CUDA that of PyTorch's "
-    "tensors, on the CPU resident memory."
+    "Medians, with quartiles in brackets. A ratio is the time over the rival's in the same rounds: "
+    "below 1 is faster.\nMemory is the peak of a call beyond what was in use before, plus the "
+    "weights (in training also the optimizer's state);\non CUDA of PyTorch's tensors, on the CPU "
+    "resident memory."
 )
 STATUS_NOTES = {"skipped": "skipped", "failed": "FAILED"}
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The machine, a table a case, and what was left out."""
+    """Text of a report: the machine, a table for each case, and what was left out."""
     machine = report["machine"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     lines = [
@@ -36,7 +36,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def format_case(case: dict[str, Any]) -> str:
-    """One case's heading and table."""
+    """Heading and table of a case."""
     if case["status"] != "ok":
         return f"{case['name']}\n  {STATUS_NOTES[case['status']]}: {case['reason']}"
     parameters = ", ".join(f"{key} {value}" for key, value in case["parameters"].items())
@@ -74,7 +74,7 @@ def format_case(case: dict[str, Any]) -> str:
 
 
 def aligned(columns: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column flush left, the others flush right."""
+    """Lines of a table from the cells of its columns: the first flush left, others flush right."""
     widths = [max(map(len, column)) for column in columns]
     return [
         "  " + "  ".join(
@@ -86,7 +86,7 @@ def aligned(columns: Sequence[Sequence[str]]) -> list[str]:
 
 
 def seconds_text(seconds: float) -> str:
-    """A time with three digits and a unit."""
+    """A time with three significant digits and a unit."""
     for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
         if seconds * factor >= 0.9995 or unit == "us":
             return f"{_number(seconds * factor)} {unit}"
@@ -94,7 +94,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(size: int | None) -> str:
-    """A size in MiB; empty where it is not known."""
+    """A size in MiB; empty if unknown."""
     if size is None:
         return ""
     if size < RESOLUTION:
@@ -103,7 +103,7 @@ def bytes_text(size: int | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, more where they stand before the point."""
+    """A number with three significant digits, or more if it has more integer digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
     rounded = float(f"{value:.3g}")  # 0.9996 is 1.00
@@ -114,11 +114,12 @@ def _percent(share: float) -> str:
     return f"{_number(100 * share)}%"
 
 
-def _with_quartiles(value: dict[str, float] | None, text) -> str:
+def _with_quartiles(value: dict[str, float] | None, text: Callable[[float], str]) -> str:
+    """Median and quartiles, formatted by `text`; empty for None."""
     if value is None:
         return ""
     summary = Quartiles.from_json(value)
     low, high = text(summary.q1), text(summary.q3)
-    if low.split(" ")[1:] == high.split(" ")[1:]:  # the unit need not stand twice
+    if low.split(" ")[1:] == high.split(" ")[1:]:  # name the unit once
         low = low.split(" ")[0]
     return f"{text(summary.median)} ({low} to {high})"

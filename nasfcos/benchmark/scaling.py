@@ -1,6 +1,6 @@
-"""One process of a job that torchrun started: training steps together with the others, timed.
+"""One process of a job under torchrun: takes training steps with the others and times them.
 
-Arguments: device, config (of `detectors.OURS`), height, width, and the file that process 0 writes.
+Arguments: device, config (of `detectors.OURS`), height, width, and the file that rank 0 writes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ WARMUPS, STEPS = 2, 7
 
 
 def main(device_name: str, name: str, height: str, width: str, result: str) -> None:
+    """Run the steps; see the module for the arguments."""
     size = int(height), int(width)
     with distributed.session(device_name) as device:
         torch.set_num_threads(1)
@@ -44,9 +45,9 @@ def main(device_name: str, name: str, height: str, width: str, result: str) -> N
                 seconds.append(time.perf_counter() - started)
         kept = bytes_in_use(device)
         memory = peak_bytes(step, device)
-        if memory is not None:  # the model, the optimizer's state, and the buckets of gradients
+        if memory is not None:  # model, optimizer state and gradient buckets
             memory += kept - at_first
-        # Of images of their own: the same only if the gradients were the means of all.
+        # Each process has its own images, so these agree only if gradients were averaged.
         momenta = [state["momentum_buffer"].double().sum() for state in optimizer.state.values()]
         everyones = distributed.all_gather(torch.stack(momenta).tolist())
         found = {

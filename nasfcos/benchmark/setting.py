@@ -1,4 +1,4 @@
-"""What the person who runs the benchmarks chose."""
+"""Settings and command-line options of the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Setting:
     """How to measure.
 
     Attributes:
-        device: where tensors live.
-        folder: for temporary files; the caller removes it.
-        quick: small work and few repetitions.
-        size: (height, width) of images in pixels instead of each benchmark's own.
-        images: folder of pictures for data loading; None: they are made up.
-        compile: also measure models that `torch.compile` made faster (starting takes minutes).
+        device: device of the tensors.
+        folder: folder for temporary files; the caller removes it.
+        quick: whether to do small work and few repetitions.
+        size: (height, width) of images in pixels; None: each benchmark's own.
+        images: folder of pictures for data loading; None: synthetic ones.
+        compile: also measure models compiled by `torch.compile` (takes minutes to start).
     """
 
     device: torch.device
@@ -34,14 +34,16 @@ class Setting:
 
     @property
     def effort(self) -> Effort:
+        """How much time to spend on a case."""
         return QUICK if self.quick else FULL
 
     @property
     def cuda(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def image_size(self, full: tuple[int, int] = (800, 1088)) -> tuple[int, int]:
-        """(height, width) of the images to work on."""
+        """(height, width) of the images in pixels; `full` applies without `size` and `quick`."""
         return self.size or ((128, 160) if self.quick else full)
 
 
@@ -56,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
 
 
 def set_threads(parser: argparse.ArgumentParser, threads: int | None) -> None:
-    """As `add_arguments`' option says; ends with the parser's error where that is no number of
-    threads."""
+    """Apply the --threads option; exit with the parser's error unless it is positive."""
     if threads is None:
         return
     if threads < 1:
@@ -68,8 +69,10 @@ def set_threads(parser: argparse.ArgumentParser, threads: int | None) -> None:
 def require_writable(
     parser: argparse.ArgumentParser, option: str, path: str | None, is_folder: bool = False
 ) -> None:
-    """End with the parser's error, before anything is measured, where the file that an `option`
-    names, or files in that folder, could not be written afterwards. Missing folders are made."""
+    """Exit with the parser's error if the file (or files in the folder) cannot be written.
+
+    To be called before anything is measured. Missing folders are created.
+    """
     if not path:
         return
     if not is_folder and Path(path).is_dir():

@@ -1,4 +1,4 @@
-"""From repetitions to figures."""
+"""Statistics of repeated measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """
+        """The quartiles of values.
+
         Raises:
             ValueError: there are no values.
         """
@@ -30,35 +31,41 @@ class Quartiles:
         return cls(float(median), float(q1), float(q3), len(values))
 
     def to_json(self) -> dict[str, float]:
+        """The fields by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Quartiles:
+        """The inverse of `to_json`.
+
+        Raises:
+            TypeError: other fields.
+        """
         return cls(**value)
 
     def scaled(self, factor: float) -> Quartiles:
-        """The summary of the values times a positive factor."""
+        """The quartiles of the values times a positive factor."""
         return Quartiles(self.median * factor, self.q1 * factor, self.q3 * factor, self.count)
 
     def inverse(self) -> Quartiles:
-        """The reciprocals, lowest first; the median of an even count is that of the values."""
+        """The quartiles of the reciprocals (for an even count, 1 / median approximates theirs)."""
         return Quartiles(1 / self.median, 1 / self.q3, 1 / self.q1, self.count)
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Quartiles:
-    """Quotients of what was measured in the same round, summarised.
+    """Quartiles of the ratios of values measured in the same round.
 
-    Rounds are close in time, so that what slows the machine for a while slows both.
+    Values of a round are close in time, so a temporary slowdown of the machine affects both.
     """
     pairs = zip(numerators, denominators, strict=True)
     return Quartiles.of([numerator / denominator for numerator, denominator in pairs])
 
 
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of ``value ~ size**p`` over the upper half of the sizes (in octaves).
+    """The exponent p of ``value ~ size**p``, fitted to the upper half of the sizes (in octaves).
 
-    Fixed costs flatten the lower end of such a curve; how it goes on is seen at the upper one. nan
-    where fewer than two positive values are there.
+    Fixed costs flatten the lower end of such a curve, so the upper end shows how it continues. nan
+    for fewer than two positive values.
     """
     size, value = np.asarray(sizes, dtype=np.float64), np.asarray(values, dtype=np.float64)
     size, value = size[value > 0], value[value > 0]

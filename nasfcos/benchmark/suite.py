@@ -1,4 +1,4 @@
-"""All benchmarks by name, and running them."""
+"""The list of all benchmarks, and the function that runs them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .statistics import Quartiles
 logger = logging.getLogger(__name__)
 
 REPORT_FORMAT = 1
-"""Of the JSON; raised when what is written changes its meaning."""
+"""Version of the JSON file; raised when the meaning of its content changes."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Something that can be measured.
+    """A benchmark.
 
     Attributes:
         name: words separated by slashes, the more general first.
-        build: makes the case; raises `Skip` where it cannot be measured.
-        weight: the time it takes, relative to the others, roughly.
+        build: makes the case; raises `Skip` if it cannot be measured.
+        weight: approximate duration relative to the others, for the progress bar.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Benchmark:
 
 
 def _all() -> Iterator[Benchmark]:
-    """Detector by detector, so that few are in memory at a time."""
+    """All benchmarks, grouped by detector so that few detectors are in memory at a time."""
     yield Benchmark("limits", limits.limits)
     for name in OURS:
         yield Benchmark(f"inference/{name}", partial(whole.inference, name), 9)
@@ -86,11 +86,14 @@ BENCHMARKS = tuple(_all())
 
 
 def choose(patterns: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks that a name, its beginning ("inference"), or a pattern ("*/R_50_NAS_head")
-    stands for, in their usual order; all, where no pattern is given.
+    """Select benchmarks, in their usual order.
+
+    Args:
+        patterns: names, their parts before a slash ("inference"), or glob patterns
+            ("*/R_50_NAS_head"). Without any, all are selected.
 
     Raises:
-        ValueError: a pattern that fits none of them.
+        ValueError: a pattern matches none of them.
     """
     if not patterns:
         return list(BENCHMARKS)
@@ -106,10 +109,11 @@ def choose(patterns: Sequence[str]) -> list[Benchmark]:
 
 
 def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
-    """Measure, with progress on stderr; gives what the JSON file holds.
+    """Run benchmarks, with progress on stderr, and return the content of the JSON file.
 
-    A benchmark that cannot be measured is `skipped`, one that raises an exception `failed`; the
-    others go on. Ctrl-C ends the run with what was measured until then, and `interrupted` is true.
+    A benchmark that cannot be measured is `skipped`, and one that raises an exception `failed`; the
+    others are run. Ctrl-C ends the run: the report has what was measured until then, and
+    `interrupted` is true.
     """
     report = {
         "format": REPORT_FORMAT,
@@ -133,7 +137,7 @@ def run(benchmarks: Sequence[Benchmark], setting: Setting) -> dict[str, Any]:
 
 
 def has_failures(report: dict[str, Any]) -> bool:
-    """Whether something in a report raised an exception."""
+    """Whether anything in a report raised an exception."""
     return any(
         "failed" in (case["status"], *(v["status"] for v in case.get("variants", ())))
         for case in report["cases"]
@@ -155,7 +159,7 @@ def _run_one(benchmark: Benchmark, setting: Setting, progress: Progress) -> dict
 
 
 def describe_case(name: str, case: Case, timings: Timings) -> dict[str, Any]:
-    """What was measured of a case, for the report."""
+    """The entry of a case in the report."""
     by_rival, by_limit = ratios(case, timings.seconds), shares(case, timings.seconds)
     variants = []
     for variant in case.variants:
@@ -194,7 +198,7 @@ def describe_case(name: str, case: Case, timings: Timings) -> dict[str, Any]:
 
 
 class _Bar(contextlib.AbstractContextManager):
-    """Progress on stderr: a bar for people who watch, otherwise a line a benchmark."""
+    """Progress on stderr: a bar on a terminal, otherwise a line for each benchmark."""
 
     def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
         self.benchmarks = list(benchmarks)
@@ -209,7 +213,7 @@ class _Bar(contextlib.AbstractContextManager):
         self.bar.close()
 
     def enter(self, benchmark: Benchmark) -> Progress:
-        """What a benchmark tells its progress to."""
+        """Start a benchmark, and return the function to report its progress to."""
         number = self.benchmarks.index(benchmark)
         before = sum(b.weight for b in self.benchmarks[:number])
         if not self.watched:

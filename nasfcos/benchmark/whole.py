@@ -1,4 +1,4 @@
-"""Benchmarks of whole detectors: latency, throughput, training, and how their stages fare."""
+"""Benchmarks of whole detectors: latency, throughput, training, and their stages."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ AUTOCAST = "bfloat16 autocast"
 
 
 def rival_of(name: str) -> str:
-    """torchvision's nearest to a config of ours."""
+    """The torchvision detector that is closest to a config of ours."""
     return THEIR_RETINANET if "retinanet" in name else THEIR_FCOS
 
 
 def inference(name: str, setting: Setting) -> Case:
-    """The latency of detection by a config of ours in all its modes, and by torchvision."""
+    """Latency of a detector of ours in all modes, and of torchvision's."""
     return _inference(name, 1, setting)
 
 
 def throughput(name: str, setting: Setting) -> Case:
-    """The same with several images at once."""
+    """`inference` with several images at once."""
     return _inference(name, _batch_size(setting), setting)
 
 
 def their_inference(setting: Setting) -> Case:
-    """The latency of torchvision's two detectors."""
+    """Latency of torchvision's two detectors."""
     return _their_inference(1, setting)
 
 
 def their_throughput(setting: Setting) -> Case:
-    """The same with several images at once."""
+    """`their_inference` with several images at once."""
     return _their_inference(_batch_size(setting), setting)
 
 
@@ -134,10 +134,10 @@ def _add_theirs(case: Case, name: str, images: list[Tensor], setting: Setting) -
 
 
 def onnx(name: str, setting: Setting) -> Case:
-    """The latency of detection by a config of ours, and by ONNX Runtime with the file of it.
+    """Latency of a detector of ours, and of its exported ONNX file in ONNX Runtime.
 
     Raises:
-        Skip: on a GPU, or where the packages are missing.
+        Skip: on a GPU, or if packages are missing.
     """
     if setting.cuda:
         raise Skip("ONNX Runtime is measured on the CPU only")
@@ -154,7 +154,7 @@ def onnx(name: str, setting: Setting) -> Case:
     export_onnx(export_detector(fast, canvases), file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would wait for more work on the cores on which ours then compute.
+    # Otherwise its threads busy-wait on the cores that our threads need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     sizes = np.array([images[0].shape[1:]], dtype=np.int64)
@@ -182,7 +182,7 @@ class _TrainingWork:
 
 
 def training(name: str, setting: Setting) -> Case:
-    """A training step of a config of ours, and of torchvision."""
+    """Training steps of a detector of ours, and of torchvision's."""
     case, work = _training_case(setting, rivals=[rival_of(name)])
     _add_steps(case, rival_of(name), their_step, work, theirs=True)
     _add_steps(case, name, our_step, work, theirs=False)
@@ -190,7 +190,7 @@ def training(name: str, setting: Setting) -> Case:
 
 
 def their_training(setting: Setting) -> Case:
-    """Training steps of torchvision's two detectors, and of one of them in other forms."""
+    """Training steps of torchvision's two detectors, and of variations of one of them."""
     case, work = _training_case(setting, rivals=[THEIR_FCOS])
     for name in (THEIR_FCOS, THEIR_RETINANET):
         _add_steps(case, name, their_step, work, theirs=True)
@@ -234,7 +234,7 @@ def _add_steps(
 
 
 def stages(name: str, setting: Setting) -> Case:
-    """How near each stage of a detector of ours comes to the machine's limits."""
+    """How close each stage of a detector of ours comes to the limits of the machine."""
     case, images = _stages_case(setting)
     plain = our_detector(name, setting.image_size(), setting.device)
     with torch.inference_mode():
@@ -257,7 +257,7 @@ def stages(name: str, setting: Setting) -> Case:
 
 
 def their_stages(setting: Setting) -> Case:
-    """The same of torchvision's FCOS, whose backbone has the neck in it."""
+    """`stages` of torchvision's FCOS, whose backbone includes the neck."""
     case, images = _stages_case(setting)
     model = their_detector(THEIR_FCOS, setting.image_size(), setting.device)
     with torch.inference_mode():
@@ -289,11 +289,11 @@ def their_stages(setting: Setting) -> Case:
 
 
 def _stages_case(setting: Setting) -> tuple[Case, list[Tensor]]:
-    """The case with the limits in it, and the images."""
+    """A case that measures the limits, and the images for the stages."""
     height, width = setting.image_size()
     case = Case(
-        "the stages of a detector, each by itself, and what share of the measured rate of matrix "
-        "products (post-processing: of copying) it reaches",
+        "the stages of a detector by themselves, and the share of the measured rate of matrix "
+        "products (post-processing: of copying) that each reaches",
         [],
         parameters={
             "image": f"{height}x{width}",
@@ -317,7 +317,7 @@ def _add_stages(
     work: dict[str, float],
     dtype: torch.dtype,
 ) -> None:
-    """One variant a stage, on what the stages before it give."""
+    """Add a variant for each stage, applied to the outputs of the stages before it."""
     batch, sizes = model.preprocess(images)
     if isinstance(model, InferenceDetector):
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)

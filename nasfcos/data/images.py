@@ -128,7 +128,7 @@ def _decode_jpeg(
     path: Path, annotated_size: tuple[int, int] | None, enough: int | None
 ) -> tuple[np.ndarray, tuple[int, int]] | None:
     """See `load_pixels`; None for a file to leave to PIL: another format or mode, or damaged."""
-    import cv2  # slow, and most importers of this module never decode an image
+    import cv2  # takes time, and most importers of this module never decode an image
 
     flags = {
         1: cv2.IMREAD_COLOR,

@@ -1,4 +1,4 @@
-"""Made-up reports."""
+"""Synthetic reports."""
 
 from nasfcos.benchmark.statistics import Quartiles
 

@@ -8,7 +8,7 @@ from nasfcos.benchmark.inputs import random_target, smooth_image
     ("build", "name"), [(our_step, "Mobile_NAS_head"), (their_step, THEIR_FCOS)]
 )
 def test_a_step_of_both_sides_needs_memory_for_all_its_gradients(build, name):
-    """None are left over from the step before, whose memory would not be counted."""
+    """Gradients left over from the step before would not be counted."""
     size = (64, 96)
     model, optimizer, step = build(name, size, [smooth_image(*size)], [random_target(*size)])
     for _ in range(2):

@@ -27,7 +27,7 @@ def detector():
 
 
 def watch(modules, run):
-    """What each of the modules puts out in a run."""
+    """The outputs of these modules in a run."""
     outputs = []
 
     def note(module, inputs, output):

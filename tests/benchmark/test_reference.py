@@ -1,4 +1,4 @@
-"""The rivals that are written here give what ours gives, or the comparison would mean nothing."""
+"""Our own reference implementations give our results, or comparisons would mean nothing."""
 
 import pytest
 import torch

@@ -159,7 +159,7 @@ GROWTH = {"interrupted": True, "axes": []}
 
 @pytest.fixture
 def made_up_measurements(monkeypatch):
-    """In the place of the real ones; gives the list of those that were made."""
+    """Replaces the real measurements; a list of those that were requested."""
     made = []
     monkeypatch.setattr(suite, "run", lambda *_: made.append("run") or reports.report())
     monkeypatch.setattr(growth, "measure_growth", lambda *_: made.append("growth") or GROWTH)

@@ -1,4 +1,4 @@
-"""Real little data sets, written to disk for each test."""
+"""Small data sets, written to disk for each test."""
 
 import json
 import os

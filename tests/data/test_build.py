@@ -38,7 +38,7 @@ def config(make_config, write_coco):
 
 @contextmanager
 def stopped_after(seconds):
-    """What hangs fails instead, in this process."""
+    """Fail, in this process, instead of hanging."""
 
     def give_up(*_):
         raise TimeoutError(f"nothing within {seconds} s")
@@ -186,7 +186,7 @@ def test_errors_in_workers_name_the_file(config, tmp_path):
 
 
 def test_too_little_shared_memory_is_said(config):
-    """As in a container with little of it. PyTorch's own way is to wait for ever."""
+    """As in a container with little of it, where PyTorch by itself would wait forever."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     batches = iter(build_train_loader(config("DATALOADER.NUM_WORKERS", 1)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # also of shared memory's "files"

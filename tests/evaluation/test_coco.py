@@ -1,4 +1,4 @@
-"""COCO figures against pycocotools, which is their definition."""
+"""COCO metrics against pycocotools, which defines them."""
 
 import contextlib
 import copy
