@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _styles(names: Sequence[str]) -> list[Style]:
     """A color for each kind of work and a line style for each model, for names "model: work"."""
     models, works = ([name.rpartition(": ")[part] for name in names] for part in (0, 2))
     colors = {work: f"C{i}" for i, work in enumerate(dict.fromkeys(works))}
-    lines = dict(zip(dict.fromkeys(models), ("-", "--", ":"), strict=False))
+    lines = dict(zip(dict.fromkeys(models), itertools.cycle(("-", "--", ":")), strict=False))
     return [
         {"color": colors[work], "linestyle": lines[model]}
         for model, work in zip(models, works, strict=True)
