@@ -91,11 +91,12 @@ def _draw_curves(
         )
         times.plot(x, median, marker="o", **style)
         times.fill_between(x, q1, q3, color=style["color"], alpha=0.2, linewidth=0)
-        measured = [(p["x"], p["memory_bytes"] / MIB) for p in points if _is_measured(p)]
-        memory.plot(*zip(*measured, strict=True) if measured else ([], []), marker="o", **style)
-        bounded = [point["x"] for point in points if _is_too_small(point)]
-        bounds = [RESOLUTION / MIB] * len(bounded)
-        memory.plot(bounded, bounds, color=style["color"], **BOUND)
+        if measured := [point for point in points if _is_measured(point)]:
+            sizes = [point["memory_bytes"] / MIB for point in measured]
+            memory.plot([point["x"] for point in measured], sizes, marker="o", **style)
+        if bounded := [point["x"] for point in points if _is_too_small(point)]:
+            bounds = [RESOLUTION / MIB] * len(bounded)
+            memory.plot(bounded, bounds, color=style["color"], **BOUND)
 
 
 def _draw_bars(

@@ -116,6 +116,15 @@ def test_a_picture_of_an_axis(made_up_axis, setting, tmp_path):
         assert len(picture.convert("RGB").getcolors(2**20)) > 50
 
 
+def test_a_picture_without_memory(made_up_axis, setting, tmp_path):
+    """As on systems that do not tell the memory of a call."""
+    (axis,) = measure_growth(["things"], Setting(setting.device, setting.folder))["axes"]
+    for point in axis["curves"][0]["points"]:
+        point["memory_bytes"] = None
+    plot_growth(axis, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").exists()
+
+
 def test_two_values_are_bars_without_an_exponent(setting, monkeypatch, tmp_path):
     def prepare(setting):
         return lambda value: Case("", [Variant("work", lambda: torch.ones(value * 2**18))])
