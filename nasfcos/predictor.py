@@ -18,9 +18,9 @@ from .data import DataError, class_names, resized_shape
 from .data.images import load_image
 from .data.records import UnreadableImage
 from .data.transforms import resize, to_uint8_tensor
-from .engine.checkpoint import NEEDS_DETECTOR, find_weights
 from .engine.distributed import resolve_device
 from .engine.test import build_trained, inference_form, to_original_size
+from .engine.weights import NEEDS_DETECTOR, find_weights
 from .models.weights import Weights, WeightsError, read_weights
 from .transfer import to_cpu
 from .visualize import AnyImage, draw_detections, to_picture

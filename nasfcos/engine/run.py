@@ -1,4 +1,4 @@
-"""A training run: what it consists of, how it is saved, and how it goes on or starts."""
+"""The state of a training run: saving it, resuming it, and starting in a used folder."""
 
 from __future__ import annotations
 
@@ -26,36 +26,46 @@ from .checkpoint import (
     checkpoint_files,
     checkpoint_path,
     differing_keys,
-    make_aside,
     newest_checkpoint,
     random_state,
-    restore_solver,
     save_checkpoint,
-    set_aside,
     set_random_state,
 )
 from .monitor import NonFiniteLossError, StepMonitor
+from .run_folder import make_aside, set_aside
+from .solver import restore_solver
 
 logger = logging.getLogger(__name__)
 
-# Lines of a message about tensors that do not fit.
+# Most lines of an error message about tensors that do not fit.
 SHOWN = 10
 
 
 @dataclass
 class Run:
-    """What changes while training; all of it is in a checkpoint."""
+    """Everything that changes during training; all of it goes into a checkpoint.
+
+    Attributes:
+        classes: names of classes 1..N.
+        iteration: number of finished iterations.
+        images: number of images taken from the training data so far.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
-    classes: list[str]  # names of classes 1..N
+    classes: list[str]
     iteration: int = 0
-    images: int = 0  # taken from the training data so far
+    images: int = 0
 
     def state(self, cfg: CfgNode, random_states: list[dict[str, Any]]) -> dict[str, Any]:
-        """The content of a checkpoint (see checkpoint.py)."""
+        """The content of a checkpoint (see checkpoint.py).
+
+        Args:
+            cfg: the config tree.
+            random_states: the result of `random_state` on each process, by rank.
+        """
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,17 +79,17 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was saved.
+        """Continue from the content of a checkpoint.
 
         Raises:
-            CheckpointError: it belongs to another model, or to other classes.
+            CheckpointError: the checkpoint belongs to another model, or to other classes.
         """
         check_classes(state["classes"], self.classes, "the checkpoint to resume from")
         try:
             self.model.load_state_dict(state["model"])
             restore_solver(self.optimizer, self.scheduler, state, state["iteration"])
         except (RuntimeError, ValueError) as error:
-            lines = str(error).splitlines()  # one for each tensor, hundreds perhaps
+            lines = str(error).splitlines()  # one per tensor, perhaps hundreds
             more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             problems = "\n".join(lines[:SHOWN] + more)
             raise CheckpointError(
@@ -94,10 +104,10 @@ class Run:
 
 
 def save_run(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
-    """Write a checkpoint from process 0; the others contribute their random states.
+    """Write a checkpoint; every process calls this, process 0 writes.
 
     Raises:
-        NonFiniteLossError: a weight is not finite, so the file would be of no use.
+        NonFiniteLossError: a weight is not finite, so that the checkpoint would be useless.
     """
     distributed.broadcast_buffers(run.model)
     floats = [t for t in run.model.state_dict().values() if t.is_floating_point()]
@@ -114,7 +124,10 @@ def save_run(cfg: CfgNode, run: Run, path: Path, monitor: StepMonitor) -> None:
 
 
 def find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """What process 0 finds to resume from, on every process (they need not share its disk)."""
+    """The checkpoint to resume from, as (path, content), or None.
+
+    Process 0 reads it and sends it to the others, which need not share its disk.
+    """
     main = distributed.rank() == 0
     found = newest_checkpoint(output, rename_damaged=True) if main else None
     found = distributed.broadcast(found)
@@ -124,7 +137,7 @@ def find_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def with_seed(cfg: CfgNode, state: dict[str, Any] | None) -> CfgNode:
-    """The config with an actual seed: where it has none, that of the resumed run or a new one."""
+    """The config with SEED -1 replaced by the seed of the resumed run, or by a random one."""
     if cfg.SEED >= 0:
         return cfg
     if state is not None:
@@ -136,10 +149,15 @@ def with_seed(cfg: CfgNode, state: dict[str, Any] | None) -> CfgNode:
 
 
 def report_resume(cfg: CfgNode, path: Path, state: dict[str, Any]) -> None:
-    """Say what a run resumes from, and what has changed since `state` was saved.
+    """Log what a run resumes from, and which settings have changed since.
+
+    Args:
+        cfg: the config tree of the resumed run.
+        path: the checkpoint.
+        state: its content.
 
     Raises:
-        ConfigError: its moments are those of another optimizer.
+        ConfigError: the checkpoint has the moments of another kind of optimizer.
     """
     logger.info("resuming from %s, after iteration %d", path, state["iteration"])
     optimizer = yaml.safe_load(state["config"])["SOLVER"]["OPTIMIZER"]
@@ -162,10 +180,10 @@ def report_resume(cfg: CfgNode, path: Path, state: dict[str, Any]) -> None:
 
 
 def batches_done(cfg: CfgNode, images: int) -> int:
-    """Where to enter the stream of training images after `images` of them.
+    """The number of batches of the current size that `images` training images make.
 
     Raises:
-        ConfigError: in the middle of a batch.
+        ConfigError: the number of images is not a multiple of the batch size.
     """
     if images % cfg.SOLVER.IMS_PER_BATCH:
         raise ConfigError(
@@ -177,15 +195,14 @@ def batches_done(cfg: CfgNode, images: int) -> int:
 
 
 def set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
-    """Clear the folder for a run that starts from scratch: what an earlier one left is moved away.
+    """Move what an earlier run left in OUTPUT_DIR into a subfolder, for a run that starts anew.
 
-    No figure is lost, not even where `newest_checkpoint` found nothing that can be read, or a run
-    was killed before its first checkpoint.
+    Metrics are kept even if the earlier run has no readable checkpoint.
 
-    Where the weights that this run starts from are among the files to be moved, MODEL.WEIGHT leads
-    nowhere from then on, and a run killed before its first checkpoint could neither go on nor start
-    again. So the first checkpoint, of iteration 0, comes before the move. Killed between the two,
-    or in the middle of the move, --resume finds the earlier run; afterwards it finds this one.
+    If MODEL.WEIGHT is among the moved files, the path is invalid afterwards, and a run killed
+    before its first checkpoint could neither resume nor start again. In that case a checkpoint of
+    iteration 0 is written before the move. If the run is killed before the move is complete,
+    --resume finds the earlier run; after the move it finds this one.
 
     Returns:
         The checkpoint of iteration 0, if one was written.
@@ -198,7 +215,7 @@ def set_earlier_run_aside(cfg: CfgNode, run: Run) -> Path | None:
     first = checkpoint_path(cfg.OUTPUT_DIR, 0) if distributed.broadcast(moves_weight) else None
     aside = make_aside(cfg.OUTPUT_DIR) if ran else None
     if first is not None:
-        if first in earlier:  # of a run that began like this one, to be replaced
+        if first in earlier:  # the earlier run began in the same way; its file gets replaced
             shutil.copy2(first, aside)
             earlier.remove(first)
         save_run(cfg, run, first, StepMonitor())

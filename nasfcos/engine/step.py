@@ -1,4 +1,4 @@
-"""One training step: gradients of a batch, and what the optimizer does with them."""
+"""One training step: the gradients of a batch, and the update of the optimizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ def forward_backward(
     parts: int = 1,
     amp: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradients of a process's share of a step, computed in `parts` of equal size.
+    """Accumulate the gradients of this process's images, in `parts` of equal size.
 
-    Each part normalises its losses by itself, as each process does; the step takes the mean over
-    parts and processes. So P processes in K parts give the gradients of one process in P * K.
+    Each part normalises its own losses, as each process does, and the step uses the mean over parts
+    and processes. So P processes with K parts give the same gradients as one process with P * K.
+
+    Args:
+        model: the detector, or its `DistributedDataParallel` wrapper.
+        images: this process's images, [3, H, W] each.
+        targets: their targets.
+        scaler: loss scaler for fp16; disabled otherwise.
+        parts: number of gradient-accumulation steps; divides the number of images.
+        amp: data type of mixed precision; None: off.
 
     Returns:
-        The loss terms, mean over the parts, without graph.
+        The mean of each loss term over the parts, detached.
     """
     size = len(images) // parts
     means: dict[str, Tensor] = {}
@@ -43,7 +51,7 @@ def forward_backward(
 
 
 def update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip_norm: float = 0.0) -> None:
-    """Take a step along the gradients, clipped to a norm of `clip_norm` unless that is 0."""
+    """Clip the gradients to a norm of `clip_norm` (0: no clipping), step, and clear them."""
     if clip_norm > 0:
         scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Testing: every image of the test sets once, over any number of processes, then the figures."""
+"""Testing a detector on data sets, shared among any number of processes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from ..transfer import to_cpu
 from . import distributed
-from .checkpoint import check_classes, find_weights
+from .checkpoint import check_classes
 from .logging import progress
 from .metrics import format_duration
+from .weights import find_weights
 
 logger = logging.getLogger(__name__)
 
 Detections = dict[int, dict[str, Tensor]]
 
 
-def test_sets(
-    cfg: CfgNode, classes: Sequence[str] | None = None
-) -> dict[str, DetectionDataset]:
-    """The data sets of DATASETS.TEST by name, for `test`.
+def test_sets(cfg: CfgNode, classes: Sequence[str] | None = None) -> dict[str, DetectionDataset]:
+    """Build the data sets of DATASETS.TEST, by name.
 
     Args:
         cfg: the config tree.
-        classes: what a model's labels 1..N mean; None: as in the training data of the config.
+        classes: names of the model's classes 1..N; None: those of the config's training data.
 
     Raises:
-        ConfigError, DataError: one of them cannot be read.
+        ConfigError, DataError: a data set cannot be read.
     """
     return {name: build_dataset(cfg, name, classes) for name in cfg.DATASETS.TEST}
 
@@ -51,21 +50,23 @@ def test_sets(
 def test(
     cfg: CfgNode, model: Detector, datasets: Mapping[str, DetectionDataset]
 ) -> dict[str, dict]:
-    """Detect in data sets and measure.
+    """Detect objects in data sets and evaluate the detections; every process calls this.
 
-    What detects is a copy of the model for inference in TEST.DTYPE; the model itself stays as it
-    is.
-
-    Writes ``inference/<data set>/bbox.json`` and ``metrics.json`` in OUTPUT_DIR.
+    The detections come from a copy of the model, optimized for inference in TEST.DTYPE; the model
+    itself is unchanged. Writes ``inference/<data set>/bbox.json`` and ``metrics.json`` in
+    OUTPUT_DIR.
 
     Args:
         cfg: the config tree.
         model: the detector, on this process's device.
-        datasets: by name, see `test_sets`.
+        datasets: data sets by name, as from `test_sets`.
 
     Returns:
-        On process 0 the metrics (see `nasfcos.evaluation.evaluate`) of each data set by name; on
-        the others an empty dict.
+        On process 0, the metrics of each data set by name (see `nasfcos.evaluation.evaluate`); on
+        the other processes an empty dict.
+
+    Raises:
+        ConfigError: the device does not support TEST.DTYPE.
     """
     if not datasets:
         logger.warning("DATASETS.TEST is empty: there is nothing to test on")
@@ -91,14 +92,11 @@ def test(
     return results
 
 
-test.__test__ = test_sets.__test__ = False  # no test cases, whatever pytest makes of the names
-
-
 def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
-    """The model for inference in TEST.DTYPE.
+    """A copy of the model, optimized for inference in TEST.DTYPE.
 
     Raises:
-        ConfigError: a dtype that its device does not take.
+        ConfigError: the model's device does not support TEST.DTYPE.
     """
     try:
         return optimize_for_inference(model, getattr(torch, cfg.TEST.DTYPE))
@@ -106,25 +104,23 @@ def inference_form(cfg: CfgNode, model: Detector) -> InferenceDetector:
         raise ConfigError(f"TEST.DTYPE: {error}") from error
 
 
-def load_test_model(
-    cfg: CfgNode, device: torch.device
-) -> tuple[Detector, list[str] | None]:
-    """The detector to be tested, with the weights that `find_weights` finds.
+def load_test_model(cfg: CfgNode, device: torch.device) -> tuple[Detector, list[str] | None]:
+    """Build the config's detector with the weights that `find_weights` finds.
 
-    Where MODEL.NUM_CLASSES is 0 and the annotations of the training data are not at hand, the
-    weights say how many classes there are.
+    If MODEL.NUM_CLASSES is 0, the weights say how many classes there are, so that the training data
+    need not be available.
 
     Args:
         cfg: the config tree.
-        device: this process's.
+        device: device of this process.
 
     Returns:
-        The model, on `device`, and the names of its classes as far as the weights record them.
+        The model on `device`, and the names of its classes; None if the weights do not record them.
 
     Raises:
         ConfigError: there are no weights of a detector.
-        CheckpointError: they were trained for other classes than those of the training data.
-        WeightsError: they are not those of a whole detector of this config.
+        CheckpointError: the weights were trained for other classes than the training data has.
+        WeightsError: the weights are not those of a complete detector of this config.
     """
     weights = _read_test_weights(cfg)
     _check_classes(cfg, weights)
@@ -132,13 +128,13 @@ def load_test_model(
 
 
 def build_trained(cfg: CfgNode, weights: Weights, device: torch.device) -> Detector:
-    """The config's detector with a whole detector's weights, on `device`.
+    """Build the config's detector with the given weights, on `device`.
 
-    Where MODEL.NUM_CLASSES is 0, there are as many classes as the weights record, or else as the
-    training data has.
+    If MODEL.NUM_CLASSES is 0, the number of classes is that recorded with the weights, or else that
+    of the training data.
 
     Raises:
-        WeightsError: they are not those of a whole detector of this config.
+        WeightsError: the weights are not those of a complete detector of this config.
     """
     classes = cfg.MODEL.NUM_CLASSES or len(weights.classes or ()) or num_classes(cfg)
     model = build_detector(cfg, classes)
@@ -147,7 +143,7 @@ def build_trained(cfg: CfgNode, weights: Weights, device: torch.device) -> Detec
 
 
 def _read_test_weights(cfg: CfgNode) -> Weights:
-    """The same weights on every process: which ones, process 0 says."""
+    """Read the weights that process 0 finds, on every process."""
     found = find_weights(cfg) if distributed.rank() == 0 else None
     source = distributed.broadcast(found and found.name)
     path = local_path(source)
@@ -157,7 +153,7 @@ def _read_test_weights(cfg: CfgNode) -> Weights:
             "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT of the command "
             "line a file that each of them has"
         )
-    with distributed.first_on_machine():  # one download for all of a machine's processes
+    with distributed.first_on_machine():  # download once per machine
         return found or read_weights(source)
 
 
@@ -174,11 +170,17 @@ def _check_classes(cfg: CfgNode, weights: Weights) -> None:
 
 @torch.inference_mode()
 def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> Detections:
-    """Detections of every image of `loader`, by image id, on the CPU; `total` is the number of
-    images of all processes, for the log.
+    """Detect objects in all images of `loader`.
 
-    Boxes are in the pixels of the images as they were before the loader resized them, clipped to
-    [0, w-1] x [0, h-1].
+    Args:
+        model: the detector in its form for inference.
+        loader: yields this process's share of the images.
+        total: number of images of all processes, for the log.
+        title: name of the data set, for the log.
+
+    Returns:
+        The detections by image id, on the CPU. Boxes are in pixels of the images before the loader
+        resized them, clipped to [0, w-1] x [0, h-1].
     """
     found: Detections = {}
     processes = distributed.world_size()
@@ -195,15 +197,15 @@ def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> Det
 
 
 def to_original_size(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes [N, 4] in an image resized to `size` (h, w), scaled to the `original` and clipped."""
+    """Scale boxes [N, 4] from an image of `size` (h, w) to the `original` (h, w), and clip them."""
     return clip_boxes(scale_boxes(boxes, size, original), *original)
 
 
 def merge(shares: list[Detections]) -> Detections:
-    """One dict of all processes' detections.
+    """Join the detections of all processes.
 
     Raises:
-        RuntimeError: two processes worked on the same image.
+        RuntimeError: two processes tested the same image.
     """
     merged: Detections = {}
     for share in shares:

@@ -1,4 +1,4 @@
-"""The loop over the iterations of a training run."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from ..data.dataset import DetectionDataset
 from ..signals import Interrupted, StopRequest
 from ..transfer import to_device
 from . import distributed
-from .checkpoint import FINAL, checkpoint_path, remove_old_checkpoints
+from .checkpoint import FINAL, checkpoint_path
 from .logging import PERIODIC, on_terminal
 from .metrics import Meter, MetricsWriter, format_duration
 from .monitor import StepMonitor
 from .run import Run, save_run
+from .run_folder import remove_old_checkpoints
 from .step import forward_backward, update
 from .test import test
 
@@ -33,18 +34,18 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Takes a run from where it is to its last iteration.
+    """Trains a run from its current iteration to SOLVER.MAX_ITER.
 
-    Every so many iterations, as the config says, it logs, writes a checkpoint and evaluates.
+    Logs, writes checkpoints and evaluates at the periods of the config.
 
     Args:
         cfg: the config tree.
-        run: what is trained.
-        device: this process's.
-        datasets: the test sets by name; without any, nothing is evaluated.
+        run: state of the training.
+        device: device of this process.
+        datasets: test sets by name; if empty, nothing is evaluated.
         stop: tells whether this process was asked to stop.
-        writer: takes the figures; None on all processes but the first.
-        resumed_from: the checkpoint that holds the run as it is, if there is one.
+        writer: receives the metrics; None on all processes but the first.
+        resumed_from: checkpoint that holds the current state of the run, if there is one.
     """
 
     def __init__(
@@ -68,14 +69,14 @@ class Trainer:
         self.output = Path(cfg.OUTPUT_DIR)
 
     def train(self, loader: BatchLoader | None) -> None:
-        """Do the remaining iterations, up to and with the final checkpoint.
+        """Train the remaining iterations and write the final checkpoint.
 
         Args:
-            loader: gives a batch for each of them; None: there are none left.
+            loader: yields a batch for each remaining iteration; None if there are none.
 
         Raises:
             NonFiniteLossError: training diverged.
-            Interrupted: some process was asked to stop; a checkpoint was written.
+            Interrupted: a process was asked to stop; a checkpoint was written.
         """
         run, solver, start = self.run, self.cfg.SOLVER, self.run.iteration
         if loader is None:
@@ -115,7 +116,11 @@ class Trainer:
                 waiting_since = time.perf_counter()
 
     def evaluate(self) -> dict[str, dict]:
-        """Test the model as it is, note the overall figures, and give all by data set."""
+        """Test the current model and write its overall metrics.
+
+        Returns:
+            All metrics by data set, as `test`.
+        """
         distributed.broadcast_buffers(self.run.model)
         results = test(self.cfg, self.run.model, self.datasets)
         figures = {
@@ -129,7 +134,11 @@ class Trainer:
         return results
 
     def _step(self, model: torch.nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
-        """One iteration, of the model that `distributed.parallel` made of the run's.
+        """Train one iteration.
+
+        Args:
+            model: the run's model, as wrapped by `distributed.parallel`.
+            batch: images and targets of this process.
 
         Returns:
             The loss terms and whether to stop, as `StepMonitor.submit`.
@@ -148,10 +157,10 @@ class Trainer:
         return losses, stopping
 
     def _pause(self, stopping: bool) -> None:
-        """Between two iterations, or after the last: a checkpoint, and the evaluation if it is due.
+        """Write a checkpoint and, if it is due, evaluate; between iterations or after the last.
 
         Raises:
-            Interrupted: the run is to stop, and is not done.
+            Interrupted: the run was asked to stop before its last iteration.
         """
         iteration = self.run.iteration
         done = iteration == self.cfg.SOLVER.MAX_ITER
@@ -170,7 +179,7 @@ class Trainer:
                 self.evaluate()
 
     def _lacks_evaluation(self) -> bool:
-        """Whether the run that is resumed was stopped between a checkpoint and its evaluation."""
+        """Whether the resumed run was stopped between a checkpoint and the evaluation due then."""
         iteration = self.run.iteration
         if iteration == 0 or not _due(iteration, self.cfg.TEST.EVAL_PERIOD):
             return False

@@ -12,6 +12,7 @@ import torch
 
 from nasfcos.config import load_config
 from nasfcos.engine import checkpoint as ck
+from nasfcos.engine.run_folder import make_aside, remove_old_checkpoints, set_aside
 from nasfcos.models.weights import WeightsError, read_weights
 
 
@@ -126,25 +127,25 @@ def test_only_the_newest_are_kept(tmp_path):
     for iteration in (9, 10, 100, 12345678):
         ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
     ck.save_checkpoint(state(5), tmp_path / ck.FINAL)
-    ck.remove_old_checkpoints(tmp_path, 2, 12345678)
+    remove_old_checkpoints(tmp_path, 2, 12345678)
     assert names(tmp_path) == ["model_0000100.pth", "model_12345678.pth", ck.FINAL]
 
 
 def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(tmp_path):
     for iteration in (1, 2, 40):
         ck.save_checkpoint(state(iteration), ck.checkpoint_path(tmp_path, iteration))
-    ck.remove_old_checkpoints(tmp_path, 1, 2)
+    remove_old_checkpoints(tmp_path, 1, 2)
     assert names(tmp_path) == ["model_0000002.pth", "model_0000040.pth"]
 
 
 def test_an_earlier_run_is_set_aside_whole(tmp_path):
-    ck.make_aside(tmp_path)  # of a run that was stopped before it moved anything
+    make_aside(tmp_path)  # of a run that was stopped before it moved anything
     for _ in range(2):
         ck.save_checkpoint(state(3), ck.checkpoint_path(tmp_path, 3))
         (tmp_path / "metrics.jsonl").write_text("{}")
         (tmp_path / "model_0000004.pth.damaged").write_text("")
         (tmp_path / "log.txt").write_text("stays")
-        ck.set_aside(ck.checkpoint_files(tmp_path), ck.make_aside(tmp_path))
+        set_aside(ck.checkpoint_files(tmp_path), make_aside(tmp_path))
     assert names(tmp_path) == ["earlier_1", "earlier_2", "log.txt"]
     moved = ["metrics.jsonl", "model_0000003.pth", "model_0000004.pth.damaged"]
     assert names(tmp_path / "earlier_2") == moved
@@ -172,7 +173,7 @@ def test_setting_aside_can_be_cut_off_anywhere(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Path, "rename", limited)
         with contextlib.suppress(KeyboardInterrupt):
-            ck.set_aside(ck.checkpoint_files(folder), ck.make_aside(folder))
+            set_aside(ck.checkpoint_files(folder), make_aside(folder))
         found = ck.newest_checkpoint(folder)
         if moves < len(files):
             assert found[0].name == ck.FINAL and found[1]["iteration"] == 9

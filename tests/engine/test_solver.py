@@ -7,8 +7,8 @@ from torch import nn
 
 from nasfcos.config import load_config
 from nasfcos.engine import build_lr_scheduler, build_optimizer
-from nasfcos.engine.checkpoint import CheckpointError, restore_solver
-from nasfcos.engine.solver import zero_momentum
+from nasfcos.engine.checkpoint import CheckpointError
+from nasfcos.engine.solver import restore_solver, zero_momentum
 
 # Learning rates of the released training (weights; biases have twice these) by iteration.
 RELEASED = {

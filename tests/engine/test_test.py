@@ -3,18 +3,14 @@ import json
 import pytest
 import torch
 
+from nasfcos import engine
 from nasfcos.config import ConfigError, load_config
 from nasfcos.data import DataError, build_dataset
 from nasfcos.engine import load_test_model
-from nasfcos.engine.checkpoint import (
-    CONTENT,
-    FINAL,
-    CheckpointError,
-    newest_weights,
-    save_checkpoint,
-)
-from nasfcos.engine.test import merge, test, test_sets, to_original_size
+from nasfcos.engine.checkpoint import CONTENT, FINAL, CheckpointError, save_checkpoint
+from nasfcos.engine.test import merge, to_original_size
 from nasfcos.engine.train import build_model
+from nasfcos.engine.weights import newest_weights
 from nasfcos.models.weights import WeightsError
 from nasfcos.predictor import Predictor
 
@@ -115,7 +111,7 @@ def test_without_the_training_annotations_the_weights_say_which_classes(
     model, classes = load_test_model(cfg, CPU)
     assert classes == ["white", "red"] and model.head.cls_logits.out_channels == 2
     assert build_dataset(cfg, "val", classes).category_ids == (20, 10)
-    results = test(cfg, model, test_sets(cfg, classes))
+    results = engine.test(cfg, model, engine.test_sets(cfg, classes))
     assert list(results["val"]["per_class"]) == ["white", "red"]
 
 
