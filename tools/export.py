@@ -1,9 +1,12 @@
 """Write a trained detector, from images to detections, as one file.
 
-A .pt2 file has MODEL.DEVICE and TEST.DTYPE built in, an ONNX file is float32 for any device.
+  python tools/export.py --config-file FILE --output detector.onnx
+  python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
 
-python tools/export.py --config-file FILE --output detector.onnx
-python tools/export.py --config-file FILE --output detector.pt2 --size 800 1088 --batch 4 --uint8
+An ONNX file needs nothing of this package; it is float32, for any device. A .pt2 file is a program
+of torch.export, with MODEL.DEVICE and TEST.DTYPE built in. The weights are those of MODEL.WEIGHT on
+the command line, else of the newest checkpoint in OUTPUT_DIR, else of MODEL.WEIGHT in the config
+file.
 """
 
 import io
@@ -27,20 +30,22 @@ SUFFIXES = (".onnx", ".pt2")
 
 
 def main() -> int:
-    parser = argument_parser(
-        "Write a detector as an ONNX file, which needs nothing of this package, or as a program of "
-        "torch.export. The weights are those that tools/predict.py takes."
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2"
+        "--output", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2"
     )
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
-        help="of the canvases that images lie on, best such as they nearly fill; without it images "
-        f"may have any size from {LEAST_SIDE} x {LEAST_SIDE} pixels up",
+        help="fix the size of the canvas on which images are placed, in pixels; best when images "
+        "nearly fill it (default: any size from "
+        f"{LEAST_SIDE} x {LEAST_SIDE} pixels up)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument("--uint8", action="store_true", help="images are bytes, not floats in 0..1")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="images per call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--uint8", action="store_true", help="take images as bytes in 0..255, not floats in 0..1"
+    )
     args = parser.parse_intermixed_args()
     if args.output.suffix not in SUFFIXES:
         parser.error(f"--output must end in {' or '.join(SUFFIXES)}, not {args.output.name!r}")
@@ -52,7 +57,7 @@ def main() -> int:
             raise ConfigError(f"--output {args.output} is a folder; name a file")
         args.output.parent.mkdir(parents=True, exist_ok=True)
         is_onnx = args.output.suffix == ".onnx"
-        # Of the device nothing is left in an ONNX file.
+        # An ONNX file does not depend on the device.
         device = ["MODEL.DEVICE", "cpu"] if is_onnx else []
         cfg = load_config(args.config_file, [*args.overrides, *device])
         if is_onnx:
@@ -62,7 +67,7 @@ def main() -> int:
                 raise ConfigError(error) from error
         predictor = nasfcos.Predictor(cfg)
         dtype = torch.uint8 if args.uint8 else torch.float32
-        # One value for all pixels: only their number, type and device matter.
+        # All pixels share one element of memory: only shape, type and device matter.
         images = torch.zeros((), dtype=dtype, device=predictor.device)
         images = images.expand(args.batch, 3, *(args.size or (LEAST_SIDE, LEAST_SIDE)))
         program = nasfcos.export_detector(predictor.model, images, any_size=not args.size)
@@ -70,7 +75,7 @@ def main() -> int:
             nasfcos.export_onnx(program, args.output, predictor.class_names)
         else:
             names = {"classes.json": json.dumps(predictor.class_names)}
-            content = io.BytesIO()  # where the disk is full, PyTorch's own writing ends the process
+            content = io.BytesIO()  # on a full disk, PyTorch's own writer would abort the process
             torch.export.save(program, content, extra_files=names)
             with replacing(args.output) as temporary:
                 temporary.write_bytes(content.getbuffer())

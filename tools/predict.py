@@ -1,7 +1,10 @@
-"""Detect objects in an image, a folder, a glob pattern or a video; write pictures and JSON.
+"""Detect objects in images and videos; write pictures with boxes, and detections as JSON.
 
-python tools/predict.py --config-file FILE --input street.jpg --output found
-python tools/predict.py --config-file FILE --input "*.jpg" --output found MODEL.WEIGHT model.pth
+  python tools/predict.py --config-file FILE --input street.jpg --output found
+  python tools/predict.py --config-file FILE --input "*.jpg" --output found MODEL.WEIGHT model.pth
+
+The weights are those of MODEL.WEIGHT on the command line, else of the newest checkpoint in
+OUTPUT_DIR, else of MODEL.WEIGHT in the config file.
 """
 
 import logging
@@ -18,17 +21,22 @@ logger = logging.getLogger("nasfcos.predict")
 
 
 def main() -> int:
-    parser = argument_parser(
-        "Detect objects and write pictures with boxes and JSON. The weights are MODEL.WEIGHT of "
-        "the command line, else the newest checkpoint in OUTPUT_DIR, else MODEL.WEIGHT of the "
-        "config file."
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--input", required=True, help="image, video, folder of them, or glob pattern in quotes"
     )
     parser.add_argument(
-        "--input", required=True, help="image, video, folder, or glob pattern in quotes"
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="folder for pictures with boxes, detections.json and, for several images, sheet.jpg "
+        "(an overview); for each video an MP4 with boxes and a JSON-lines file",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument(
-        "--score", type=float, default=0.3, help="leave out detections below it (default: 0.3)"
+        "--score",
+        type=float,
+        default=0.3,
+        help="leave out detections with a lower score (default: %(default)s)",
     )
     args = parser.parse_intermixed_args()
     for name in ("input", "output"):

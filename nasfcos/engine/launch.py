@@ -1,7 +1,7 @@
-"""From a command line to a job: arguments, config, processes, log, and how it ends.
+"""From the command line to a job: arguments, config, processes, log and exit code.
 
-Exit codes: 0 done; 2 the config or a file is not usable; 1 training diverged, or an error of this
-program; 130 and 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 success; 1 training diverged, or an error of this program; 2 the command line, the
+config or a file is not usable; 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .monitor import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
-# What is wrong with the user's files or settings; the message says all that a traceback could.
+# Errors in the user's files or settings; their messages say all that the user needs.
 USER_ERRORS = (
     ConfigError,
     DataError,
@@ -42,20 +42,44 @@ USER_ERRORS = (
 )
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of a description or epilog that has several, as a tool's docstring does."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip() if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of what the tools have in common; use its `parse_intermixed_args`."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML config")
-    # Launchers pass the number of the process in this way, or in the environment, or in both.
+    """A parser with the arguments that the tools share; use its `parse_intermixed_args`.
+
+    Args:
+        description: what the tool does, for --help; a tool's docstring, with examples.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", required=True, help="YAML file, such as those in configs/"
+    )
+    # Launchers pass the local rank in this way, in the environment, or both.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="config keys to override, in pairs"
-    )
+        "overrides", nargs="*", metavar="KEY VALUE",
+        help="config keys to override, in pairs; nasfcos/config/defaults.py describes all keys",
+    )  # fmt: skip
     return parser
 
 
 def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]) -> int:
-    """Run `job` with the config and this process's device; gives the exit code."""
+    """Run a job in the session that the launcher describes, with a log in OUTPUT_DIR.
+
+    Args:
+        args: parsed by an `argument_parser`.
+        job: called with the config and this process's device.
+
+    Returns:
+        The exit code.
+    """
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
 
@@ -78,11 +102,17 @@ def launch(args: argparse.Namespace, job: Callable[[CfgNode, torch.device], Any]
 
 
 def run(job: Callable[[], None]) -> int:
-    """Run a job that logs to the console, and say how it ended; gives the exit code."""
+    """Run a job with a log on the console, and report how it ended.
+
+    Returns:
+        The exit code.
+    """
     log_to_console()
     try:
         job()
     except USER_ERRORS as error:
+        # For log.txt only: an OSError may as well come from a mistake in the program.
+        logger.debug("the error below was raised here:", exc_info=True)
         logger.error("%s", _message(error))
         return 2
     except NonFiniteLossError as error:
@@ -111,8 +141,8 @@ def run(job: Callable[[], None]) -> int:
 
 
 def _message(error: Exception) -> str:
-    """The error's own words, without the traceback that a loader's worker puts before them, and
-    with a remedy where the disk is full."""
+    """The error's text, without the traceback that a loader's worker prepends, and with a remedy
+    if the disk is full."""
     text = str(error)
     marker = f"{type(error).__name__}: "
     if text.startswith("Caught ") and marker in text:

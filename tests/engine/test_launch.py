@@ -1,5 +1,7 @@
 """How jobs end, for whoever started them."""
 
+import logging
+
 import pytest
 import torch
 
@@ -32,3 +34,12 @@ def test_a_file_that_cannot_be_read_is_said_without_a_traceback(said):
     code, message, traceback = said(OSError(5, "Input/output error", "model_0000009.pth"))
     assert code == 2 and traceback is None
     assert "Input/output error" in message and "model_0000009.pth" in message
+
+
+def test_the_traceback_of_such_an_error_goes_to_the_log_file(said, caplog):
+    """It may be a mistake in the program."""
+    with caplog.at_level(logging.DEBUG, logger="nasfcos"):
+        said(OSError(5, "Input/output error"))
+    traceback, error = caplog.records
+    assert traceback.levelno == logging.DEBUG and traceback.exc_info
+    assert error.levelno == logging.ERROR
