@@ -1,8 +1,8 @@
-"""Several processes, one per GPU or share of the CPU cores: starting, talking, ending.
+"""Jobs of several processes, one per GPU or share of the CPU cores.
 
 The launcher (torchrun or ``python -m torch.distributed.launch``) describes the job in environment
-variables. In a job of one process every function here does what it says without communicating.
-Tensors on GPUs travel by NCCL; tensors on the CPU, and Python objects, by gloo.
+variables. In a job of one process, all functions here work without communication. Tensors on GPUs
+are sent by NCCL; tensors on the CPU and Python objects by gloo.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# A process waits this long for the others: longer than one of them may take for the evaluation of
-# a large data set, so that only a process that is gone lets the others give up.
+# How long a process waits for the others. It is longer than one of them may take to evaluate a
+# large data set, so that the others give up only when a process is gone.
 TIMEOUT = timedelta(minutes=30)
 
-# The group of the last session. After an error, DistributedDataParallel would be the last to let go
-# of it, and does so holding the lock of Python's interpreter that the group's threads may still
-# need to end: both then wait for ever (seen with gloo, in a process that had to end at once).
+# Keeps the process group of the last session alive. Otherwise, after an error, the destructor of
+# DistributedDataParallel would destroy it while holding the GIL, which the group's threads may need
+# to end: a deadlock (seen with gloo, in a process that had to end at once).
 _group: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
-    """This process's number in the whole job, from 0. Process 0 writes files and the log."""
+    """Number of this process in the job, from 0. Process 0 writes files and the log."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -44,22 +44,22 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, from 0."""
+    """Number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """Number of the job's processes on this machine."""
+    """Number of processes of the job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this process for MODEL.DEVICE `name`.
+    """The device of this process for a value of MODEL.DEVICE.
 
-    "auto" and "cuda" give each process of a machine its own GPU.
+    "auto" and "cuda" give each process on a machine a GPU of its own.
 
     Raises:
-        ConfigError: there is no such device, or fewer GPUs than processes on this machine.
+        ConfigError: the device does not exist, or the machine has fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,16 +88,19 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def session(device_name: str) -> Iterator[torch.device]:
-    """Join the job that the launcher describes, if any; gives this process's device.
+    """Join the job that the launcher describes, if there is one, within the block.
 
-    The processes leave together when the block ends. When it ends by an exception this process
-    leaves alone: the launcher ends the others, or their connection to this one breaks.
+    At the end of the block the processes wait for each other. If the block raises, this process
+    leaves alone: the launcher ends the others, or their connection to it breaks.
+
+    Yields:
+        The device of this process.
     """
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # Launchers give each process one thread if nobody has said how many; share out the cores.
+        # By default, launchers give each process one thread; divide the cores instead.
         torch.set_num_threads(max(1, available_cores() // local_world_size()))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -107,7 +110,7 @@ def session(device_name: str) -> Iterator[torch.device]:
     try:
         yield device
     except BaseException:
-        # Peers may be in the middle of a collective: nothing to be waited for.
+        # The other processes may be in the middle of a collective: do not wait for them.
         if dist.is_initialized() and device.type != "cuda":
             dist.destroy_process_group()
         raise
@@ -124,13 +127,13 @@ def available_cores() -> int:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over all processes, on the tensor's device; NaN and infinity in one come through."""
+    """The mean of a tensor over all processes; NaN and infinity in one of them are kept."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
@@ -166,30 +169,30 @@ def broadcast(item: Any) -> Any:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether `error` only tells that the connection to another process broke."""
+    """Whether `error` only says that the connection to another process broke."""
     text = str(error)
     return any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe"))
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The model, whose gradients are from now on the means over the processes of a job.
+    """Wrap a model such that its gradients are means over all processes.
 
-    All start with the parameters and buffers of process 0. Buffers are not sent again before each
-    step: in training, batch norms do not read their statistics (see `broadcast_buffers`).
+    All processes start with the parameters and buffers of process 0. Buffers are not synchronised
+    before each step, since batch norms do not read their running statistics in training (see
+    `broadcast_buffers`).
     """
     if world_size() == 1:
         return model
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Not by the argument, which would leave them out at the start as well.
+    # The argument of the constructor would also skip the synchronisation at the start.
     model.broadcast_buffers = False
     return model
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of process 0 (the running statistics of batch norms).
+    """Copy the buffers of process 0 (running statistics of batch norms) to all processes.
 
-    In training steps each process moves its own away from them; this makes what is evaluated, on
-    any process, what is saved.
+    They drift apart during training; afterwards every process evaluates the model that is saved.
     """
     if world_size() > 1:
         for buffer in model.buffers():
@@ -198,7 +201,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 @contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Let one process of each machine through the block before the others (it fills the cache)."""
+    """Let one process per machine run the block before the others, for instance to fill a cache."""
     if local_rank() != 0:
         barrier()
     yield

@@ -1,4 +1,4 @@
-"""Where the log goes: the console, ``log.txt``; and what it says about the machine."""
+"""The log on the console and in ``log.txt``, progress bars, and a report on the environment."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 PACKAGE = logging.getLogger("nasfcos")
-# `extra` of the lines that repeat what the progress bar of a terminal shows.
+# `extra` for log lines that repeat what the progress bar on a terminal shows.
 PERIODIC = {"periodic": True}
-# Seconds between two lines of `progress`.
+# Seconds between two log lines of `progress`.
 LOG_EVERY = 15.0
 
 
 class _Console(logging.Handler):
-    """Errors to stderr, the rest to stdout, above a progress bar if there is one."""
+    """Errors go to stderr, other records to stdout, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
         try:
             with tqdm.external_write_mode(file=stream):
-                # In one piece, or the lines of several processes mix.
+                # One write, so that lines of several processes do not mix.
                 stream.write(self.format(record) + "\n")
                 stream.flush()
         except BrokenPipeError:
-            # Whoever read it, a `tee` perhaps, is gone: no reason to stop. What other code prints
-            # there would raise as well, and so would the end of Python, for what is in the buffer.
+            # The reader (a `tee` perhaps) is gone; that is no reason to stop. Replace the stream:
+            # prints of other code, and flushing the buffer at exit, would raise as well.
             name = "stdout" if stream is sys.stdout else "stderr"
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         except Exception:
@@ -50,7 +50,7 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """``log.txt``; where it cannot be written to, on a full disk for one, the console goes on."""
+    """``log.txt``. If it cannot be written to, as on a full disk, only the console is used."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -58,7 +58,7 @@ class _File(logging.FileHandler):
 
 
 def log_to_console() -> None:
-    """Show the package's log: all of process 0's, errors of every process."""
+    """Show the package's log on the console: everything of process 0, errors of the others."""
     console = _Console()
     if distributed.rank() == 0:
         console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -76,7 +76,7 @@ def log_to_console() -> None:
 
 
 def log_to_file(output_dir: str | os.PathLike[str]) -> None:
-    """Append the package's log to ``log.txt``, that of process N > 0 to ``log_rankN.txt``."""
+    """Append the package's log to ``log.txt``, or ``log_rankN.txt`` for process N > 0."""
     rank = distributed.rank()
     path = Path(output_dir) / ("log.txt" if rank == 0 else f"log_rank{rank}.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,10 @@ def log_to_file(output_dir: str | os.PathLike[str]) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether a person watches this process: a progress bar is of use."""
+    """Whether this is process 0 on an interactive terminal, where a progress bar is useful."""
     if distributed.rank() != 0 or not sys.stdout.isatty() or not sys.stderr.isatty():
         return False
-    # Some programs that run others as on a terminal give it no width: a bar would not be seen.
+    # Some programs emulate a terminal of width 0, where a bar would not be seen.
     return shutil.get_terminal_size(fallback=(0, 0)).columns > 0
 
 
@@ -100,14 +100,14 @@ def progress(
     unit: str,
     size: Callable[[_Item], int] = lambda item: 1,
 ) -> Iterator[_Item]:
-    """The items, with a bar on a terminal and lines in the log, every `LOG_EVERY` seconds.
+    """Iterate with a progress bar on a terminal, and a log line every `LOG_EVERY` seconds.
 
     Args:
-        items: each counts as done when the next one is asked for.
-        total: of the sizes, about.
-        title: of the work.
-        unit: of the sizes, in the plural.
-        size: of an item.
+        items: each counts as done when the next one is requested.
+        total: approximate sum of the sizes of all items.
+        title: name of the work.
+        unit: unit of the sizes, in the plural.
+        size: gives the size of an item; 1 by default.
     """
     start = last_line = time.perf_counter()
     done = 0
@@ -128,7 +128,7 @@ def progress(
 
 
 def log_environment(device: torch.device) -> None:
-    """Say what the run runs on."""
+    """Log the versions of the software, the device and the number of threads."""
     lines = [
         f"nasfcos {_version('nasfcos')}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}, torchvision {_version('torchvision')}, "

@@ -1,4 +1,4 @@
-"""Figures of a run: the JSON-lines file, TensorBoard, and the meter that gathers them."""
+"""Metrics of a training run: averaging them, and writing and reading ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends lines to ``metrics.jsonl`` and scalars to ``tensorboard/`` of the output folder.
+    """Appends lines to ``metrics.jsonl`` and scalars to ``tensorboard/`` in the output folder.
 
     Training lines hold ``iteration``, ``loss`` and its terms, ``lr``, ``time`` and ``data_time``
-    (seconds per iteration), ``images_per_s`` and ``memory_mb``; evaluation lines ``iteration`` and
-    ``eval/<data set>/<figure>``. A figure that is not finite is written as null.
+    (seconds per iteration), ``images_per_s`` and ``memory_mb``; evaluation lines hold ``iteration``
+    and ``eval/<data set>/<metric>``. A value that is not finite is written as null.
 
     Args:
-        output_dir: the run's folder.
-        start: finished iterations; lines of an earlier run beyond them are dropped.
+        output_dir: output folder of the run.
+        start: number of finished iterations; existing lines beyond it are dropped.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], start: int = 0) -> None:
@@ -43,7 +43,7 @@ class MetricsWriter:
         self._tensorboard = tensorboard_writer(Path(output_dir) / "tensorboard", start)
 
     def write(self, iteration: int, figures: dict[str, float]) -> None:
-        """Write one line; `figures` are named as in the class's description."""
+        """Write one line; `figures` has the names listed in the description of the class."""
         finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
         self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self._file.flush()
@@ -52,7 +52,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(tag, value, iteration)
 
     def has_evaluation(self, iteration: int) -> bool:
-        """Whether the file has figures of an evaluation after `iteration`."""
+        """Whether the file has the metrics of an evaluation after `iteration`."""
         lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
         return any(
             line["iteration"] == iteration and any(name.startswith("eval/") for name in line)
@@ -73,11 +73,11 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
-    """The lines of a `metrics.jsonl`, by iteration.
+    """Read a ``metrics.jsonl``: {iteration: {name: value}}, in order of iteration.
 
-    Lines of the same iteration are joined. A line that goes back to an earlier iteration is that of
-    a resumed run: it replaces what came after that iteration. Lines that do not parse (the last one
-    of a killed run) are skipped, and counted in the log.
+    Lines of the same iteration are merged. A line that goes back to an earlier iteration was
+    written by a resumed run: the lines beyond that iteration are dropped. Lines that cannot be
+    parsed (the last one of a killed run) are skipped, and counted in the log.
     """
     history: dict[int, dict[str, float]] = {}
     broken = 0
@@ -91,7 +91,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
             except (ValueError, TypeError, KeyError):
                 broken += 1
                 continue
-            while history and (last := next(reversed(history))) > iteration:  # the keys rise
+            while history and (last := next(reversed(history))) > iteration:  # keys rise
                 del history[last]
             history.setdefault(iteration, {}).update(
                 (name, float(value))
@@ -104,7 +104,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Drop the lines beyond `iteration`, and any that a killed process left incomplete."""
+    """Drop the lines beyond `iteration`, and incomplete ones that a killed process left."""
     if not path.exists():
         return
     kept = []
@@ -119,7 +119,12 @@ def truncate_metrics(path: Path, iteration: int) -> None:
 
 
 class Meter:
-    """Gathers losses and times between two lines of the log, without waiting for the device."""
+    """Averages losses and times between two log lines, without waiting for the device.
+
+    Args:
+        images_per_iteration: number of images per iteration, over all processes.
+        device: device of this process, whose memory is reported.
+    """
 
     def __init__(self, images_per_iteration: int, device: torch.device) -> None:
         self._images = images_per_iteration
@@ -133,18 +138,21 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], data_time: float) -> None:
-        """Count an iteration: its loss terms, and seconds waited for its data."""
+        """Add an iteration: its loss terms, and the seconds spent waiting for its data."""
         for name, value in losses.items():
             self._losses[name] = self._losses.get(name, 0) + value
         self._count += 1
         self._data_time += data_time
 
     def pause(self, seconds: float) -> None:
-        """Take out time spent on something that is not training."""
+        """Exclude `seconds` that were spent on something other than training."""
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """Means over the iterations since the last reading; waits for the device."""
+        """Means over the iterations since the last call, named as in `MetricsWriter`; no ``lr``.
+
+        Waits for the device.
+        """
         losses = {name: float(value) / self._count for name, value in self._losses.items()}
         seconds = (time.perf_counter() - self._since) / self._count
         figures = {
@@ -160,7 +168,7 @@ class Meter:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Most memory used so far, in MiB: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak memory in MiB: that of tensors on a GPU, that of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -176,7 +184,7 @@ def format_duration(seconds: float) -> str:
 
 
 def tensorboard_writer(folder: Path, start: int) -> SummaryWriter:
-    """A writer whose curves go on after step `start`; 0: they are written anew."""
-    from torch.utils.tensorboard import SummaryWriter  # takes a second
+    """A TensorBoard writer that continues the curves after step `start` (0: starts them anew)."""
+    from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
 
     return SummaryWriter(folder, purge_step=start + 1 if start else 0)

@@ -1,4 +1,4 @@
-"""Looking at each step's losses as soon as that costs no waiting."""
+"""Checks of each step's losses without making the host wait for a GPU."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from . import distributed
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training diverged; the message names the iteration, the images and the last checkpoint."""
+    """Training diverged. The message names the iteration, the images and the last checkpoint."""
 
 
 @dataclass
 class _Step:
     iteration: int
     names: list[str]  # of the loss terms
-    own: Tensor  # this process's terms
-    agreed: Tensor  # their means over all processes, and whether one was asked to stop; on the CPU
-    ready: torch.cuda.Event | None  # when `agreed` has arrived
-    files: list[str]
+    own: Tensor  # the terms of this process
+    agreed: Tensor  # means of the terms and of the requests to stop over all processes; on the CPU
+    ready: torch.cuda.Event | None  # recorded when `agreed` has been copied from a GPU
+    files: list[str]  # of this process's images
 
 
 class StepMonitor:
-    """Finds losses that are not finite, and requests to stop, on all processes alike.
+    """Detects losses that are not finite, and requests to stop, on all processes in the same step.
 
-    On the CPU a step is looked at in the `submit` that hands it in, hence before the optimizer
-    uses its gradients. On a GPU that would make the host wait for the device in every step: there
-    a step is looked at when the next one is handed in, or by `finish`, which has to come before
-    anything computed since is trusted (saved, evaluated).
+    On the CPU, `submit` checks a step at once, before the optimizer uses its gradients. On a GPU
+    this would make the host wait for the device in every step; there, a step is checked when the
+    next one is submitted, or by `finish`, which must be called before anything computed since is
+    saved or evaluated.
 
     Attributes:
-        last_good: the newest checkpoint, to be named in errors.
+        last_good: the newest checkpoint, named in errors.
     """
 
     def __init__(self, last_good: Path | None = None) -> None:
@@ -46,20 +46,20 @@ class StepMonitor:
     def submit(
         self, iteration: int, losses: dict[str, Tensor], files: list[str], stop: bool
     ) -> tuple[dict[str, Tensor], bool]:
-        """Hand in a step.
+        """Submit a step.
 
         Args:
-            iteration: its number.
-            losses: this process's loss terms, without graph.
+            iteration: number of the step, from 1.
+            losses: loss terms of this process, detached.
             files: names of this process's images.
             stop: whether this process was asked to stop.
 
         Returns:
-            The terms' means over all processes, on the device; and whether any process was asked
-            to stop, in the last step looked at.
+            The means of the terms over all processes, on the device; and whether any process was
+            asked to stop in the steps checked by this call.
 
         Raises:
-            NonFiniteLossError: in the step looked at, on every process.
+            NonFiniteLossError: on every process, if a loss in the steps checked is not finite.
         """
         own = torch.stack(list(losses.values()))
         agreed = distributed.mean(torch.cat((own, torch.full_like(own[:1], float(stop)))))
@@ -73,13 +73,13 @@ class StepMonitor:
             ready = torch.cuda.Event()
             ready.record(stream)
         self._pending.append(_Step(iteration, list(losses), own, agreed, ready, files))
-        return means, self._look(leave=0 if ready is None else 1)
+        return means, self._check(leave=0 if ready is None else 1)
 
     def finish(self) -> bool:
-        """Look at all steps handed in; as `submit`."""
-        return self._look(leave=0)
+        """Check all steps submitted so far; returns and raises as `submit`."""
+        return self._check(leave=0)
 
-    def _look(self, leave: int) -> bool:
+    def _check(self, leave: int) -> bool:
         stop = False
         while len(self._pending) > leave:
             step = self._pending.popleft()
@@ -102,7 +102,7 @@ class StepMonitor:
         )
 
     def remedy(self) -> str:
-        """What to do after a divergence."""
+        """Advice for the user after a divergence."""
         if self.last_good is None:
             where = "There is no checkpoint yet"
         else:
