@@ -1,4 +1,4 @@
-"""What the types of the settings do not show: which values they may have, and which together."""
+"""Checks of values: choices, bounds, and settings that must fit each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHOICES = {
     "SEARCH.EXECUTOR": ("inline", "local", "ray"),
 }
 
-# Each entry is one of a tuple, and none comes twice.
+# Lists whose entries must be among these, without repetition.
 SUBSETS = {
     "SEARCH.STAGES": ("fpn", "head"),
     "SEARCH.SPACE.FPN_OPS": FPN_OPS,
@@ -128,7 +128,7 @@ IN_0_TO_1 = (
     "SEARCH.PRUNING.KEEP",
 )
 
-POSITIVE = (  # each entry, where it is a list
+POSITIVE = (  # of a list: every entry
     "MODEL.RESNET.BLOCKS",
     "MODEL.MOBILENET.WIDTH",
     "MODEL.FCOS.SIZE_LIMITS",
@@ -144,31 +144,32 @@ POSITIVE = (  # each entry, where it is a list
     "SEARCH.OBJECTIVE.TARGET_HEAD",
 )
 
-# Norms have groups of at least two channels, deformable convolutions two groups of offsets.
+# Group norms have at least two channels per group, deformable convolutions two offset groups.
 EVEN = ("MODEL.NECK.CHANNELS", "SEARCH.PROXY.FPN_CHANNELS", "SEARCH.PROXY.HEAD_CHANNELS")
 
 LENGTHS = {"MODEL.RESNET.BLOCKS": 4, "MODEL.FCOS.SIZE_LIMITS": 4}
 
-# What entries of DATASETS.CUSTOM have, by their FORMAT.
+# Keys of an entry of DATASETS.CUSTOM, by its FORMAT.
 DATASET_KEYS = {
     "coco": ("FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES"),
     "voc": ("FORMAT", "IMAGES", "ANNOTATIONS", "SPLIT", "CLASSES"),
 }
 
-# Takes the name of a setting, what is wrong with it, and the names of those beside which it is.
+# Raises a ConfigError; called with the name of a setting, what is wrong with it, and the names of
+# other settings that it conflicts with.
 Fail = Callable[..., NoReturn]
 
 
 def check_config(cfg: CfgNode, sources: Mapping[str, str], source: str) -> None:
-    """Check the values of a tree whose names and types are right.
+    """Check the values of a config tree whose names and types have been checked.
 
     Args:
-        cfg: the tree.
-        sources: where settings were set, by their names.
-        source: is to blame for what none of `sources` set.
+        cfg: the config tree.
+        sources: the file or command line that set a setting, by the setting's dotted name.
+        source: named in errors about settings that are not in `sources`.
 
     Raises:
-        ConfigError: a value that cannot be, by itself or beside others.
+        ConfigError: a value is invalid, by itself or together with others.
     """
 
     def fail(name: str, why: str, *others: str) -> NoReturn:
@@ -186,7 +187,11 @@ def check_config(cfg: CfgNode, sources: Mapping[str, str], source: str) -> None:
 
 
 def check_dataset(name: str, entry: object, fail: Fail) -> None:
-    """Check what an entry of DATASETS.CUSTOM has; it may lack something still."""
+    """Check an entry of DATASETS.CUSTOM; missing keys are no error here, only when it is used.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is not possible.
+    """
     section = f"DATASETS.CUSTOM.{name}"
     if not isinstance(entry, Mapping):
         keys = ", ".join(DATASET_KEYS["coco"])
@@ -199,7 +204,7 @@ def check_dataset(name: str, entry: object, fail: Fail) -> None:
             f"{nearest(str(kind).lower(), DATASET_KEYS)}",
             section,
         )
-    known = DATASET_KEYS["voc" if kind is None else kind]  # it has all of them
+    known = DATASET_KEYS["voc" if kind is None else kind]  # "voc" has the keys of both
     for part, value in entry.items():
         key = f"{section}.{part}"
         if part not in known:

@@ -1,4 +1,4 @@
-"""Config files: YAML, and the files that one inherits from."""
+"""Reading config files (YAML), and the files that they inherit from."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans (1.2), not the words on, off, yes and no, and
-    in which a key that stands twice, or is no word, is an error of the file's."""
+    """YAML with the booleans of version 1.2: true and false, but not on, off, yes and no.
+
+    All keys become strings. A repeated key, or one that is a list or a section, is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -37,7 +39,7 @@ class _YamlLoader(yaml.SafeLoader):
                 )  # fmt: skip
             seen.add(key.value)
             if key.tag != MERGE_TAG:
-                key.tag = "tag:yaml.org,2002:str"  # the name of a data set may look like a number
+                key.tag = "tag:yaml.org,2002:str"  # a data set may have a number as its name
         return super().construct_mapping(node, deep)
 
 
@@ -51,14 +53,15 @@ _YamlLoader.add_implicit_resolver(
 
 
 def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str, Path]]:
-    """A config file by itself.
+    """Read one config file, without the files that it inherits from.
 
     Args:
-        path: of the file.
+        path: config file.
         named_by: the file that inherits from it, for messages.
 
     Returns:
-        what it sets, and the files that it inherits from by the names that it gives them.
+        The tree that the file sets, and the paths of the files it inherits from, by their names in
+        ``_BASE_``.
 
     Raises:
         ConfigError: the file is missing or malformed.
@@ -75,7 +78,7 @@ def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str,
         raise ConfigError(f"config file {path} cannot be read{why}: {error}") from None
     try:
         tree = yaml.load(text, Loader=_YamlLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no calendar has
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -88,33 +91,41 @@ def read_file(path: Path, named_by: Path | None = None) -> tuple[dict, dict[str,
 
 
 def ordinary_base(path: Path) -> tuple[Path, list[str]]:
-    """The nearest file that a config inherits from and that, with all below it, says nothing of a
-    search, and the keys that those before it set besides. The way there ends at a file that has not
-    exactly one base, or is the release's."""
+    """The first config in the inheritance chain without a SEARCH section, and the dotted keys that
+    the more derived files set.
+
+    Stops at a file in the released format, or with no or several bases.
+    """
     keys: list[str] = []
     while _is_of_search(path):
         tree, bases = read_file(path)
         if len(bases) != 1 or is_released(tree):
             break
         tree.pop("SEARCH", None)
-        keys += [name for name, value in leaves(tree) if value is not None]  # an empty section
+        # None stands for an empty section.
+        keys += [name for name, value in leaves(tree) if value is not None]
         (path,) = bases.values()
     return path, keys
 
 
 def _is_of_search(path: Path) -> bool:
     tree, bases = read_file(path)
-    searches = "SEARCH" in tree and not is_released(tree)  # whose section says what was found
+    # SEARCH in the released format describes the result of a search, not a search.
+    searches = "SEARCH" in tree and not is_released(tree)
     return searches or any(map(_is_of_search, bases.values()))
 
 
 def copy_with_bases(path: Path, folder: Path) -> Path:
-    """Copy a config and all that it inherits from, so that they travel with what needs them.
+    """Copy a config and all files that it inherits from, so that the copy can be used elsewhere.
 
-    The copies lie to one another as the files do.
+    The copies have the same relative paths to each other as the originals.
+
+    Args:
+        path: config file.
+        folder: directory to copy to.
 
     Returns:
-        the copy of `path` in `folder`.
+        The copy of `path` in `folder`.
     """
     found: dict[Path, dict[str, Path]] = {}
 

@@ -1,4 +1,4 @@
-"""The config tree: files and overrides, merged with checks of their names and types."""
+"""Loading a config tree: files and overrides are merged, with checks of names and types."""
 
 from __future__ import annotations
 
@@ -23,41 +23,42 @@ logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 WEIGHT = "MODEL.WEIGHT"
-# Where a tree keeps MODEL.WEIGHT as its file has it, which no setting shows.
+# Hidden attribute of a tree: MODEL.WEIGHT as read from the file. It is not a setting, because it
+# describes how this tree was made: a printed config, loaded again, is a file.
 _FILES_WEIGHT = "__files_weight__"
 
-# Lists whose entries are of any type: KEY VALUE pairs.
+# Lists of KEY VALUE pairs, whose entries are of any type.
 FREE_LISTS = ("SEARCH.PREPARE.OVERRIDES", "SEARCH.SELECT.OVERRIDES")
 
-# Empty by default, which does not show what their entries are.
+# Lists that are empty by default, so that the default does not show the type of their entries.
 INTEGER_LISTS = ("INPUT.MIN_SIZE_RANGE_TRAIN", "SEARCH.PRUNING.RUNGS")
 TEXT_LISTS = ("MODEL.IMPORTS",)
 
-# What users define there may be of any type; in DATASETS.CUSTOM text stays text, for a folder may
-# have a name like a number.
+# Prefix of the user's own settings, where text is read as a literal. In DATASETS.CUSTOM text stays
+# text, because a folder's name may look like a number.
 OWN_VALUES = "MODEL.CUSTOM."
 
 
 def load_config(
     file: str | os.PathLike[str] | None = None, overrides: Sequence[Any] = ()
 ) -> CfgNode:
-    """The config tree of a YAML file, with overrides on top.
+    """Load the config tree of a YAML file, with overrides on top.
 
     Args:
-        file: a YAML file of this project, or one of the original release (which is translated, and
-            the translation logged). None: the defaults.
+        file: YAML file of this project, or of the original release (which is translated, and the
+            translation logged). None: the defaults.
         overrides: alternating keys and values, ``["SOLVER.BASE_LR", 0.02, ...]``; values may be
-            text, as they come from a command line.
+            text, as on a command line.
 
     Returns:
-        The tree, frozen.
+        The frozen tree.
 
     Raises:
-        ConfigError: a missing or malformed file, an unknown key, a wrong type, a value out of its
+        ConfigError: a missing or malformed file, an unknown key, a wrong type, a value out of
             range, an invalid genotype. The message names the file and the key.
     """
     cfg = get_defaults()
-    # The place each leaf was last set, so that a check of the whole can name the file.
+    # Which file or command line set each setting last, for messages of the final check.
     sources: dict[str, str] = {}
     for source, tree in _inheritance_chain(Path(file)) if file is not None else ():
         _merge(cfg, tree, source, sources)
@@ -67,7 +68,7 @@ def load_config(
 
 
 def _finished(cfg: CfgNode, sources: dict[str, str], source: str) -> CfgNode:
-    """The tree, checked and frozen."""
+    """Check and freeze a tree."""
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     check_config(cfg, sources, source)
     cfg.freeze()
@@ -75,7 +76,7 @@ def _finished(cfg: CfgNode, sources: dict[str, str], source: str) -> CfgNode:
 
 
 def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """The file's tree after those of the files it inherits from, oldest ancestor first."""
+    """(source, tree) of a file and of all files it inherits from, the most basic one first."""
     tree, bases = read_file(path, named_by=seen[-1] if seen else None)
     seen = (*seen, path.resolve())
     for base in bases.values():
@@ -96,7 +97,7 @@ def _inheritance_chain(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tupl
 def _merge(
     node: CfgNode, tree: dict, source: str, sources: dict[str, str], prefix: str = ""
 ) -> None:
-    """Set the values of `tree` in `node`, checking names and types."""
+    """Merge `tree` into `node`, whose dotted name is `prefix`, with checks of names and types."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in node:
@@ -107,7 +108,7 @@ def _merge(
             node[key] = _free_form(value, name, source)
             sources[name] = source
         elif isinstance(node[key], CfgNode):
-            if value is None:  # a section that the file leaves empty
+            if value is None:  # an empty section
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(
@@ -123,15 +124,15 @@ def _merge(
 
 
 def override_config(cfg: CfgNode, overrides: Sequence[Any], source: str) -> CfgNode:
-    """A copy of a config tree with KEY VALUE pairs on top, checked like a file.
+    """A copy of a config tree with KEY VALUE pairs on top, with the checks of `load_config`.
 
     Args:
-        cfg: the tree.
+        cfg: the config tree.
         overrides: alternating keys and values.
-        source: where they come from, for messages.
+        source: where the overrides come from, for messages.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: an unknown key, a wrong type or an invalid value.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -155,24 +156,23 @@ def _merge_overrides(
 
 
 def is_weight_given(cfg: CfgNode) -> bool:
-    """Whether weights were named for the purpose at hand, by an override of MODEL.WEIGHT or in the
-    tree itself, rather than in the config file, where they may be what the training started from.
-    """
+    """Whether MODEL.WEIGHT was set by an override or in code, not by the config file, where it is
+    usually the initialisation of the training."""
     return cfg.MODEL.WEIGHT not in ("", cfg.__dict__.get(_FILES_WEIGHT))
 
 
 def _free_form(value: Any, name: str, source: str) -> Any:
-    """A setting that users define, or a section of such."""
+    """The value of a setting, or section, that users define."""
     if isinstance(value, dict):
         node = CfgNode(new_allowed=True)
         for key, item in value.items():
-            if "." in str(key):  # it would be taken for a section and a key
+            if "." in str(key):  # it would read as a section and a key
                 raise ConfigError(f"{source}: the name {key!r} in {name} must have no dot")
             node[str(key)] = _free_form(item, f"{name}.{key}", source)
         return node
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    # On a command line all is text.
+    # Values of the command line are text.
     is_literal = isinstance(value, str) and (value[:1] in "[(" or name.startswith(OWN_VALUES))
     return literal(value) if is_literal else value
 
@@ -185,7 +185,7 @@ def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(name: str, value: Any, source: str) -> str:
-    while isinstance(value, dict) and value:  # of a section, the first key that is set in it
+    while isinstance(value, dict) and value:  # of a section: its first key
         key, value = next(iter(value.items()))
         name = f"{name}.{key}"
     near = [successor] if (successor := successor_of(name)) else _near_keys(name.upper())
@@ -193,9 +193,9 @@ def _unknown_key(name: str, value: Any, source: str) -> str:
 
 
 def _near_keys(name: str) -> list[str]:
-    """Keys that an unknown one may stand for, as difflib ranks them."""
+    """Keys that an unknown one may stand for, best first."""
     keys = list(_all_keys(get_defaults()))
-    keys = [key for key in keys if not name.startswith(f"{key}.")]  # not the sections it names
+    keys = [key for key in keys if not name.startswith(f"{key}.")]  # not its own sections
     section, _, last = name.rpartition(".")
     parts = [key.rpartition(".") for key in keys]
     siblings = [key for above, _, key in parts if above == section]
@@ -210,7 +210,11 @@ def _near_keys(name: str) -> list[str]:
 
 
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
-    """`value` as the type of `default`; text is read as a literal where text is not meant."""
+    """Convert `value` to the type of `default`; text is read as a literal unless `default` is text.
+
+    Raises:
+        ConfigError: the types do not match.
+    """
     if isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
     if isinstance(value, os.PathLike):
@@ -218,8 +222,8 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     entries = (0,) if name in INTEGER_LISTS else ("",) if name in TEXT_LISTS else default
     entries = entries if isinstance(default, (list, tuple)) and name not in FREE_LISTS else ()
     if isinstance(default, tuple) and entries and _like(value, entries[0]):
-        value = (value,)  # one where several are wanted
-    if isinstance(default, bool) and str(value).lower() in ("true", "false"):  # as YAML has them
+        value = (value,)  # one entry without brackets
+    if isinstance(default, bool) and str(value).lower() in ("true", "false"):  # as in YAML
         value = str(value).lower() == "true"
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)

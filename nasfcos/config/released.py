@@ -1,7 +1,8 @@
-"""The YAML files of the original release, translated to this project's keys.
+"""Translation of the original release's YAML files to this project's keys.
 
-The release's tree serves many detectors; its eight files set keys that these models never read.
-Each key is named here once: with the key it becomes, with the value it must have, or as unused.
+The release's config tree serves many detectors, and its eight files set keys that these models
+never read. Each key is listed here once: with the key that it becomes, with the value it must have,
+or as unused.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 
 
 class Rule(NamedTuple):
-    """What becomes of a released key.
+    """The translation of a released key.
 
     Attributes:
-        settings: made of a value of it.
-        target: the key of this project that stands for it, if one does.
+        settings: maps the key's value to settings of this project, by dotted names.
+        target: the key of this project that corresponds to it, if there is one.
     """
 
     settings: Callable[[Any], dict[str, Any]]
@@ -51,7 +52,7 @@ def _to(key: str, convert: Callable[[Any], Any] = lambda v: v) -> Rule:
 
 
 def _switch(value: Any) -> bool:
-    """The release reads YAML 1.1, where there are other words for true and false as well."""
+    """A boolean as the release reads it: in YAML 1.1, with yes, no, on and off as well."""
     value = SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
     if not isinstance(value, bool):
         raise ValueError("it must be true or false")
@@ -59,7 +60,7 @@ def _switch(value: Any) -> bool:
 
 
 def _when(key: str, setting: Any) -> Rule:
-    """Sets a key if the released switch is on."""
+    """Set a key if the released switch is on."""
     return Rule(lambda value: {key: setting} if _switch(value) else {}, key)
 
 
@@ -162,18 +163,25 @@ MARKS = (("MODEL", "META_ARCHITECTURE"), ("MODEL", "RPN_ONLY"), ("SEARCH", "NAS_
 
 
 def is_released(tree: dict) -> bool:
-    """Whether a YAML tree is in the original release's form, by keys that only it has."""
+    """Whether a YAML tree has the format of the original release, by keys that only it has."""
     return any(
         isinstance(tree.get(section), dict) and key in tree[section] for section, key in MARKS
     )
 
 
 def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
-    """A released tree in this project's keys, and a line of explanation for each key.
+    """Translate a released tree to this project's keys.
+
+    Args:
+        tree: content of the YAML file.
+        source: name of the file, for messages.
+
+    Returns:
+        The translated tree, and a line of explanation for each key that changed.
 
     Raises:
-        ConfigError: a key that the release's detectors do not have, or a value that asks for one
-            of its detectors that is not among the eight.
+        ConfigError: a key is not known to the released detectors, or a value selects a detector
+            other than the eight.
     """
     settings: dict[str, Any] = {}
     notes = []
@@ -188,7 +196,7 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
                 f"{source}: there is no key {name!r} in the release's searched detectors."
                 f"{nearest(name, TRANSLATION)}"
             )
-        value = literal(raw)  # the release writes tuples as text: (60000,80000,)
+        value = literal(raw)  # the release has tuples as text: (60000,80000,)
         try:
             made = rule.settings(value)
         except (ValueError, TypeError, AttributeError) as error:
@@ -201,18 +209,18 @@ def translate_released(tree: dict, source: str) -> tuple[dict, list[str]]:
     heads = ("MODEL.DENSEBOX_ON", "MODEL.RETINANET_ON")
     if "MODEL.HEAD.NAME" not in settings and any(name in heads for name, _ in leaves(tree)):
         raise ConfigError(f"{source}: neither {heads[0]} nor {heads[1]} is True: there is no head")
-    # The release knows the plain pyramid and tower by the absence of its switches.
+    # In the release, the absence of a switch means the plain pyramid or tower.
     settings.setdefault("MODEL.NECK.NAME", "fpn")
     settings.setdefault("MODEL.HEAD.TOWER", "plain")
     return nested(settings), notes
 
 
 def _check_counts(tree: dict, source: str) -> None:
-    """The numbers of cells and head layers only repeat what the genotype has."""
+    """Check that the numbers of cells and head layers are those of the genotype."""
     given = {name: literal(value) for name, value in leaves(tree)}
     try:
         genotype = Genotype.parse(given["SEARCH.DECODER.CONFIG"])
-    except (KeyError, GenotypeError):  # what is wrong with it is said when the whole is checked
+    except (KeyError, GenotypeError):  # reported by the check of the whole tree
         return
     for name, has in (
         ("SEARCH.DECODER.NUM_CELLS", len(genotype.cells)),
@@ -225,7 +233,7 @@ def _check_counts(tree: dict, source: str) -> None:
 
 
 def successor_of(name: str) -> str | None:
-    """The key of this project that a released one of another name became, if one did."""
+    """The key of this project that a released key of another name corresponds to, if any."""
     return TRANSLATION[name].target if name in TRANSLATION else None
 
 

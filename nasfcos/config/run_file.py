@@ -1,4 +1,4 @@
-"""The config that a run leaves in its output folder."""
+"""The config file that a run writes to its output folder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ RUN_CONFIG = "config.yaml"
 
 
 def write_run_config(cfg: CfgNode) -> None:
-    """Write the whole tree to OUTPUT_DIR; see `check_run_config`."""
+    """Write the whole tree to OUTPUT_DIR (see `check_run_config`)."""
     with replacing(Path(cfg.OUTPUT_DIR) / RUN_CONFIG) as temporary:
         temporary.write_text(cfg.dump(), encoding="utf-8")
 
 
 def check_run_config(cfg: CfgNode) -> None:
-    """Make sure that `write_run_config` replaces what a run wrote, or nothing.
+    """Check that `write_run_config` would replace a file written by a run, or none.
 
     Raises:
-        ConfigError: somebody keeps a config of this name in OUTPUT_DIR.
+        ConfigError: OUTPUT_DIR holds another config file of this name.
     """
     path = Path(cfg.OUTPUT_DIR) / RUN_CONFIG
     try:
         content = path.read_bytes()
     except OSError:
         return
-    # Nothing, or zeros, is what a machine that went down leaves of a file.
+    # After a crash of the machine, a file may be empty or filled with zeros.
     if content.strip(b"\0 \r\n\t") and not is_of_run(content):
         raise ConfigError(
             f"{path} is not of a run, and a run in OUTPUT_DIR {cfg.OUTPUT_DIR} would replace it by "
@@ -40,7 +40,7 @@ def check_run_config(cfg: CfgNode) -> None:
 
 
 def is_of_run(content: bytes) -> bool:
-    """Whether the content of a config file is a whole tree, as a run writes it."""
+    """Whether the content of a config file is a whole tree without comments, as a run writes it."""
     try:
         text = content.decode()
         tree = yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""Settings by their dotted names, and as nested sections."""
+"""Conversions between dotted names of settings and nested sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting of a tree; an empty section has none."""
+    """(dotted name, value) of every setting in a tree; nothing for an empty section."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -19,7 +19,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of settings given by their dotted names; undoes `leaves`."""
+    """The tree of settings that are given by their dotted names; the inverse of `leaves`."""
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *sections, key = name.split(".")
@@ -31,10 +31,10 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def get_setting(tree: Mapping[str, Any], name: str) -> Any:
-    """The setting, or section, with a dotted name.
+    """The setting or section with a dotted name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such setting.
     """
     for part in name.split("."):
         tree = tree[part]
@@ -42,11 +42,16 @@ def get_setting(tree: Mapping[str, Any], name: str) -> Any:
 
 
 def with_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
-    """A frozen copy of a config tree with settings by their dotted names, set as they are:
-    `override_config` is for what people write, which needs reading and checks.
+    """A frozen copy of a config tree with some settings replaced, without conversion or checks.
+
+    `override_config` is for values written by people, which need both.
+
+    Args:
+        cfg: the config tree.
+        settings: values by the dotted names of the settings.
 
     Raises:
-        KeyError: there is no such setting, and none may be added.
+        KeyError: there is no such setting, and its section accepts no new ones.
     """
     copy = cfg.clone()
     copy.defrost()
@@ -61,7 +66,7 @@ def with_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
 
 
 def literal(value: Any) -> Any:
-    """What a text says as a Python literal; anything else, and a text that is none, as it is."""
+    """The value of a text that is a Python literal; any other value or text unchanged."""
     if not isinstance(value, str):
         return value
     try:
