@@ -1,4 +1,4 @@
-"""Weight files by URL or by name, downloaded once and checked."""
+"""Downloads of weight files by URL or name, kept in a cache and verified by checksum."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ CATALOG = {
     ),
 }
 CATALOG_ROOT = "https://dl.fbaipublicfiles.com/detectron/"
-# Where the digits at the end of a name are a checksum: elsewhere they may be a date.
+# File names at this address end in a checksum; digits in other names may be a date.
 NAMED_BY_CHECKSUM = "https://download.pytorch.org/"
 TIMEOUT = 60  # seconds without a byte
 
 
 class DownloadError(ValueError):
-    """A source that cannot be had; the message says which and what to do instead."""
+    """A source is not available; the message names it and an alternative."""
 
 
 def resolve_source(source: str) -> Path:
-    """The local file of a source: a path as it is; ``http(s)://``, ``catalog://`` and
-    ``torchvision://`` downloaded into the cache unless they are there.
+    """The local file of a source.
 
-    A URL may end in ``#sha256=<hex>`` (at least the first eight digits, in either case). Without it
-    the checksum in a file name of PyTorch's (``resnet50-0676ba61.pth``) counts, and without that
-    the checksum of the first download, so that a file damaged later is noticed.
+    A path is returned as it is; ``http(s)://``, ``catalog://`` and ``torchvision://`` sources are
+    downloaded unless they are in the cache.
+
+    A URL may end in ``#sha256=<hex>`` (at least the first eight digits, upper or lower case).
+    Without it, a file is verified by the checksum in its name if it is PyTorch's
+    (``resnet50-0676ba61.pth``), else by the checksum of the first download, which detects later
+    damage.
 
     Raises:
-        DownloadError: unknown name, failed download, wrong checksum, or one that is none.
+        DownloadError: unknown name, failed download, wrong or malformed checksum.
     """
     if source.startswith("catalog://"):
         name = source.removeprefix("catalog://")
@@ -58,10 +61,10 @@ def resolve_source(source: str) -> Path:
 
 
 def local_path(source: str) -> Path | None:
-    """The path that a source is by itself; None: it is to be downloaded.
+    """The path of a local source; None if the source is to be downloaded.
 
     Raises:
-        DownloadError: it begins like a URL, and is none.
+        DownloadError: the source looks like a URL, but is malformed.
     """
     try:
         scheme = urlparse(source).scheme
@@ -73,7 +76,7 @@ def local_path(source: str) -> Path | None:
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: beside torch.hub's own (``TORCH_HOME`` moves both)."""
+    """Folder of the downloads, beside those of torch.hub (``TORCH_HOME`` moves both)."""
     return Path(torch.hub.get_dir()) / "nasfcos"
 
 
@@ -93,7 +96,7 @@ def _torchvision_url(name: str) -> str:
 def _download(url: str) -> Path:
     url, marker, fragment = url.partition("#")
     expected = _checksum(url, fragment) if marker else None
-    # Many files are called model_final.pth: each URL has a folder of its own.
+    # Each URL has a folder of its own, because many files are called model_final.pth.
     folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:12]
     path = folder / (Path(urlparse(url).path).name or "weights")
     if expected is None and url.startswith(NAMED_BY_CHECKSUM):
@@ -101,7 +104,7 @@ def _download(url: str) -> Path:
         expected = match[1] if match else None
     path.parent.mkdir(parents=True, exist_ok=True)
     record = path.with_name(path.name + ".sha256")
-    with locked(Path(f"{path}.lock")):  # several processes of one job ask at once
+    with locked(Path(f"{path}.lock")):  # several processes of a job may ask at once
         if path.is_file():
             expected = expected or (record.read_text().strip() if record.is_file() else None)
             if expected is None or sha256(path).startswith(expected):
@@ -127,14 +130,14 @@ def _download(url: str) -> Path:
 
 
 def _fetch(url: str, path: Path) -> None:
-    request = Request(url, headers={"User-Agent": "nasfcos"})  # some servers refuse urllib's own
+    request = Request(url, headers={"User-Agent": "nasfcos"})  # servers may refuse urllib's own
     with (
         urlopen(request, timeout=TIMEOUT) as response,
         tqdm.wrapattr(response, "read", response.length, disable=None) as body,
         path.open("wb") as file,
     ):
         shutil.copyfileobj(body, file, 1 << 20)
-        if response.length:  # what is left of the announced length
+        if response.length:  # bytes of the announced length that are missing
             raise OSError(f"the connection ended {response.length} bytes early")
 
 
@@ -142,8 +145,8 @@ def _checksum(url: str, fragment: str) -> str:
     match = re.fullmatch(r"sha256=([0-9a-f]{8,64})", fragment.lower())
     if not match:
         raise DownloadError(
-            f"{url}#{fragment}: what follows the # is no checksum; write #sha256= and at least the "
-            "first 8 of the 64 hexadecimal digits, or leave it out with the #"
+            f"{url}#{fragment}: what follows the # is no checksum; write #sha256= and at least "
+            "the first 8 of the 64 hexadecimal digits, or leave it out with the #"
         )
     return match[1]
 

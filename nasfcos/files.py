@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing of files, and JSON."""
 
 import errno
 import json
@@ -9,25 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s place when the block ends well.
+    """Write a file atomically: yields a temporary path, which replaces `path` after the block.
 
-    If the block raises, nothing of it stays and a file already at `path` is untouched. Missing
-    folders are made. The name keeps its suffix, so libraries that go by it write the right format.
+    If the block raises, the temporary file is deleted and `path` is unchanged. Missing folders are
+    created. The temporary path has the suffix of `path`, by which libraries choose the format.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the whole stem, or the longest names that file systems take could not be written.
+    # Only a part of the stem, so that the longest names that the file system allows can be written.
     temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in _OF_THE_DISK and error.filename is None:  # a failed write names no file
+        if error.errno in _DISK_ERRORS and error.filename is None:  # a failed write names no file
             error.filename = str(path)
         raise
     finally:
@@ -35,18 +35,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
-    """Write `value` as strict JSON (a nan becomes null), whole or not at all."""
-    # dumps, not dump: only the former is compiled code.
+    """Write `value` as strict JSON (NaN becomes null), whole or not at all.
+
+    Raises:
+        ValueError: `value` holds an infinite number.
+    """
+    # dumps, not dump: only dumps is implemented in C.
     try:
         text = json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError:  # to look for them costs as much as to write, so only where there are some
+    except ValueError:  # looking for NaN costs as much as writing, so only if there are some
         text = json.dumps(_without_nan(value), indent=indent, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any | None:
-    """The content of a JSON file; None where it is missing or broken."""
+    """The content of a JSON file; None if it is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Locks of files: they end with their process, however that ends."""
+"""File locks, which the system releases when their process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# What file systems without locks answer (ENOLCK: network folders that lack their lock service).
+# Errors of file systems without locks (ENOLCK: network folders without their lock service).
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
 def locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock file `path`, in a folder that is there, within the block.
+    """Hold a lock within the block.
 
-    On a file system without locks there is none, which is logged. (What filelock would take instead
-    is a mark that outlives a killed process, and would keep the next one out.)
+    A file system without locks is logged, and the block runs without one. (filelock's fallback, a
+    marker file, would outlive a killed process and keep the next one out.)
 
     Args:
-        path: the file.
-        timeout: seconds to wait for another process that holds it; negative: without end.
+        path: lock file, in an existing folder.
+        timeout: seconds to wait for another process that holds the lock; negative: no limit.
 
     Raises:
-        filelock.Timeout: another process still holds it.
+        filelock.Timeout: another process still holds the lock.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
@@ -47,14 +47,15 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 @contextmanager
 def only_one(path: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
-    """Hold the lock file `path` within the block, for one job at a time in a folder (see `locked`).
+    """Hold a lock within the block, so that one job at a time uses a folder (see `locked`).
 
     Args:
-        path: the file; its folder is made if it is not there.
-        busy: what to say where another process holds it for longer than `timeout` seconds.
+        path: lock file; its folder is created if necessary.
+        busy: error message if another process holds the lock.
+        timeout: seconds to wait for the other process.
 
     Raises:
-        ConfigError: with the text `busy`.
+        ConfigError: another process still holds the lock; with the text `busy`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -67,10 +68,13 @@ def only_one(path: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
 
 @contextmanager
 def unless_held(path: Path) -> Iterator[bool | None]:
-    """Hold the lock file `path` within the block if nobody else does.
+    """Hold a lock within the block if no other process holds it.
+
+    Args:
+        path: lock file.
 
     Yields:
-        whether it is held here; None where that cannot be told (another user's file, a file system
+        Whether the lock is held here; None if that is unknown (another user's file, a file system
         without locks).
     """
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Ending a run on SIGTERM or SIGINT without losing its work."""
+"""Stopping a run on SIGTERM or SIGINT without losing its work."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-# Seconds after which a second signal means that the first was not heeded. Launchers repeat a
-# Ctrl-C of the terminal at once.
+# Seconds after which a second signal stops the run at once. An earlier one is ignored, because
+# launchers immediately repeat the Ctrl-C of a terminal.
 PATIENCE = 5.0
 
 
 class Interrupted(BaseException):
-    """The run ends because of a signal; not an `Exception`, so that no handler of errors eats it.
+    """A signal stops the run. Not an `Exception`, so that no handler of errors swallows it.
 
     Attributes:
-        signum: the signal's number; the process should exit with 128 + signum.
+        signum: number of the signal; the process should exit with 128 + signum.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -27,13 +27,13 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while in its ``with`` block, for the training loop to look at.
+    """Records SIGTERM and SIGINT within its ``with`` block, for the training loop to check.
 
     Args:
-        remedy: what `Interrupted` says about the work done so far.
+        remedy: what the message of `Interrupted` says about the work done so far.
 
     Attributes:
-        signum: number of the signal received, 0 before.
+        signum: number of the signal received; 0 if none was.
     """
 
     def __init__(self, remedy: str = "--resume goes on from the last checkpoint") -> None:
@@ -56,13 +56,13 @@ class StopRequest:
 
     @contextmanager
     def heeded_at_once(self) -> Iterator[None]:
-        """Within the block a signal raises `Interrupted`: there is nothing to be finished first."""
+        """Within this block a signal raises `Interrupted` at once: no work would be lost."""
         self._at_once = True
         try:
             if self.signum:
                 self._raise()
             yield
-            if self.signum:  # raised where Python drops exceptions, in the destructor of an object
+            if self.signum:  # raised in a destructor, where Python ignores exceptions
                 self._raise()
         finally:
             self._at_once = False
@@ -82,17 +82,17 @@ class StopRequest:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """SIGTERM and SIGINT that come within the block take effect at its end.
+    """Defer SIGTERM and SIGINT that arrive within the block to its end.
 
-    For what must not be left in the middle, and for blocks that fork: Python drops what a handler
-    raises while its hooks of a fork run, and what these had to do stays undone.
+    For work that must not be interrupted, and for blocks that fork: an exception that a handler
+    raises while Python's fork hooks run is ignored, and the hooks are left unfinished.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
     try:
-        with ExitStack() as handlers:  # all are restored, whatever the first of them raises
+        with ExitStack() as handlers:  # all handlers are restored, even if one raises
             for signum in (signal.SIGTERM, signal.SIGINT):
                 handler = signal.signal(signum, lambda signum, frame: received.append(signum))
                 handlers.callback(signal.signal, signum, handler)

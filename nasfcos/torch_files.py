@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without executing anything."""
+"""Reading files of `torch.save` without executing anything in them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# How a zip begins, which is what torch has written since version 1.6.
+# First bytes of a zip archive, the format of torch since version 1.6.
 ZIP_START = b"PK\x03\x04"
 
 
 class TorchFileError(ValueError):
-    """A file that is damaged, or holds more than tensors and plain containers; the message names
-    it."""
+    """A file is damaged, or holds more than tensors and plain containers; the message names it."""
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """The content of a file of `torch.save`, on the CPU.
+    """Read a file of `torch.save` onto the CPU.
 
-    torch itself verifies no checksums: they are verified here, in files that have some. That this
-    reads the file before torch does costs no second reading from the disk.
+    torch does not verify the checksums of zip archives, so this is done here. The file is still
+    read from the disk only once, because torch then finds it in the system's cache.
 
     Raises:
-        TorchFileError: the file is damaged, or not of this kind.
-        OSError: it could not be read, which says nothing about what is in it.
+        TorchFileError: the file is damaged, or was not written by `torch.save`.
+        OSError: the file could not be read, which says nothing about its content.
     """
     try:
         damaged = None
@@ -43,8 +42,8 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # zipfile and torch.load raise many kinds
-        # Damaged files send zipfile to places before their start (EINVAL), and its unpackers have
-        # no number for what they find.
+        # In a damaged file zipfile may seek to before the start (EINVAL), and its decompressors
+        # raise an OSError without a number.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = str(path)
             raise
@@ -56,7 +55,14 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
 
 
 def read_saved(path: Path) -> dict:
-    """A dict saved by torch; empty where the file is missing or, with a warning, damaged."""
+    """Read a dict saved by torch.
+
+    Returns:
+        The dict; empty if the file is missing or, with a warning, damaged.
+
+    Raises:
+        OSError: the file could not be read.
+    """
     if not path.exists():
         return {}
     try:
@@ -67,9 +73,9 @@ def read_saved(path: Path) -> dict:
 
 
 def reason(error: Exception) -> str:
-    """What an error of reading a file says, in a line that suits whoever has the file."""
+    """The message of an error of reading a file, in one line that helps the owner of the file."""
     text = str(error) or type(error).__name__
-    if "weights_only" in text:  # torch advises to execute what the file says
+    if "weights_only" in text:  # torch's message advises to execute the file's code
         return (
             "torch.save did not write it, or it holds more than tensors, numbers and text in plain "
             "containers (save the model's state dict alone)"

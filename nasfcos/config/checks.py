@@ -262,7 +262,7 @@ def _check_settings(cfg: CfgNode, fail: Fail) -> None:
         fail("INPUT.MIN_SIZE_RANGE_TRAIN", f"is {cfg.INPUT.MIN_SIZE_RANGE_TRAIN}: low comes first")
     for name in ("SOLVER.MOMENTUM", "SOLVER.BETA2"):
         if cfg.SOLVER.OPTIMIZER == "adamw" and get_setting(cfg, name) == 1:
-            fail(name, "is 1, but adamw needs less", "SOLVER.OPTIMIZER")
+            fail(name, "is 1, but must be below 1 for adamw", "SOLVER.OPTIMIZER")
     if not cfg.OUTPUT_DIR:
         fail("OUTPUT_DIR", "is empty: name a folder ('.' for the current one)")
     if cfg.MODEL.BACKBONE.NAME == "resnet" and cfg.MODEL.BACKBONE.FREEZE_AT > 5:
@@ -271,11 +271,11 @@ def _check_settings(cfg: CfgNode, fail: Fail) -> None:
     if limits != sorted(limits):
         fail("MODEL.FCOS.SIZE_LIMITS", f"is {limits}, but must rise from P3 to P6")
     if cfg.INPUT.HUE > 0.5:
-        fail("INPUT.HUE", f"is {cfg.INPUT.HUE}, but the whole circle of colours is 0.5 either way")
+        fail("INPUT.HUE", f"is {cfg.INPUT.HUE}, but must be at most 0.5, half the colour circle")
     if not -1 <= cfg.SEED < 2**31:
         fail("SEED", f"is {cfg.SEED}, but must be -1 or lie in 0..{2**31 - 1}")
     if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
-        fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must lie within 0..1")
+        fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must be within 0..1")
     if cfg.MODEL.RETINANET.BG_IOU > cfg.MODEL.RETINANET.FG_IOU:
         above = f"is above FG_IOU, {cfg.MODEL.RETINANET.FG_IOU}"
         fail("MODEL.RETINANET.BG_IOU", above, "MODEL.RETINANET.FG_IOU")
@@ -321,7 +321,7 @@ def _check_subsets(cfg: CfgNode, fail: Fail) -> None:
 def _check_search(cfg: CfgNode, fail: Fail) -> None:
     search = cfg.SEARCH
     if tuple(search.STAGES) == ("head", "fpn"):
-        fail("SEARCH.STAGES", "is ('head', 'fpn'), but the head is searched on a found FPN")
+        fail("SEARCH.STAGES", "must be in order: the head is searched on the FPN that was found")
     for name in ("SEARCH.META_VAL", "SEARCH.PRUNING.KEEP", "SEARCH.PROXY.POLYAK"):
         value = get_setting(cfg, name)
         if value == 1 or (value == 0 and name != "SEARCH.PROXY.POLYAK"):

@@ -34,7 +34,7 @@ class _YamlLoader(yaml.SafeLoader):
                 )  # fmt: skip
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    "in a section", node.start_mark, f"the key {key.value!r} stands twice",
+                    "in a section", node.start_mark, f"the key {key.value!r} appears twice",
                     key.start_mark,
                 )  # fmt: skip
             seen.add(key.value)

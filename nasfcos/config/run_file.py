@@ -34,8 +34,8 @@ def check_run_config(cfg: CfgNode) -> None:
     # After a crash of the machine, a file may be empty or filled with zeros.
     if content.strip(b"\0 \r\n\t") and not is_of_run(content):
         raise ConfigError(
-            f"{path} is not of a run, and a run in OUTPUT_DIR {cfg.OUTPUT_DIR} would replace it by "
-            "its own config of this name: give it another name, or the run another folder"
+            f"{path} was not written by a run, but a run in OUTPUT_DIR {cfg.OUTPUT_DIR} would "
+            "replace it: rename it, or name another folder"
         )
 
 

@@ -126,8 +126,8 @@ def run(job: Callable[[], None]) -> int:
         return 130
     except torch.OutOfMemoryError as error:
         logger.error(
-            "the GPU's memory does not suffice. In training, more SOLVER.ACCUMULATE, a smaller "
-            "SOLVER.IMS_PER_BATCH or SOLVER.AMP bf16 need less; in testing, a smaller "
+            "the GPU is out of memory. In training, a larger SOLVER.ACCUMULATE, a smaller "
+            "SOLVER.IMS_PER_BATCH or SOLVER.AMP bf16 needs less; in testing, a smaller "
             "TEST.IMS_PER_BATCH or INPUT.MIN_SIZE_TEST or TEST.DTYPE bfloat16. %s", error,
         )  # fmt: skip
         return 1

@@ -174,7 +174,7 @@ def report_resume(cfg: CfgNode, path: Path, state: dict[str, Any]) -> None:
         )
     if len(state["random"]) != distributed.world_size():
         logger.warning(
-            "the checkpoint is of a run of %d process(es), this one has %d",
+            "the checkpoint was written by %d process(es), this run has %d",
             len(state["random"]), distributed.world_size(),
         )  # fmt: skip
 

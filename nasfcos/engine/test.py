@@ -149,8 +149,8 @@ def _read_test_weights(cfg: CfgNode) -> Weights:
     path = local_path(source)
     if found is None and path is not None and not path.is_file():
         raise ConfigError(
-            f"process {distributed.rank()} has no file {source}, which process 0 is to test: "
-            "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT of the command "
+            f"process {distributed.rank()} has no file {source}, which process 0 tests: "
+            "OUTPUT_DIR must be a folder that all machines share, or MODEL.WEIGHT on the command "
             "line a file that each of them has"
         )
     with distributed.first_on_machine():  # download once per machine

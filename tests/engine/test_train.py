@@ -295,7 +295,7 @@ def test_a_config_that_somebody_keeps_in_the_output_folder_is_left_alone(config,
     for text in (f"_BASE_: {config_file}\n", f"# my notes\n{cfg.dump()}", "# notes\n", "\tno YAML"):
         kept.write_text(text)
         for resume in (False, True):
-            with pytest.raises(ConfigError, match="out/config.yaml is not of a run"):
+            with pytest.raises(ConfigError, match="out/config.yaml was not written by a run"):
                 engine.train(cfg, CPU, skip_test=True, resume=resume)
         assert kept.read_text() == text
     kept.write_text("")  # of a run whose machine went down
