@@ -1,4 +1,4 @@
-"""Locks of files, on file systems with and without them."""
+"""File locks, on file systems with and without support for them."""
 
 import errno
 import fcntl
@@ -56,7 +56,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, cap
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with locked(tmp_path / "lock", timeout=0.1):  # and whoever held it is killed before its end
+    with locked(tmp_path / "lock", timeout=0.1):  # stands for a killed holder
         with only_one(tmp_path / "lock", "busy", 0.1):
             pass
     assert "this file system has no locks" in caplog.text

@@ -1,4 +1,4 @@
-"""Signals that come at moments in which Python drops exceptions."""
+"""Signals at moments when Python ignores exceptions."""
 
 import os
 import signal

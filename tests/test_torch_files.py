@@ -13,5 +13,5 @@ def test_what_is_saved_is_read_where_it_is_whole(tmp_path, caplog):
     with pytest.raises(TorchFileError, match=r"saved\.pth cannot be read .*cut off"):
         read_torch_file(path)
     assert read_saved(path) == {} and "saved.pth is damaged" in caplog.text
-    torch.save([1], path)  # no dict
+    torch.save([1], path)  # not a dict
     assert read_saved(path) == {}

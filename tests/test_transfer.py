@@ -19,7 +19,7 @@ def test_what_is_on_the_cpu_stays_as_it_is():
 
 
 def test_results_come_from_a_gpu_with_one_wait(monkeypatch):
-    """On a GPU that is not there."""
+    """With fake tensors, which need no GPU."""
     waits = []
 
     class Stream:

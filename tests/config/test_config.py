@@ -12,7 +12,7 @@ from tests.known import GOLDEN, ROOT
 
 RELEASED = json.loads((GOLDEN / "configs.json").read_text())
 SEARCH = ROOT / "configs" / "search"
-# What a released file leaves to its checkpoint or to the user.
+# Settings in which our configs differ from the released files on purpose.
 OWN_CHOICE = {"MODEL.WEIGHT", "OUTPUT_DIR"}
 
 
@@ -31,7 +31,7 @@ def leaves(node, prefix=""):
 
 
 def as_released(tree):
-    """The released tree as its files write it: tuples are text."""
+    """The released tree as in its YAML files, where tuples are text."""
     if isinstance(tree, dict) and list(tree) == ["tuple"]:
         return "(" + "".join(f"{item!r}," for item in tree["tuple"]) + ")"
     if isinstance(tree, dict):
@@ -86,7 +86,7 @@ def test_released_file_with_an_impossible_value(tmp_path, key, value, message):
     for section in sections:
         node = node[section]
     node[last] = value
-    tree["DATALOADER"] = None  # nothing is wrong with an empty section
+    tree["DATALOADER"] = None  # an empty section is valid
     path = write(tmp_path, "released.yaml", yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=rf"released\.yaml.*{message}"):
         load_config(path)
@@ -112,7 +112,7 @@ def test_settings_of_own_parts_are_of_any_type(tmp_path):
     own = cfg.MODEL.CUSTOM
     assert (own.W, own.D, own.S, own.NEW, own.FLAG) == ("big", 0.5, [0.5], 3, True)
     assert own.DEEP.LR == 1e-3 and load_config(path).MODEL.CUSTOM.W is None
-    # A folder's name may look like a number.
+    # A folder may have a number as its name.
     assert load_config(None, ["DATASETS.CUSTOM.a.IMAGES", "5"]).DATASETS.CUSTOM.a.IMAGES == "5"
 
 
@@ -248,7 +248,7 @@ def test_command_line_errors():
 
 
 def test_values_as_people_write_them(tmp_path):
-    """A truth as in YAML, one where several may stand, a section with nothing in it."""
+    """A boolean as in YAML, one value for a list, an empty section."""
     path = write(tmp_path, "file.yaml", "SOLVER:\nMODEL:\n  NECK:\n")
     overrides = ["MODEL.SYNC_BN", "true", "SOLVER.STEPS", "600", "INPUT.MIN_SIZE_TRAIN", 640]
     overrides += ["SEARCH.PRUNING.RUNGS", "30"]  # whose default is empty
@@ -288,7 +288,7 @@ def test_settings_of_a_copy():
 
 
 def test_what_a_config_adds_to_the_nearest_one_without_a_search(tmp_path):
-    """Names that another reader of YAML would take for numbers and truths stay names."""
+    """Names that YAML 1.1 would read as numbers or booleans stay names."""
     write(tmp_path, "plain.yaml", "SOLVER: {MAX_ITER: 3}\n")
     search = "SEARCH: {BATCH: 2}\nDATASETS: {CUSTOM: {no: {FORMAT: coco}, 0x10: {IMAGES: x}}}\n"
     write(tmp_path, "search.yaml", f"_BASE_: plain.yaml\n{search}")

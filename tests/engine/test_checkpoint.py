@@ -42,7 +42,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 @pytest.fixture
 def files_of_100_kb():
-    """No file of this process can grow larger: torch meets it as it meets a full disk."""
+    """Limit the size of files that this process writes; for torch this looks like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     yield
@@ -118,7 +118,7 @@ def test_the_final_checkpoint_counts_by_its_iterations(tmp_path):
     ck.save_checkpoint(state(8), tmp_path / ck.FINAL)
     ck.save_checkpoint(state(6), ck.checkpoint_path(tmp_path, 6))
     assert ck.newest_checkpoint(tmp_path)[0].name == ck.FINAL
-    # A run that went on from the final one with more iterations.
+    # A run that resumed from the final one, with more iterations.
     ck.save_checkpoint(state(10), ck.checkpoint_path(tmp_path, 10))
     assert ck.newest_checkpoint(tmp_path)[0].name == "model_0000010.pth"
 
@@ -139,7 +139,7 @@ def test_the_checkpoint_just_saved_is_kept_whatever_lies_beside_it(tmp_path):
 
 
 def test_an_earlier_run_is_set_aside_whole(tmp_path):
-    make_aside(tmp_path)  # of a run that was stopped before it moved anything
+    make_aside(tmp_path)  # left by a run that was stopped before it moved anything
     for _ in range(2):
         ck.save_checkpoint(state(3), ck.checkpoint_path(tmp_path, 3))
         (tmp_path / "metrics.jsonl").write_text("{}")
@@ -152,12 +152,12 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
 
 
 def test_setting_aside_can_be_cut_off_anywhere(tmp_path, monkeypatch):
-    """What is left is the earlier run's newest state, until there is nothing left."""
+    """The folder keeps the earlier run's newest checkpoint until everything else was moved."""
     files = ["model_0000003.pth", "model_0000006.pth", ck.FINAL, "metrics.jsonl", "config.yaml"]
     rename = Path.rename
     for moves in range(len(files) + 1):
         folder = tmp_path / str(moves)
-        ck.save_checkpoint(state(6), folder / "model_0000006.pth")  # not written in this order
+        ck.save_checkpoint(state(6), folder / "model_0000006.pth")  # written before the others
         for at, name in enumerate(files):
             if name.endswith("pth"):
                 ck.save_checkpoint(state(3 * at + 3), folder / name)
@@ -201,9 +201,9 @@ def test_what_is_passed_over_is_renamed_only_for_a_run_that_goes_on(tmp_path, ca
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file without a start")
 def test_a_checkpoint_that_a_disk_does_not_give_is_not_called_damaged(tmp_path):
-    """It may be as whole as ever when the disk is back: nothing is renamed, none is chosen."""
+    """It may be intact when the disk is back, so nothing is renamed and no other one is chosen."""
     ck.save_checkpoint(state(6), ck.checkpoint_path(tmp_path, 6))
-    (tmp_path / "model_0000009.pth").symlink_to("/proc/self/mem")  # its first byte: an I/O error
+    (tmp_path / "model_0000009.pth").symlink_to("/proc/self/mem")  # reading it is an I/O error
     with pytest.raises(OSError, match="Input/output error.*model_0000009.pth"):
         ck.newest_checkpoint(tmp_path, rename_damaged=True)
     assert names(tmp_path) == ["model_0000006.pth", "model_0000009.pth"]
@@ -215,7 +215,7 @@ def test_random_states_survive_a_file(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(3).tolist()
 
-    random.gauss(0, 1)  # leaves a second number in the generator
+    random.gauss(0, 1)  # leaves a cached second number in the generator
     torch.save(ck.random_state(), tmp_path / "state")
     expected = draw(), random.gauss(0, 1)
     draw()

@@ -1,4 +1,4 @@
-"""The metrics file as it is read, and the picture of its curves."""
+"""Reading the metrics file, and drawing its curves."""
 
 import json
 import math

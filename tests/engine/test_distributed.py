@@ -91,6 +91,6 @@ def test_processes_share_out_the_cores_unless_threads_were_asked_for(
     if wanted is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     place(0, processes)
-    torch.set_num_threads(5)  # as it was at the start of this process
+    torch.set_num_threads(5)  # restore the number at the start of the process
     with distributed.session("cpu"):
         assert torch.get_num_threads() == threads

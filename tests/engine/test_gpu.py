@@ -1,4 +1,4 @@
-"""Training on a GPU, against the CPU. `pytest -m gpu` runs these and all others that need one."""
+"""Training on a GPU compared with the CPU. `pytest -m gpu` runs all tests that need a GPU."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_gpu(config_file, head):
         update(optimizer, scaler)
 
     batch = next(batches)
-    step(1)  # libraries choose their kernels
+    step(1)  # a warm-up, in which libraries choose their kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""How jobs end, for whoever started them."""
+"""Exit codes and messages of jobs."""
 
 import logging
 
@@ -10,7 +10,7 @@ from nasfcos.engine import launch
 
 @pytest.fixture
 def said(monkeypatch, caplog):
-    """What `run` says of a job that ends by an error, with its exit code."""
+    """Exit code, message and traceback that `run` gives for a job that raises an error."""
     monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
 
     def say(error):

@@ -1,4 +1,4 @@
-"""What the log says of long work."""
+"""Progress in the log."""
 
 import itertools
 import logging

@@ -56,7 +56,7 @@ def rates(scheduler, iterations):
 
 def test_released_rates_at_every_turn():
     _, _, optimizer, scheduler = solver()
-    optimizer.step()  # or the scheduler warns
+    optimizer.step()  # otherwise the scheduler warns
     for t, rate in RELEASED.items():
         scheduler.last_epoch = t - 2
         scheduler.step()
@@ -124,7 +124,7 @@ def test_adamw_forgets_as_the_config_says():
 
 
 def trained(model, optimizer, scheduler, steps=3):
-    """After some steps; gives what a checkpoint would hold of optimizer and schedule."""
+    """Train some steps; returns the optimizer's and scheduler's part of a checkpoint."""
     for _ in range(steps):
         optimizer.zero_grad()
         loss = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
@@ -136,7 +136,7 @@ def trained(model, optimizer, scheduler, steps=3):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_moments_follow_their_parameters_when_others_are_trained(name, caplog):
-    """Here the groups keep their lengths, and most places their shapes."""
+    """In this example the groups keep their lengths, and most positions keep their shapes."""
     cfg, model, optimizer, scheduler = solver("SOLVER.OPTIMIZER", name)
     state = trained(model, optimizer, scheduler)
     other = Small()
@@ -164,7 +164,7 @@ def test_moments_without_names_are_refused():
 
 
 def test_restored_moments_lie_as_their_parameters_do():
-    """A fused optimizer takes it for granted."""
+    """Fused optimizers rely on it."""
     moments = {}
     for last in (False, True):
         cfg, model, optimizer, scheduler = solver("SOLVER.OPTIMIZER", "adamw")
@@ -192,7 +192,7 @@ def test_restored_before_the_first_step_momentum_stays_zero():
 def test_fused_sgd_skips_a_first_step_that_overflows():
     weights = {}
     for fused in (False, True):
-        junk = [torch.full((1000,), 1e30) for _ in range(50)]  # what fresh memory may hold
+        junk = [torch.full((1000,), 1e30) for _ in range(50)]  # may be left in new memory
         del junk
         parameter = nn.Parameter(torch.ones(1000))
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=fused)

@@ -1,4 +1,4 @@
-"""One step: the gradients of a batch in parts, the clipped update."""
+"""One training step: gradient accumulation and clipping."""
 
 import pytest
 import torch

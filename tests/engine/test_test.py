@@ -57,12 +57,12 @@ def test_which_weights_are_tested(config_file, tmp_path):
         save_checkpoint(state, path)
         files[value] = str(path)
     assert loaded(config("MODEL.WEIGHT", files[1.0])) == 1.0  # named on the command line
-    assert loaded(config("MODEL.WEIGHT", "")) == 2.0  # a training's, which started from nothing
+    assert loaded(config("MODEL.WEIGHT", "")) == 2.0  # as of a training from random weights
     started_from = in_a_file(files[1.0])
     assert loaded(started_from) == 2.0
     backbone = "catalog://ImageNetPretrained/MSRA/R-50"
     assert loaded(in_a_file(backbone)) == 2.0
-    with pytest.raises(ConfigError, match="R-50 is a backbone"):  # nothing else is tested for it
+    with pytest.raises(ConfigError, match="R-50 is a backbone"):  # no fallback
         loaded(config("MODEL.WEIGHT", backbone))
     (tmp_path / "out" / FINAL).unlink()
     assert loaded(started_from) == 1.0
@@ -76,7 +76,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
 
 @pytest.fixture
 def trained(config_file, tmp_path):
-    """Config of the tiny job, whose output folder holds a checkpoint for "white" and "red"."""
+    """The tiny job's config; its OUTPUT_DIR has a checkpoint for the classes "white" and "red"."""
     cfg = load_config(config_file, [])
     state = dict.fromkeys(CONTENT) | {"iteration": 1, "classes": ["white", "red"]}
     state["model"] = build_model(cfg, CPU).state_dict()
@@ -98,7 +98,7 @@ def test_weights_for_classes_in_another_order_are_refused(trained, config_file):
 def test_without_the_training_annotations_the_weights_say_which_classes(
     trained, config_file, data_root, tmp_path
 ):
-    # Sorted by its ids, this test set on its own would have "red" as label 1.
+    # By its own category ids, this test set would have "red" as label 1.
     (tmp_path / "data" / "val").mkdir(parents=True)
     content = json.loads((data_root / "val" / "annotations.json").read_text())
     content["categories"] = [{"id": 10, "name": "red"}, {"id": 20, "name": "white"}]

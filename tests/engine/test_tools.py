@@ -1,4 +1,4 @@
-"""Whole jobs through the command line: killed, stopped, under several processes."""
+"""Complete jobs on the command line: killed, stopped, and with several processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Job:
-    """A tool's process; its output is read at the end."""
+    """A running tool; its output is read at the end."""
 
     def __init__(self, tool, config_file, *arguments, launcher=PLAIN, cwd, env=()):
         self.process = subprocess.Popen(
@@ -36,7 +36,7 @@ class Job:
         )
 
     def wait_for(self, path, seconds=60):
-        """Until `path` exists while the job runs."""
+        """Wait until `path` exists; fails if the job ends before."""
         deadline = time.monotonic() + seconds
         while not path.exists():
             assert self.process.poll() is None, self.end()[1]
@@ -44,7 +44,7 @@ class Job:
             time.sleep(0.01)
 
     def end(self, timeout=120):
-        """(exit code, output)."""
+        """Wait for the end; returns (exit code, output)."""
         try:
             output, _ = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -55,7 +55,7 @@ class Job:
 
 @pytest.fixture
 def job(config_file, tmp_path):
-    """Start a tool on the tiny config; whatever still runs afterwards is ended."""
+    """Starts tools with the tiny config; those still running after the test are killed."""
     jobs = []
 
     def start(tool, *arguments, output="out", **kwargs):
@@ -81,7 +81,7 @@ def weights(folder, name="model_final.pth"):
 
 
 def save_untrained(config_file, path):
-    """A checkpoint of the tiny config's detector."""
+    """Save a checkpoint of the tiny config's detector before any training."""
     model = build_model(load_config(config_file), torch.device("cpu"))
     state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
     save_checkpoint(state, path)
@@ -114,7 +114,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(job, tmp_path):
 
 
 def test_two_machines(job, tmp_path):
-    """The README's launch over two machines, which are two launchers here."""
+    """The README's launch on two machines, here two launchers on one."""
     endpoint = f"localhost:{free_port()}"
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                 "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}")  # fmt: skip
@@ -126,14 +126,14 @@ def test_two_machines(job, tmp_path):
         for rank in (0, 1)
     ]  # fmt: skip
     outputs = [succeed(machine) for machine in machines]
-    assert sum(output.count("saved ") for output in outputs) == 3  # by one process of all
+    assert sum(output.count("saved ") for output in outputs) == 3  # by one process only
     succeed(job("train_net.py", "--skip-test", "SOLVER.ACCUMULATE", 2, output="one"))
     assert_same_training(weights(tmp_path / "machines"), weights(tmp_path / "one"))
 
 
 def assert_same_training(one, other):
-    """Of two processes, and of one with its batch in two parts: each process normalises its losses
-    (and its batch norms) over its own share, as a part does."""
+    """Two processes against one process with two gradient-accumulation steps: both normalise losses
+    and batch norms over half of the batch."""
     for name in one:
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
@@ -146,14 +146,14 @@ def test_two_processes_are_one_with_its_batch_in_two_parts(job, tmp_path):
     )  # fmt: skip
     output = succeed(two)
     assert "2 process(es)" in output
-    assert output.count("saved ") == 3  # one process writes, and talks
+    assert output.count("saved ") == 3  # only one process writes and logs
     assert (tmp_path / "two" / "log_rank1.txt").exists()
     succeed(job("train_net.py", "--skip-test", "SOLVER.ACCUMULATE", 2, output="one"))
     assert_same_training(weights(tmp_path / "one"), weights(tmp_path / "two"))
     states = load_checkpoint(tmp_path / "two" / "model_final.pth")["random"]
     assert len(states) == 2
 
-    # The same weights tested by one process: the same detections, none twice, none lost.
+    # One process testing the same weights finds the same detections: none twice, none missing.
     weight = tmp_path / "two" / "model_final.pth"
     single = ("MODEL.WEIGHT", weight, "TEST.IMS_PER_BATCH", 1)
     output = succeed(job("test_net.py", *single, output="single"))
@@ -236,7 +236,7 @@ def test_interrupted_from_the_keyboard(job, tmp_path):
 def test_a_console_that_goes_away_ends_no_training(job, tmp_path):
     running = job("train_net.py")
     running.process.stdout.readline()
-    running.process.stdout.close()  # as when the `tee` that it was piped into ends
+    running.process.stdout.close()  # as when a `tee` at the end of a pipe exits
     assert running.process.wait(timeout=120) == 0
     assert (tmp_path / "out" / "inference" / "val" / "metrics.json").exists()
     assert "iteration 8/8" in (tmp_path / "out" / "log.txt").read_text()
@@ -263,7 +263,7 @@ def test_machines_that_do_not_share_the_output_folder_are_told_so(config_file, t
 def test_prediction_takes_options_and_config_keys_in_any_order(job, data_root, tmp_path):
     arguments = ("MODEL.DEVICE", "cpu", "--input", data_root / "val" / "images" / "001.png")
     code, output = job("predict.py", *arguments, "--output", "found").end()
-    assert code == 2 and "has no checkpoint" in output  # all arguments were understood
+    assert code == 2 and "has no checkpoint" in output  # all arguments were accepted
 
 
 def test_an_interrupted_prediction_says_where_its_pictures_are(
@@ -314,5 +314,5 @@ def test_what_the_user_has_to_mend_in_the_demo_data_is_said_shortly(tmp_path, ar
 
 
 def test_an_output_folder_that_cannot_be_one_is_named_by_its_key(job):
-    code, output = job("test_net.py", output="tiny.yaml").end()  # which is a file
+    code, output = job("test_net.py", output="tiny.yaml").end()  # an existing file
     assert code == 2 and re.search(r"OUTPUT_DIR .*tiny.yaml cannot be written to", output), output

@@ -1,4 +1,4 @@
-"""Training in this process: stopping and going on, divergence."""
+"""Training in this process: stopping, resuming, divergence."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ from nasfcos.locks import only_one
 from nasfcos.models.weights import WeightsError
 from nasfcos.signals import Interrupted
 
-# The package's attribute of this name is the function.
+# Attributes of the package with these names may be functions.
 train_module = importlib.import_module("nasfcos.engine.train")
 trainer_module = importlib.import_module("nasfcos.engine.trainer")
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def assert_same_weights(one, other):
 
 
 def interrupt_in(monkeypatch, steps):
-    """Send this process SIGTERM in its `steps`-th optimizer step: the next one is the last."""
+    """Send SIGTERM to this process in the `steps`-th optimizer step; one more step follows."""
     calls = iter(range(1, 10**6))
 
     def update_and_signal(*args):
@@ -62,11 +62,11 @@ def interrupt_in(monkeypatch, steps):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Stands for the death of the process."""
 
 
 def kill_in(monkeypatch, steps):
-    """End the training in its `steps`-th optimizer step, without a word."""
+    """Stop the training in the `steps`-th optimizer step, as if the process were killed."""
     calls = iter(range(1, 10**6))
 
     def update_or_end(*args):
@@ -152,7 +152,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_bit_identical(config, monkeypatc
     for index, moments in optimizers[0]["state"].items():
         expected = optimizers[1]["state"][index]["momentum_buffer"]
         assert torch.equal(moments["momentum_buffer"], expected)
-    # 6 is where the resumed run's log begins, and due besides.
+    # 6 is both the first line of the resumed run and a regular one.
     assert [line["iteration"] for line in metrics(cut)] == [1, 2, 4, 6, 8]
 
 
@@ -198,7 +198,7 @@ def test_resuming_passes_over_a_broken_checkpoint(config, monkeypatch, caplog):
 
 
 def test_a_damaged_checkpoint_costs_no_other(config, monkeypatch, caplog):
-    """It is out of the way of the one that comes to its number again, and of those kept."""
+    """It must not collide with the new checkpoint of the same number, nor count as one to keep."""
     cut = config("SOLVER.KEEP_CHECKPOINTS", 1, "SOLVER.CHECKPOINT_PERIOD", 1)
     output = Path(cut.OUTPUT_DIR)
     interrupt_in(monkeypatch, 2)
@@ -298,7 +298,7 @@ def test_a_config_that_somebody_keeps_in_the_output_folder_is_left_alone(config,
             with pytest.raises(ConfigError, match="out/config.yaml was not written by a run"):
                 engine.train(cfg, CPU, skip_test=True, resume=resume)
         assert kept.read_text() == text
-    kept.write_text("")  # of a run whose machine went down
+    kept.write_text("")  # as left by a crash of the machine
     engine.train(cfg, CPU, skip_test=True)
     engine.train(load_config(kept), CPU, skip_test=True, resume=True)
     assert load_config(kept) == cfg
@@ -339,12 +339,12 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_figures(config, monk
     asides = sorted(output.glob("earlier_*"))
     assert [(aside / "metrics.jsonl").read_text() for aside in asides] == folders
 
-    kill_in(monkeypatch, steps=1)  # before its first figure: nothing of it is worth a folder
+    kill_in(monkeypatch, steps=1)  # before its first metrics: it leaves nothing to move aside
     with pytest.raises(Killed):
         engine.train(cfg, CPU)
     monkeypatch.undo()
     engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
-    assert len(list(output.glob("earlier_*"))) == len(asides) + 1  # that of the one before
+    assert len(list(output.glob("earlier_*"))) == len(asides) + 1  # for the run before
 
 
 def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(config, tmp_path):
@@ -362,7 +362,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(config, tmp_
 
 
 def run_files(cfg):
-    """When each file of a run was last written."""
+    """Modification times of a run's files."""
     files = [path for path in Path(cfg.OUTPUT_DIR).iterdir() if path.suffix != ".lock"]
     return {path.name: path.stat().st_mtime_ns for path in files}
 
@@ -382,7 +382,7 @@ def test_fine_tuning_in_the_folder_of_the_weights(config):
 @pytest.mark.parametrize("name", ["model_final.pth", "model_0000000.pth"])
 @pytest.mark.parametrize("seed", [3, -1])
 def test_a_killed_fine_tuning_in_the_folder_of_the_weights_goes_on(config, monkeypatch, name, seed):
-    """Killed before its first checkpoint, when MODEL.WEIGHT lies elsewhere already."""
+    """Killed before its first checkpoint, after the file of MODEL.WEIGHT was moved aside."""
     engine.train(config("SOLVER.MAX_ITER", 1), CPU, skip_test=True)
     output = Path(config().OUTPUT_DIR)
     if name != "model_final.pth":
@@ -433,7 +433,7 @@ def test_resuming_with_another_batch_size_goes_on_with_the_next_image(config, mo
 
 
 def test_the_class_names_are_those_of_the_start(config, data_root, tmp_path, monkeypatch):
-    """Annotations that are edited or gone while the job runs do not change its checkpoints."""
+    """Editing or deleting annotations while the job runs does not change its checkpoints."""
     root = tmp_path / "data"
     shutil.copytree(data_root, root)
 
@@ -480,7 +480,7 @@ def test_the_same_seed_gives_the_same_run_and_minus_one_a_new_one(config):
     assert_same_weights(runs["a"], runs["b"])
     first = "backbone.stem.conv1.weight"
     assert not torch.equal(runs["c"][first], runs["d"][first])
-    # The drawn seed is on record and stays the run's own.
+    # The random seed is recorded, and kept when the run is resumed.
     drawn = yaml.safe_load((Path(cfg.OUTPUT_DIR) / "config.yaml").read_text())["SEED"]
     longer = config("SEED", -1, "SOLVER.MAX_ITER", 4, output="d")
     engine.train(longer, CPU, resume=True, skip_test=True)
@@ -547,7 +547,7 @@ def test_bfloat16_trains_and_keeps_float32_weights(config):
 def test_what_cannot_be_done_is_refused(config, overrides, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         engine.train(config(*overrides), CPU)
-    assert not list((tmp_path / "out").glob("model_*"))  # before the training, not after it
+    assert not list((tmp_path / "out").glob("model_*"))  # refused before the training, not after it
 
 
 def test_what_no_test_needs_is_not_refused(config):
