@@ -1,4 +1,4 @@
-"""Training and testing: the solver, the loops, checkpoints, distributed jobs, and their log."""
+"""Training and testing: optimizer, training loop, checkpoints, distributed jobs and the log."""
 
 from .solver import build_lr_scheduler, build_optimizer
 from .test import load_test_model, test, test_sets

@@ -141,8 +141,7 @@ def newest_checkpoint(
 
 
 def numbered_checkpoints(output_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """(iteration, path) of the checkpoints in a folder, in order of iteration; without the final
-    one."""
+    """(iteration, path) of a folder's checkpoints except the final one, by rising iteration."""
     paths = Path(output_dir).glob("model_*.pth")
     matches = [(NUMBERED.fullmatch(path.name), path) for path in paths]
     return sorted((int(match[1]), path) for match, path in matches if match)

@@ -1,4 +1,7 @@
-"""The optimizer and the learning-rate schedule: building them, and restoring a checkpoint's."""
+"""The optimizer and the learning-rate schedule: building them, and restoring a checkpoint's.
+
+The defaults of SOLVER are those of the published ResNet-50 models (paper, section 4).
+"""
 
 from __future__ import annotations
 
