@@ -9,7 +9,7 @@ import shutil
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
+from urllib.request import Request, url2pathname, urlopen
 
 import torch
 from tqdm import tqdm
@@ -72,7 +72,9 @@ def local_path(source: str) -> Path | None:
         raise DownloadError(f"{source} is neither a path nor a URL: {error}") from error
     if scheme in ("http", "https", "catalog", "torchvision"):
         return None
-    return Path(source.removeprefix("file://")).expanduser()
+    if scheme == "file":
+        return Path(url2pathname(urlparse(source).path))
+    return Path(source).expanduser()
 
 
 def cache_dir() -> Path:

@@ -17,10 +17,11 @@ from .defaults import get_defaults
 from .errors import ConfigError, did_you_mean
 from .inheritance import BASE_KEY, read_file
 from .released import is_released, successor_of, translate_released
-from .tree import literal, nested
+from .tree import get_setting, literal, nested
 
 logger = logging.getLogger(__name__)
 
+DEFAULTS = get_defaults()
 COMMAND_LINE = "command line"
 WEIGHT = "MODEL.WEIGHT"
 # Hidden attribute of a tree: MODEL.WEIGHT as read from the file. It is not a setting, because it
@@ -116,10 +117,10 @@ def _merge(
                 )
             _merge(node[key], value, source, sources, f"{name}.")
         else:
-            free = node.is_new_allowed()
-            node[key] = (
-                _free_form(value, name, source) if free else _coerce(value, node[key], name, source)
-            )
+            if node.is_new_allowed():
+                node[key] = _free_form(value, name, source)
+            else:  # the type is that of the default: the value so far may be an empty list
+                node[key] = _coerce(value, get_setting(DEFAULTS, name), name, source)
             sources[name] = source
 
 
@@ -194,7 +195,7 @@ def _unknown_key(name: str, value: Any, source: str) -> str:
 
 def _near_keys(name: str) -> list[str]:
     """Keys that an unknown one may stand for, best first."""
-    keys = list(_all_keys(get_defaults()))
+    keys = list(_all_keys(DEFAULTS))
     keys = [key for key in keys if not name.startswith(f"{key}.")]  # not its own sections
     section, _, last = name.rpartition(".")
     parts = [key.rpartition(".") for key in keys]

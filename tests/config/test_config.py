@@ -8,6 +8,7 @@ import yaml
 from nasfcos.config import ConfigError, get_defaults, load_config, override_config
 from nasfcos.config.inheritance import ordinary_base
 from nasfcos.config.tree import get_setting, with_settings
+from nasfcos.genotype import Genotype
 from tests.known import GOLDEN, ROOT
 
 RELEASED = json.loads((GOLDEN / "configs.json").read_text())
@@ -134,6 +135,28 @@ def test_custom_data_sets_are_free_form(tmp_path):
     path = write(tmp_path, "numbers.yaml", "DATASETS: {CUSTOM: {5: {FORMAT: coco}}}\n")
     cfg = load_config(path, ["DATASETS.CUSTOM.5.IMAGES", "five"])
     assert cfg.DATASETS.CUSTOM == {"5": {"FORMAT": "coco", "IMAGES": "five"}}
+
+
+def test_types_do_not_depend_on_what_a_file_leaves_empty(tmp_path):
+    lists = "SOLVER: {STEPS: []}\nDATASETS: {TEST: []}\nINPUT: {MIN_SIZE_TRAIN: []}\n"
+    path = write(tmp_path, "file.yaml", lists)
+    good = ["SOLVER.STEPS", "100", "DATASETS.TEST", "coco_2017_val", "INPUT.MIN_SIZE_TRAIN", "800"]
+    cfg = load_config(path, good)
+    assert cfg.SOLVER.STEPS == (100,) and cfg.DATASETS.TEST == ("coco_2017_val",)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    for key, value, kind in (
+        ("SOLVER.STEPS", "('x',)", "int"),
+        ("SOLVER.STEPS", "(1.5,)", "int"),
+        ("DATASETS.TEST", "[3]", "str"),
+    ):
+        with pytest.raises(ConfigError, match=rf"command line: {key} must be tuple of {kind}"):
+            load_config(path, [*good, key, value])
+
+
+def test_a_genotype_may_be_of_tuples():
+    as_tuples = "(((0, 1, 0, 0, 0),), ((1, 2, 0, 0, 0),), ((2, 3, 0, 0, 0),))"
+    cfg = load_config(SEARCH / "R_50_NAS_densebox.yaml", ["MODEL.GENOTYPE", as_tuples])
+    assert len(Genotype.parse(cfg.MODEL.GENOTYPE).cells) == 3
 
 
 @pytest.mark.parametrize(

@@ -505,6 +505,13 @@ def test_a_folder_is_called_one(tmp_path):
         read_weights(str(tmp_path))
 
 
+def test_a_file_url_is_a_path(tmp_path):
+    path = tmp_path / "weights 1 é.pth"
+    path.write_bytes(b"")
+    assert download.resolve_source(path.as_uri()) == path
+    assert download.resolve_source(path.as_uri().replace("///", "//localhost/")) == path
+
+
 def test_what_only_begins_like_a_url():
     with pytest.raises(download.DownloadError, match=r"http://\[bad/x is neither a path nor a URL"):
         read_weights("http://[bad/x")
