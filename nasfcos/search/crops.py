@@ -1,4 +1,4 @@
-"""The square crops of images that a search works on (paper, section 4: resized and cropped)."""
+"""The square crops that a search works on (paper, section 4: images are resized and cropped)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..data.records import UnreadableImage
 from ..data.transforms import flip_boxes, scale_boxes, to_uint8_tensor
 
 MIN_VISIBLE = 0.25
-"""Of a box's area, what a crop must keep of it."""
+"""Least share of a box's area that must lie in the crop, or else the box is dropped."""
 
 
 class Crops(Dataset):
-    """Square crops of the images of some data sets, each the same whenever it is asked for.
+    """Square crops of the images of some data sets; the same at every access.
 
     An image is resized (bilinear, antialiased) so that its short side is `size`, however long the
-    other becomes, and a square of that side is cut out: at a random place along the long side, or
-    in the centre. Of several random crops all but the first are mirrored with probability 1/2.
-    Boxes are clipped to the crop, and dropped where it keeps less than `MIN_VISIBLE` of their area.
+    other becomes. Then a square of that side is cut out, at a random position along the long side
+    or in the centre. Of several random crops, all but the first are mirrored with probability 1/2.
+    Boxes are clipped to the crop, and dropped if less than `MIN_VISIBLE` of their area is left.
 
-    `crops[i]` is the list of image i's crops: `(uint8 tensor [3, size, size], target)`; empty if
-    the image cannot be read.
+    `crops[i]` is the list of image i's crops, `(uint8 tensor [3, size, size], target)` each. It is
+    empty if the image cannot be read.
     """
 
     def __init__(
@@ -36,36 +36,37 @@ class Crops(Dataset):
     ) -> None:
         """
         Args:
-            datasets: all of their images are used.
-            size: of the crops, in pixels.
-            crops: random crops of each image; 0: the one in the centre.
-            seed: of the random ones; the choices depend on it, the image's place in the data sets
-                and the crop's number.
+            datasets: the data sets; all of their images are used.
+            size: side of the crops, in pixels.
+            crops: number of random crops of each image; 0: only the one in the centre.
+            seed: seed of the random crops, which depend on it, on the image's position in the data
+                sets and on the crop's number.
         """
         self.datasets = datasets
         self.size = size
         self.crops = crops
         self.seed = seed
-        self._places = [(d, i) for d, dataset in enumerate(datasets) for i in range(len(dataset))]
+        self._indices = [(d, i) for d, dataset in enumerate(datasets) for i in range(len(dataset))]
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._places)
+        return len(self._indices)
 
     @property
     def per_image(self) -> int:
+        """Number of crops of each image."""
         return max(1, self.crops)
 
     @property
     def settings(self) -> dict[str, int]:
-        """What the crops depend on besides the data."""
+        """The settings that determine the crops, besides the data."""
         random = {"crops": self.crops, "seed": self.seed} if self.crops else {"crops": 0}
         return {"size": self.size, **random}
 
     def __getitem__(self, index: int) -> list[tuple[Tensor, dict]]:
-        dataset, place = self._places[index]
+        dataset, record = self._indices[index]
         try:
-            image, target = self.datasets[dataset][place]
+            image, target = self.datasets[dataset][record]
         except UnreadableImage:
             return []
         if not self.crops:
@@ -79,14 +80,14 @@ class Crops(Dataset):
         return samples
 
     def _crop(
-        self, image: Image.Image, target: dict, place: float, flip: bool
+        self, image: Image.Image, target: dict, position: float, flip: bool
     ) -> tuple[Tensor, dict]:
-        """The crop at `place` (0..1) of the way along the long side."""
+        """The crop at `position` along the long side: 0 is its start, 1 its end."""
         size, old = self.size, (image.height, image.width)
         new = resized_shape(*old, size, max_size=size * max(old))
-        top, left = (int(place * (side - size + 1)) for side in new)
+        top, left = (int(position * (side - size + 1)) for side in new)
         y, x = old[0] / new[0], old[1] / new[1]
-        # In one step: a resized panorama would be huge.
+        # Crop and resize in one step, because a whole resized panorama would be huge.
         right, bottom = min((left + size) * x, old[1]), min((top + size) * y, old[0])
         window = (left * x, top * y, right, bottom)
         picture = image.resize((size, size), Image.Resampling.BILINEAR, box=window)
@@ -100,11 +101,10 @@ class Crops(Dataset):
 
 
 def crop_boxes(boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Boxes [N, 4] in the pixels of a crop of side `size`, clipped to it.
+    """Clip boxes [N, 4], legacy xyxy in pixels of a crop of side `size`, to the crop.
 
     Returns:
-        the boxes [M, 4] of which `MIN_VISIBLE` or more of their legacy area is left, and the mask
-        [N] of those.
+        The boxes [M, 4] that keep at least `MIN_VISIBLE` of their legacy area, and their mask [N].
     """
     corners = torch.cat((boxes[:, :2].clamp(min=0), boxes[:, 2:].clamp(max=size - 1)), dim=1)
     inside = (corners[:, 2:] - corners[:, :2] + 1 > 0).all(1)

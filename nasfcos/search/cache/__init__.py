@@ -1,9 +1,9 @@
 """The caches of a search: C2..C5 of all crops, and P3..P7 that a frozen neck makes of them.
 
-A trial trains a decoder only, so the backbone need not run in it (paper, section 4). Each cache is
-called by a hash (:mod:`.keys`) over the weights that computed it, the annotations and the content
-of the image files, the settings. So a stale one is never used. ``images.json`` beside the caches
-remembers the hashes of the image files.
+A trial trains only a decoder, so it does not have to run the backbone (paper, section 4). Each
+cache is named by a hash (:mod:`.keys`) of the weights that computed it, the annotations, the
+content of the image files and the settings, so a stale one is never used. ``images.json`` beside
+the caches stores the hashes of the image files.
 """
 
 from .build import build_caches, cache_features, cache_pyramid, feature_shapes

@@ -1,4 +1,4 @@
-"""What is cached: C2..C5 of all crops, and P3..P7 that a frozen neck makes of them."""
+"""The contents of the caches: C2..C5 of all crops, and P3..P7 that a frozen neck makes of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from yacs.config import CfgNode
 
 from ...data import DataError, build_dataset, class_names
 from ...data.build import BatchLoader, collate, start_worker
+from ...engine.logging import progress
 from ...models import Detector
 from ..crops import Crops
 from .features import FeatureCache
 from .keys import feature_key, pyramid_key
-from .store import check_space, find_or_build, is_whole, mention_unused, remove_partial
+from .store import (
+    check_space,
+    is_whole,
+    mention_unused,
+    open_or_lock,
+    remove_partial,
+    write_cache,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +37,21 @@ def build_caches(
     folder: str | Path,
     accept: Callable[[str, str], None] = lambda train, val: None,
 ) -> tuple[FeatureCache, FeatureCache]:
-    """C2..C5 of meta-train and meta-val: found again, or computed.
+    """C2..C5 of meta-train and meta-val, from existing caches or computed.
 
     Args:
-        cfg: the config with the split (`split_training_data`): DATASETS.TRAIN gives
-            SEARCH.CACHE.CROPS random crops of each image, DATASETS.TEST the one in the centre.
-        model: its preprocessing and backbone compute the maps, on its device.
-        folder: of the caches (SEARCH.CACHE.FOLDER, or ``cache`` in OUTPUT_DIR).
-        accept: called with the names of the two before any of them is made; may raise.
+        cfg: config with the split (`split_training_data`): of each image of DATASETS.TRAIN,
+            SEARCH.CACHE.CROPS random crops are cached, of each of DATASETS.TEST the central one.
+        model: detector on its device; its preprocessing and backbone compute the maps.
+        folder: directory that holds all caches (SEARCH.CACHE.FOLDER, or ``cache`` in OUTPUT_DIR).
+        accept: called with the keys of the two caches before either is made; may raise.
 
     Returns:
         The caches of meta-train and of meta-val.
 
     Raises:
-        CacheError: the disk is too small (for both together), or the maps do not fit into half
-            precision.
-        DataError: unusable data, or too many images that cannot be read.
+        CacheError: the disk is too small for both, or the maps do not fit into half precision.
+        DataError: the data are unusable, or too many images cannot be read.
     """
     folder = Path(folder).resolve()
     settings = cfg.SEARCH.CACHE
@@ -75,7 +82,7 @@ def build_caches(
 
 
 def _check_boxes(part: str, cache: FeatureCache, names: Sequence[str], remedy: str) -> None:
-    """Refuse crops without a box, of which a loss says nothing; tell of classes without one."""
+    """Check that some crop has a box, as the losses need; warn about classes without any."""
     labels = torch.cat([target["labels"] for target in cache.targets])
     counts = torch.bincount(labels, minlength=len(names) + 1)[1:].tolist()
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -100,25 +107,26 @@ def cache_features(
     title: str = "features",
     key: str | None = None,
 ) -> FeatureCache:
-    """C2..C5 of all crops, from the cache of this model, data and settings if there is one.
+    """C2..C5 of all crops, from the cache of this model, data and settings if it exists.
 
     Args:
-        folder: of all caches; this one's own folder is made in it.
-        model: on its device; comes back in the mode that it was in.
-        crops: of which images.
-        batch_size: crops computed at a time.
-        workers: processes that load images.
-        title: for the log.
-        key: the cache's name, where that is known already.
+        folder: directory that holds all caches.
+        model: detector on its device; its training or evaluation mode is kept.
+        crops: the crops to compute the maps of.
+        batch_size: number of crops computed at a time.
+        workers: number of processes that load images.
+        title: name in the log.
+        key: the key of the cache, if the caller knows it already.
 
     Raises:
         CacheError, DataError: as for `build_caches`.
     """
     folder = Path(folder).resolve()
-    key = key or feature_key(model, crops, folder)
-    preprocess, backbone = model.preprocess, model.backbone
-
-    def batches() -> Iterator[tuple[list[Tensor], list[dict]]]:
+    path = folder / (key or feature_key(model, crops, folder))
+    count = len(crops) * crops.per_image
+    with _evaluating(model), open_or_lock(path, title) as cache:
+        if cache is not None:
+            return cache
         loader = DataLoader(
             crops,
             batch_size=max(1, batch_size // crops.per_image),
@@ -126,20 +134,14 @@ def cache_features(
             collate_fn=_collate_images,
             worker_init_fn=start_worker,
         )
-        for images, targets in BatchLoader(loader):
-            batch, _ = preprocess(images)
-            yield backbone(batch), targets
-
-    with _evaluating(model):
-        return find_or_build(
-            folder,
-            key,
-            title,
-            count=len(crops) * crops.per_image,
-            shapes=lambda: feature_shapes(model, crops.size),
-            batches=batches,
-            size=crops.size,
-        )
+        shapes = feature_shapes(model, crops.size)
+        with write_cache(path, title, count, shapes, crops.size) as writer:
+            for images, targets in progress(
+                BatchLoader(loader), count, f"cache {title}", "crops", lambda batch: len(batch[1])
+            ):
+                batch, _ = model.preprocess(images)
+                writer.add(model.backbone(batch), targets)
+        return FeatureCache.open(path)
 
 
 def cache_pyramid(
@@ -149,14 +151,16 @@ def cache_pyramid(
     batch_size: int = 16,
     title: str = "pyramid",
 ) -> FeatureCache:
-    """P3..P7 that a frozen neck makes of cached C2..C5, with the same targets; or the cache of it.
+    """P3..P7 that a frozen neck makes of cached C2..C5, from their cache if it exists.
+
+    The targets are those of C2..C5.
 
     Args:
-        folder: of all caches; this one's own folder is made in it.
-        neck: on its device; comes back in the mode that it was in.
-        source: the cache of C2..C5.
-        batch_size: crops computed at a time.
-        title: for the log.
+        folder: directory that holds all caches.
+        neck: neck on its device; its training or evaluation mode is kept.
+        source: cache of C2..C5.
+        batch_size: number of crops computed at a time.
+        title: name in the log.
 
     Raises:
         CacheError: as for `build_caches`.
@@ -165,23 +169,20 @@ def cache_pyramid(
     device = next(neck.parameters()).device
     key = pyramid_key(neck, source.folder.name)
 
-    def batches() -> Iterator[tuple[list[Tensor], list[dict]]]:
-        for first in range(0, len(source), batch_size):
-            rows = range(first, min(first + batch_size, len(source)))
-            maps = [level.float() for level in source.read(rows, device)]
-            yield neck(maps), [source.targets[row] for row in rows]
+    def pyramid(rows: Sequence[int]) -> list[Tensor]:
+        return neck([level.float() for level in source.read(rows, device)])
 
-    with _evaluating(neck):
-        cache = find_or_build(
-            folder,
-            key,
-            title,
-            count=len(source),
-            shapes=lambda: _shapes(neck([level.float() for level in source.read([0], device)])),
-            batches=batches,
-            size=source.size,
-            source=source.folder.name,
-        )
+    with _evaluating(neck), open_or_lock(folder / key, title) as cache:
+        if cache is None:
+            count = len(source)
+            shapes = _shapes(pyramid([0]))
+            with write_cache(
+                folder / key, title, count, shapes, source.size, source.folder.name
+            ) as writer:
+                batches = [range(count)[i : i + batch_size] for i in range(0, count, batch_size)]
+                for rows in progress(batches, count, f"cache {title}", "crops", len):
+                    writer.add(pyramid(rows), [source.targets[row] for row in rows])
+            cache = FeatureCache.open(folder / key)
     mention_unused(folder, lambda meta: meta["key"] == key or meta["source"] != source.folder.name)
     return cache
 
@@ -192,6 +193,7 @@ def _collate_images(images: list[list[tuple[Tensor, dict]]]) -> tuple[list[Tenso
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of each submodule is restored afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -207,7 +209,7 @@ def _shapes(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def feature_shapes(model: Detector, size: int) -> list[tuple[int, ...]]:
-    """(C, H, W) of C2..C5 for a crop of side `size`, from a dummy crop."""
+    """(C, H, W) of C2..C5 for a crop of `size` x `size` pixels, found with a dummy crop."""
     with _evaluating(model):
         batch, _ = model.preprocess([torch.zeros(3, size, size, dtype=torch.uint8)])
         return _shapes(model.backbone(batch))

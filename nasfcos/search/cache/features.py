@@ -1,7 +1,7 @@
-"""Feature maps computed once: C2..C5 of all crops, or P3..P7 of a frozen neck, on the disk.
+"""Feature maps on disk, computed once: C2..C5 of all crops, or P3..P7 of a frozen neck.
 
-Each cache is a folder, which holds ``level0.npy`` ... (float16 [N, H, W, C], channels last as
-decoders want them), ``targets.npz``, and ``cache.json``, which says what the rest is; :mod:`.store`
+A cache is a directory with the files ``level0.npy`` ... (float16 [N, H, W, C], channels last as
+decoders need them), ``targets.npz`` and ``cache.json``, which describes the others. :mod:`.store`
 writes them.
 """
 
@@ -24,33 +24,33 @@ logger = logging.getLogger(__name__)
 
 Targets = list[dict[str, Tensor]]
 
-VERSION = 3  # of the crops and of the files; raise it whenever they change
+VERSION = 3  # of the crops and the file format; raise it whenever either changes
 META, TARGETS = "cache.json", "targets.npz"
-# Of the free memory of a GPU, what a cache may take.
+# Share of a GPU's free memory that a cache may take.
 GPU_SHARE = 0.6
-# Bytes that go to the GPU at a time.
+# Bytes that are copied to the GPU at a time.
 _TRANSFER = 2**28
 
 
 class CacheError(DataError):
-    """A cache that cannot be made or read; the message says why and what to do."""
+    """A cache cannot be made or read; the message says why and what to do."""
 
 
 class FeatureCache:
-    """The maps and targets of N crops.
+    """Feature maps and targets of N crops.
 
     Attributes:
-        folder: of the files; `FeatureCache.open(folder)` gives the same cache in another process.
-        targets: per crop a dict of `boxes` [M, 4] float32 (legacy xyxy in pixels of the crop) and
-            `labels` [M] int64; M may be 0.
+        folder: directory of the cache; `FeatureCache.open(folder)` opens it in another process.
+        targets: for each crop, a dict of `boxes` [M, 4] float32 (legacy xyxy in pixels of the crop)
+            and `labels` [M] int64; M may be 0.
         size: side of the crops, in pixels.
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        """For `open`; `meta` is the content of ``cache.json``."""
+        """Used by `open`; `meta` is the content of ``cache.json``."""
         self.folder = folder
         self.size: int = meta["size"]
-        # Rows of images that could not be read are left over at the end.
+        # The files have room for all crops; unreadable images leave unused rows at the end.
         self._arrays = [
             np.load(folder / level_file(level), mmap_mode="r")[: meta["count"]]
             for level in range(len(meta["shapes"]))
@@ -66,10 +66,10 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
-        """The cache in a folder.
+        """Open the cache in a directory.
 
         Raises:
-            CacheError: there is none, or its files are not those that were written.
+            CacheError: there is none, or files are missing or of another size than was written.
         """
         folder = Path(folder).resolve()
         return cls(folder, read_meta(folder))
@@ -82,19 +82,22 @@ class FeatureCache:
 
     @property
     def maps(self) -> list[np.ndarray]:
-        """One read-only float16 array [N, C, H, W] (memory-mapped) per level."""
+        """A memory-mapped, read-only float16 array [N, C, H, W] per level."""
         return [array.transpose(0, 3, 1, 2) for array in self._arrays]
 
     @property
     def nbytes(self) -> int:
-        """Of all maps."""
+        """Size of all maps, in bytes."""
         return sum(array.nbytes for array in self._arrays)
 
     def read(
         self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> list[Tensor]:
-        """The maps of some crops, in the order of `indices`: a float16 tensor [B, C, H, W],
-        channels-last, per level, on the device."""
+        """The maps of some crops, in the order of `indices`.
+
+        Returns:
+            A channels-last float16 tensor [B, C, H, W] per level, on the device.
+        """
         device = torch.device(device)
         indices = np.asarray(indices, dtype=np.int64)
         if self._held is not None:
@@ -108,11 +111,13 @@ class FeatureCache:
         return [rows.permute(0, 3, 1, 2) for rows in found]
 
     def to_device(self, device: torch.device | str) -> bool:
-        """Hold all maps in the memory of a GPU, in half precision, if `GPU_SHARE` of what is free
-        there is enough; `read` then takes them from there.
+        """Copy all maps to a GPU, where `read` takes them from then on.
+
+        This needs the maps to fit into `GPU_SHARE` of the GPU's free memory.
 
         Returns:
-            whether they are held; False on the CPU, where the file cache of the system does this.
+            Whether the maps are on the GPU. False on the CPU, where the system's file cache serves
+            the same purpose.
         """
         device = torch.device(device)
         if device.type != "cuda":
@@ -131,7 +136,7 @@ class FeatureCache:
         for array in self._arrays:
             try:
                 tensor = torch.empty(array.shape, dtype=torch.float16, device=device)
-            except torch.OutOfMemoryError:  # another worker was faster
+            except torch.OutOfMemoryError:  # another worker has taken the memory meanwhile
                 logger.info("%s stays on the disk: %s is full by now", self.folder.name, device)
                 return False
             step = max(1, _TRANSFER // array[0].nbytes)
@@ -143,13 +148,13 @@ class FeatureCache:
         return True
 
     def release(self) -> bool:
-        """Undo `to_device`; gives whether there was anything to undo."""
+        """Undo `to_device`; returns whether there was anything to undo."""
         held, self._held = self._held, None
         return held is not None
 
 
 def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tensor:
-    """Some rows of a memory-mapped array, read in the order in which they lie on the disk."""
+    """Some rows of a memory-mapped array, read in their order on the disk."""
     rows = torch.empty(
         (len(indices), *array.shape[1:]), dtype=torch.float16, pin_memory=device.type == "cuda"
     )
@@ -160,15 +165,15 @@ def _rows(array: np.ndarray, indices: np.ndarray, device: torch.device) -> Tenso
 
 
 def level_file(level: int) -> str:
-    """The name of the file of a level's maps."""
+    """Name of the file with the maps of a level."""
     return f"level{level}.npy"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``cache.json``, with the sizes of the other files checked.
+    """Read ``cache.json`` and check the sizes of the other files.
 
     Raises:
-        CacheError: it, or another file, is missing or damaged.
+        CacheError: a file is missing or damaged.
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -187,5 +192,5 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes in words."""
+    """A number of bytes as text, in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""What makes a cache another one: hashes over everything that its content follows from."""
+"""Keys of caches: hashes of everything that determines a cache's content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .features import VERSION
 logger = logging.getLogger(__name__)
 
 _IMAGES = "images.json"
-# Image files that are read at a time for their hashes.
+# Number of image files that are hashed in parallel.
 _READERS = 8
 _HASH_DIGITS = 16
 
@@ -31,7 +31,7 @@ def _hash(*parts: object) -> str:
 
 
 def _module_hash(module: nn.Module) -> str:
-    """Of the weights and buffers, and of the layers' settings (strides are no weights)."""
+    """Hash of a module's weights, buffers and layer settings (strides, say, are no weights)."""
     digest = hashlib.sha256(repr(module).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -40,7 +40,7 @@ def _module_hash(module: nn.Module) -> str:
 
 
 def _data_hash(datasets: Sequence[DetectionDataset], folder: Path) -> str:
-    """Of the annotations, and of the name and content of each image file."""
+    """Hash of the annotations, and of the name and content of each image file."""
     digest = hashlib.sha256()
     for dataset in datasets:
         images = dataset.spec.images.resolve()
@@ -54,9 +54,10 @@ def _data_hash(datasets: Sequence[DetectionDataset], folder: Path) -> str:
 
 
 def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
-    """Of the content of each image file; None where it cannot be read.
+    """Hash of the content of each image file; None for a file that cannot be read.
 
-    Remembered in `folder`: a file is read again only after its size or one of its times changed.
+    The hashes are stored in `folder`: a file is read again only if its size or one of its times has
+    changed.
     """
     memory = folder / _IMAGES
     known = _remembered(memory)
@@ -73,7 +74,7 @@ def _image_hashes(folder: Path, paths: Sequence[Path]) -> list[str | None]:
             return None
 
     entries: list[list | None] = []
-    step = 16 * _READERS  # what is begun is finished, and an interrupt should not wait for long
+    step = 16 * _READERS  # small blocks, because an interrupt waits for the end of the current one
     blocks = (paths[first : first + step] for first in range(0, len(paths), step))
     with ThreadPoolExecutor(_READERS) as pool:
         for block in progress(blocks, len(paths), "content of the images", "files", len):
@@ -98,8 +99,10 @@ def _remembered(memory: Path) -> dict[str, list]:
 
 
 def feature_key(model: Detector, crops: Crops, folder: Path) -> str:
-    """Of C2..C5 that a model makes of crops. The hashes of the image files, which take long, are
-    remembered in `folder`."""
+    """Key of the cache of C2..C5 of some crops, as computed by a model.
+
+    The hashes of the image files take long, so they are stored in `folder`.
+    """
     return _hash(
         VERSION,
         _module_hash(model.preprocess),
@@ -111,7 +114,7 @@ def feature_key(model: Detector, crops: Crops, folder: Path) -> str:
 
 
 def pyramid_key(neck: nn.Module, source: str) -> str:
-    """Of P3..P7 that a neck makes of the maps with key `source`."""
-    # How the cells are connected is neither in the weights nor in the layers.
+    """Key of the cache of P3..P7 that a neck makes of the cache with the key `source`."""
+    # Neither the weights nor the layers show how the cells are connected.
     wiring = getattr(neck, "genotype", None)
     return _hash(VERSION, source, _module_hash(neck), wiring)

@@ -1,4 +1,4 @@
-"""Caches on the disk: found again, or made whole, by one process at a time."""
+"""Caches on disk: opened if they exist, or written whole, by one process at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from filelock import Timeout
 from torch import Tensor
 
 from ...data import DataError
-from ...engine.logging import progress
 from ...engine.metrics import format_duration
 from ...files import read_json, write_json
 from ...locks import locked, unless_held
@@ -37,27 +36,31 @@ from .features import (
 logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
-# Of the free disk space, what a cache may take.
+# Share of the free disk space that caches may take.
 DISK_SHARE = 0.95
-# Of the operating system, where a disk, a quota or the longest file is full.
+# Errors of the operating system: the disk, a quota or the limit of a file's size is exhausted.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def estimate_bytes(shapes: Sequence[tuple[int, ...]], count: int) -> int:
-    """Of the maps of `count` crops in half precision, exactly (headers and targets apart).
+    """Exact size of the maps in half precision, in bytes, without file headers and targets.
 
     Args:
         shapes: (C, H, W) of each level.
-        count: of the crops.
+        count: number of crops.
     """
     return 2 * count * sum(int(np.prod(shape)) for shape in shapes)
 
 
 def check_space(folder: Path, planned: dict[str, tuple[int, Sequence[tuple[int, ...]]]]) -> None:
-    """Refuse caches, given by title as (crops, shapes), that do not fit on the disk together.
+    """Check that some caches fit on the disk together.
+
+    Args:
+        folder: directory that holds all caches; it is created.
+        planned: (number of crops, shapes of the levels) of each cache, by title.
 
     Raises:
-        CacheError: they do not; with the remedy.
+        CacheError: they do not fit; the message says what to do.
     """
     needed = sum(estimate_bytes(shapes, count) for count, shapes in planned.values())
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,7 @@ def _too_full(title: str, folder: Path, needed: int, error: OSError) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder has all files of a cache, in their sizes."""
+    """Whether a folder has all files of a cache, with the right sizes."""
     try:
         read_meta(folder)
     except CacheError:
@@ -92,75 +95,34 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def find_or_build(
-    folder: Path,
-    key: str,
-    title: str,
-    count: int,
-    shapes: Callable[[], list[tuple[int, ...]]],
-    batches: Callable[[], Iterator[tuple[Sequence[Tensor], list[dict]]]],
-    size: int,
-    source: str | None = None,
-) -> FeatureCache:
-    """The cache `folder`/`key`; built, by one process at a time, unless it is there.
+@contextmanager
+def open_or_lock(path: Path, title: str) -> Iterator[FeatureCache | None]:
+    """Hold the lock of the cache `path` within the block: one process at a time makes it.
 
-    Args:
-        folder: of all caches.
-        key: of this one.
-        title: for the log.
-        count: of crops, at most.
-        shapes: gives (C, H, W) of the levels.
-        batches: gives the maps, and targets with `boxes`, `labels` and perhaps `dropped`.
-        size: of the crops in pixels.
-        source: key of the cache from which this one is computed.
-
-    Raises:
-        CacheError: the disk is too small, or the maps do not fit into half precision.
-        DataError: none of the images can be read.
+    Yields:
+        The cache if it exists and is intact; None if it has to be written, by `write_cache`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / key
-    # Of this process: where there are no locks, another one may be at it.
-    partial = path.with_name(f"{key}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}")
-    remove_partial(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(path.parent)
     with _locked(path):
-        if path.exists():
-            try:
-                _verify(path)
-                cache = FeatureCache.open(path)
-                logger.info("cache %s: %d crops found in %s", title, len(cache), path)
-                return cache
-            except (CacheError, OSError, ValueError) as error:
-                logger.warning("cache %s is made anew: %s", title, error)
-                shutil.rmtree(path)
-        levels = shapes()
-        needed = estimate_bytes(levels, count)
-        check_space(folder, {title: (count, levels)})
-        logger.info("cache %s: %s crops, %s, in %s", title, f"{count:,}", gigabytes(needed), path)
-        # What is there is of a process of the same number, before the machine was started anew.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            start = time.perf_counter()
-            meta = {"key": key, "size": size, "source": source}
-            meta |= _fill(partial, title, count, levels, batches())
-            write_json(partial / META, meta, indent=2)
-            os.replace(partial, path)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in _FULL:
-                raise CacheError(_too_full(title, folder, needed, error)) from error
-            raise
-        seconds = time.perf_counter() - start
-        logger.info(
-            "cache %s: done in %s, %.1f crops/s",
-            title, format_duration(seconds), meta["count"] / seconds,
-        )  # fmt: skip
-    return FeatureCache.open(path)
+        yield _open_intact(path, title) if path.exists() else None
+
+
+def _open_intact(path: Path, title: str) -> FeatureCache | None:
+    """The cache `path`; None if it is damaged, and therefore removed."""
+    try:
+        _verify(path)
+        cache = FeatureCache.open(path)
+    except (CacheError, OSError, ValueError) as error:
+        logger.warning("cache %s is made anew: %s", title, error)
+        shutil.rmtree(path)
+        return None
+    logger.info("cache %s: %d crops found in %s", title, len(cache), path)
+    return cache
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file: against damage, and as fast as disks are."""
+    """CRC-32 of a file: it finds damage, and is as fast as disks are."""
     value = 0
     with path.open("rb") as file:
         while part := file.read(2**24):
@@ -169,10 +131,10 @@ def _checksum(path: Path) -> int:
 
 
 def _verify(folder: Path) -> None:
-    """Compare the content of a cache's files, whose sizes are right, with their checksums.
+    """Check the sizes and checksums of a cache's files.
 
     Raises:
-        CacheError: a file is another one.
+        CacheError: a file is missing or damaged.
     """
     meta = read_meta(folder)
     if (size := sum(meta["files"].values())) > 1e10:
@@ -184,7 +146,7 @@ def _verify(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time makes the cache `path`."""
+    """Hold the lock of the cache `path`; log if another process holds it, and wait."""
     file = Path(f"{path}.lock")
     with ExitStack() as stack:
         try:
@@ -196,7 +158,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left of caches that they were making."""
+    """Remove unfinished caches of processes that were killed."""
     for partial in folder.glob(f"*{_PARTIAL}"):
         with unless_held(folder / f"{partial.name.split('.')[0]}.lock") as free:
             if free:
@@ -204,66 +166,122 @@ def remove_partial(folder: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fill(
-    folder: Path,
+@contextmanager
+def write_cache(
+    path: Path,
     title: str,
     count: int,
     shapes: Sequence[tuple[int, ...]],
-    batches: Iterator[tuple[Sequence[Tensor], list[dict]]],
-) -> dict[str, Any]:
-    """Write the files of a cache but for ``cache.json``, whose facts about them are returned."""
-    paths = [folder / level_file(level) for level in range(len(shapes))]
-    targets: list[dict] = []
-    # Plain writing, since a full disk kills a process that writes to memory-mapped files.
-    files = [path.open("wb") for path in paths]
+    size: int,
+    source: str | None = None,
+) -> Iterator[CacheWriter]:
+    """Write the cache `path`: it appears, whole, when the block ends, and not at all on an error.
+
+    Args:
+        path: directory of the cache; its name is the cache's key.
+        title: name in the log.
+        count: number of crops, at most.
+        shapes: (C, H, W) of each level.
+        size: side of the crops, in pixels.
+        source: key of the cache that this one is computed from.
+
+    Raises:
+        CacheError: the disk is too small, or the maps do not fit into half precision.
+        DataError: no crop was added, because none of the images can be read.
+    """
+    needed = estimate_bytes(shapes, count)
+    check_space(path.parent, {title: (count, shapes)})
+    logger.info("cache %s: %s crops, %s, in %s", title, f"{count:,}", gigabytes(needed), path)
+    # Named after the process: without locks, another one may be writing the same cache.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}")
+    # A leftover of an earlier process with the same pid.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    start = time.perf_counter()
     try:
-        for file, shape in zip(files, shapes, strict=True):
-            channels, height, width = shape
+        with closing(CacheWriter(partial, title, count, shapes)) as writer:
+            yield writer
+            meta = {"key": path.name, "size": size, "source": source} | writer.finish()
+        write_json(partial / META, meta, indent=2)
+        os.replace(partial, path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise CacheError(_too_full(title, path.parent, needed, error)) from error
+        raise
+    seconds = time.perf_counter() - start
+    logger.info(
+        "cache %s: done in %s, %.1f crops/s",
+        title, format_duration(seconds), meta["count"] / seconds,
+    )  # fmt: skip
+
+
+class CacheWriter:
+    """The files of a cache that is being written; made by `write_cache`."""
+
+    def __init__(
+        self, folder: Path, title: str, count: int, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._folder, self._title, self._count, self._shapes = folder, title, count, shapes
+        self._targets: list[dict] = []
+        # Plain writes, because a full disk kills a process that writes to memory-mapped files.
+        self._files = [(folder / level_file(i)).open("wb") for i in range(len(shapes))]
+        for file, (channels, height, width) in zip(self._files, shapes, strict=True):
             header = {
                 "descr": "<f2",
                 "fortran_order": False,
                 "shape": (count, height, width, channels),
             }
             np.lib.format.write_array_header_1_0(file, header)
-        ends = [
-            file.tell() + estimate_bytes([shape], count)
-            for file, shape in zip(files, shapes, strict=True)
-        ]
-        # A generator that an exception's traceback keeps alive would keep its workers alive.
-        with closing(batches):
-            for maps, found in progress(
-                batches, count, f"cache {title}", "crops", lambda batch: len(batch[1])
-            ):
-                for level, (file, values) in enumerate(zip(files, maps, strict=True)):
-                    file.write(_half(values, title, level).cpu().numpy().data)
-                targets += found
-        for file, end in zip(files, ends, strict=True):
-            file.truncate(end)
+        self._starts = [file.tell() for file in self._files]
+
+    def add(self, maps: Sequence[Tensor], targets: Sequence[dict]) -> None:
+        """Append some crops.
+
+        Args:
+            maps: [B, C, H, W] per level.
+            targets: B dicts of `boxes`, `labels` and perhaps `dropped`, as `Crops` gives them.
+
+        Raises:
+            CacheError: the maps do not fit into half precision.
+        """
+        for level, (file, values) in enumerate(zip(self._files, maps, strict=True)):
+            file.write(_half(values, self._title, level).cpu().numpy().data)
+        self._targets += targets
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the files, and return what ``cache.json`` says about them."""
+        for file, start, shape in zip(self._files, self._starts, self._shapes, strict=True):
+            file.truncate(start + estimate_bytes([shape], self._count))
             file.flush()
             os.fsync(file.fileno())
-    finally:
-        for file in files:
+        self.close()
+        targets = self._targets
+        if not targets:
+            raise DataError(f"{self._title}: none of the images can be read")
+        _log_boxes(self._title, targets, self._count)
+        np.savez(
+            self._folder / TARGETS,
+            boxes=np.concatenate([np.asarray(t["boxes"], np.float32) for t in targets]),
+            labels=np.concatenate([np.asarray(t["labels"], np.int64) for t in targets]),
+            counts=np.array([len(t["labels"]) for t in targets], np.int64),
+        )
+        paths = [*(Path(file.name) for file in self._files), self._folder / TARGETS]
+        return {
+            "count": len(targets),
+            "shapes": [list(shape) for shape in self._shapes],
+            "files": {path.name: path.stat().st_size for path in paths},
+            "checksums": {path.name: _checksum(path) for path in paths},
+        }
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
             file.close()
-    if not targets:
-        raise DataError(f"{title}: none of the images can be read")
-    _log_boxes(title, targets, count)
-    np.savez(
-        folder / TARGETS,
-        boxes=np.concatenate([np.asarray(t["boxes"], np.float32) for t in targets]),
-        labels=np.concatenate([np.asarray(t["labels"], np.int64) for t in targets]),
-        counts=np.array([len(t["labels"]) for t in targets], np.int64),
-    )
-    paths.append(folder / TARGETS)
-    return {
-        "count": len(targets),
-        "shapes": [list(shape) for shape in shapes],
-        "files": {path.name: path.stat().st_size for path in paths},
-        "checksums": {path.name: _checksum(path) for path in paths},
-    }
 
 
 def _half(maps: Tensor, title: str, level: int) -> Tensor:
-    """As they are stored, [N, H, W, C]."""
+    """Maps [N, C, H, W] as they are stored: float16 [N, H, W, C]."""
     half = maps.half()
     if not half.isfinite().all():
         largest = maps.abs().max().item()
@@ -292,10 +310,15 @@ def _log_boxes(title: str, targets: list[dict], count: int) -> None:
 
 
 def mention_unused(folder: Path, used: Callable[[dict], Any]) -> None:
-    """Log the caches that this search does not use, which the user may want to delete."""
+    """Log the caches that this search does not use, because the user may want to delete them.
+
+    Args:
+        folder: directory that holds all caches.
+        used: whether the cache with a given ``cache.json`` is in use.
+    """
     unused = []
     for path in sorted(folder.glob(f"*/{META}")):
-        with suppress(TypeError, KeyError):  # it cannot be read
+        with suppress(TypeError, KeyError):  # an unreadable file
             meta = read_json(path)
             if not used(meta):
                 unused.append((path.parent.name, sum(meta["files"].values())))
