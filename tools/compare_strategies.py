@@ -27,7 +27,7 @@ from nasfcos.search.simulate import (
     first_hit,
     first_hits,
     goal_size,
-    plot_first_hits,
+    draw_first_hits,
     replay_pruning,
     stopped_hit,
     uniform_hits,
@@ -88,7 +88,7 @@ def main() -> int:
                     logger.info("seed %d, %s: %d trials", seed, name, trials)
         for name, trials in hits.items():
             logger.info("%s: median %g trials, %s", name, median(trials), sorted(trials))
-        figure = plot_first_hits(hits, max_trials, goal)
+        figure = draw_first_hits(hits, max_trials, goal)
         with replacing(args.output) as temporary:
             figure.savefig(temporary)
         write_json(Path(args.output).with_suffix(".json"), hits)

@@ -14,8 +14,8 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
-from .figures import draw_agreement
 from .journal import JOURNAL, read_records
+from .plots import draw_agreement
 from .records import COMPLETE, TrialJob, TrialRecord, kendall_tau, ranked
 from .select import check_full_training, full_config, train_in_full
 from .tasks import reopen_task
@@ -135,8 +135,8 @@ def check_repeats(
             "reasons above. If losses were not finite, a lower SEARCH.PROXY.LR may help"
         )
     rows.sort(key=lambda row: row["reward"])
-    label = "reward of the same again"
-    return _compare(folder, f"{stage}_again", rows, "again", label, f"{stage} stage, tried again")
+    title = f"{stage} stage, {cfg.DATASETS.TRAIN[0]}"
+    return _compare(folder, f"{stage}_again", rows, "again", "reward when re-evaluated", title)
 
 
 def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
@@ -153,7 +153,8 @@ def _compare(
     tau = kendall_tau(rewards, others)
     write_json(folder / "agreement" / f"{name}.json", {"tau": tau, "rows": rows}, indent=2)
     pairs = list(zip(rewards, others, strict=True))
-    picture = draw_agreement({title: pairs}, "reward of the trial", label)
+    same_scale = key == "again"
+    picture = draw_agreement({title: pairs}, "reward of the trial", label, same_scale)
     with replacing(folder / "agreement" / f"{name}.png") as temporary:
         temporary.write_bytes(picture)
     return tau

@@ -1,4 +1,4 @@
-"""The pictures of a search's report, as PNGs."""
+"""Plots of a search: those of its report, and the comparisons of rewards and of strategies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 
 import matplotlib
 import numpy as np
@@ -16,12 +17,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..drawing import draw_architecture, operation_color, short_name
-from ..genotype import FPN_OPS, HEAD_OPS, Genotype, node_names
+from ..genotype import Genotype, node_names
 from .records import COMPLETE, FAILED, PRUNED, TrialRecord, kendall_tau
 from .space import Decision
 
-BINS = 60
-"""Most steps in which what is chosen is followed over time."""
+MAX_STEPS = 60
+"""Largest number of steps in a plot of the choices over time."""
 
 STYLE = {
     "font.size": 10,
@@ -46,12 +47,12 @@ WIDTH = 11.5  # inches
 
 
 def number_text(value: float | None, form: str, unit: str = "") -> str:
-    """The number in this form; a dash where there is none."""
+    """The number formatted by `form`; a dash if it is None or not finite."""
     return "–" if value is None or not math.isfinite(value) else format(value, form) + unit
 
 
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of each value and those before it, `window` of them in all (fewer at the start)."""
+    """Mean over each value and the `window - 1` before it (fewer at the start)."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     ends = np.arange(1, len(sums))
     starts = np.maximum(0, ends - window)
@@ -59,7 +60,7 @@ def moving_average(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def pareto_front(costs: Sequence[float], rewards: Sequence[float]) -> list[int]:
-    """Indices of what is not both dearer and no better than another, cheapest first."""
+    """Indices of the points that no other beats in cost and reward, cheapest first."""
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -rewards[i])):
         if not front or rewards[i] > rewards[front[-1]]:
@@ -68,7 +69,7 @@ def pareto_front(costs: Sequence[float], rewards: Sequence[float]) -> list[int]:
 
 
 def _with_style(draw: Callable[..., Figure]) -> Callable[..., bytes]:
-    """The PNG of the figure that `draw` returns, in the report's style."""
+    """Make `draw`, which returns a figure, return its PNG in the style of the report."""
 
     @functools.wraps(draw)
     def png(*args, **kwargs) -> bytes:
@@ -79,11 +80,11 @@ def _with_style(draw: Callable[..., Figure]) -> Callable[..., bytes]:
 
 
 def _to_png(figure: Figure, colors: int | None = None) -> bytes:
-    """The figure as a PNG, with a palette of so many colours, or all that it has."""
+    """The figure as a PNG; `colors` is the size of the palette, None for true colour."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    if colors is not None:  # of the methods this one keeps pale shades apart
+    if colors is not None:  # the other methods merge pale shades
         picture = picture.quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     picture.save(buffer, format="png")
@@ -98,7 +99,7 @@ def _figure(height: float, width: float = WIDTH) -> Figure:
 
 @_with_style
 def draw_rewards(records: Sequence[TrialRecord]) -> Figure:
-    """Rewards of the trials, and, where costs count, the objective below."""
+    """Rewards of the trials and, if the objective includes a cost, the objective below."""
     measures = [("reward", lambda record: record.result.reward)]
     if any(differ(r.objective, r.result.reward) for r in records if r.result.status == COMPLETE):
         measures.append(("objective (reward less cost)", lambda record: record.objective))
@@ -113,7 +114,7 @@ def draw_rewards(records: Sequence[TrialRecord]) -> Figure:
 
 
 def differ(a: float, b: float) -> bool:
-    """Whether two numbers do, and are numbers."""
+    """Whether two numbers are finite and not equal (beyond rounding)."""
     return math.isfinite(a) and math.isfinite(b) and abs(a - b) > 1e-9
 
 
@@ -173,14 +174,14 @@ def _plot_rewards(
 
 
 def _count_along_x(axis: Axes, count: int) -> None:
-    """The x axis shows 0 to count - 1, whole numbers only."""
+    """Let the x axis run from 0 to count - 1, with ticks at whole numbers only."""
     margin = 0.5 + 0.01 * (count - 1)
     axis.set_xlim(-margin, count - 1 + margin)
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
-    """(lowest, highest) shown: the worst twentieth may lie far below the others."""
+    """(lowest, highest) value shown: the worst 5 % may lie far below the others."""
     if not len(values):
         return -1.0, 0.0
     top, bottom, middle = values.max(), values.min(), np.percentile(values, 5)
@@ -189,9 +190,9 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 @_with_style
-def draw_strategy(figures: Sequence[dict[str, float]]) -> Figure:
-    """What the strategy told of each batch, entropy first."""
-    names = sorted({name for batch in figures for name in batch}, key=lambda n: (n != "entropy", n))
+def draw_strategy(stats: Sequence[dict[str, float]]) -> Figure:
+    """The strategy's statistics by batch, a panel each, entropy first."""
+    names = sorted({name for batch in stats for name in batch}, key=lambda n: (n != "entropy", n))
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = _figure(0.3 + 2.3 * rows)
@@ -200,21 +201,21 @@ def draw_strategy(figures: Sequence[dict[str, float]]) -> Figure:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         batches, values = zip(
-            *((i, batch[name]) for i, batch in enumerate(figures) if name in batch), strict=True
+            *((i, batch[name]) for i, batch in enumerate(stats) if name in batch), strict=True
         )
         few = {"marker": "o", "markersize": 3} if len(batches) < 30 else {}
         axis.plot(batches, values, color=BLUE, linewidth=1.8, **few)
         axis.set_title(name.replace("_", " "), loc="left")
         axis.set_xlabel("batch")
-        _count_along_x(axis, len(figures))
+        _count_along_x(axis, len(stats))
     return figure
 
 
 class _Shares:
-    """How often each choice is made, over the trials in order.
+    """How often each choice is made, over the trials in their order.
 
     Attributes:
-        edges: of the steps, in trials, [steps + 1].
+        edges: [steps + 1] edges of the time steps, in trials.
     """
 
     def __init__(self, records: Sequence[TrialRecord], decisions: Sequence[Decision]) -> None:
@@ -222,10 +223,10 @@ class _Shares:
         self.decisions = decisions
         self.choices = np.array([r.choices for r in records])
         batches = len({r.batch for r in records})
-        self.edges = np.linspace(0, len(records), min(BINS, batches) + 1).round().astype(int)
+        self.edges = np.linspace(0, len(records), min(MAX_STEPS, batches) + 1).round().astype(int)
 
     def of(self, decisions: Sequence[Decision], choices: Sequence[str]) -> np.ndarray:
-        """[choices, steps]: the share of each of the choices in all of the decisions."""
+        """Share of each choice among `decisions` in each step, [choices, steps]."""
         shares = np.zeros((len(choices), len(self.edges) - 1))
         for decision in decisions:
             column = self.choices[:, self.decisions.index(decision)]
@@ -235,17 +236,16 @@ class _Shares:
         return shares / len(decisions)
 
 
-_WHAT = {
+_PANEL_TITLES = {
     "op": "Operations",
     "agg": "Aggregations",
-    "split": "Head layers with weights of their own at each level",
-    "in": "Inputs",
+    "split": "Head layers with separate weights per level",
 }
 
 
 @_with_style
 def draw_choices(records: Sequence[TrialRecord], decisions: Sequence[Decision]) -> Figure:
-    """Shares of the operations and of the other choices that all cells or layers have in common."""
+    """Shares of the operations and aggregations, or of the head's operations and its split."""
     shares = _Shares(records, decisions)
     kinds = dict.fromkeys(d.kind for d in decisions)
     panels = [kind for kind in kinds if kind != "in"]
@@ -256,21 +256,21 @@ def draw_choices(records: Sequence[TrialRecord], decisions: Sequence[Decision]) 
         choices = list(dict.fromkeys(choice for d in own for choice in d.choices))
         values = shares.of(own, choices)
         if kind == "op":
-            colors = [_operation_color(choice, i) for i, choice in enumerate(choices)]
+            colors = [operation_color(choice) for choice in choices]
         else:
             colors = matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 0.7, len(choices)))
-        # Steps, not slopes: each is a mean over its trials.
+        # Steps rather than slopes: each value is the mean over the trials of its step.
         axis.stackplot(
             np.repeat(shares.edges, 2)[1:-1], np.repeat(values, 2, axis=1), colors=colors,
             labels=choices, edgecolor="white", linewidth=0.4,
         )  # fmt: skip
-        axis.set_title(f"{_WHAT.get(kind, kind)}: share of the choices", loc="left")
+        axis.set_title(f"{_PANEL_TITLES[kind]}: share of the choices", loc="left")
         axis.set_ylim(0, 1)
         axis.set_xlim(0, shares.edges[-1])
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         handles, labels = axis.get_legend_handles_labels()
-        axis.legend(  # in the order of the stack
+        axis.legend(  # in the order of the stack, top first
             handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.005, 1.0),
             borderaxespad=0,
         )  # fmt: skip
@@ -278,13 +278,9 @@ def draw_choices(records: Sequence[TrialRecord], decisions: Sequence[Decision]) 
     return figure
 
 
-def _operation_color(name: str, position: int) -> str:
-    return operation_color(name) if name in (*FPN_OPS, *HEAD_OPS) else f"C{position}"
-
-
 @_with_style
 def draw_places(records: Sequence[TrialRecord], decisions: Sequence[Decision]) -> Figure:
-    """For each cell the shares of the nodes it takes, for each head layer those of operations."""
+    """Shares of the input nodes of each cell, or of the operations of each head layer."""
     shares = _Shares(records, decisions)
     kind = "in" if any(d.kind == "in" for d in decisions) else "op"
     places: dict[str, list[Decision]] = {}
@@ -336,7 +332,7 @@ _COSTS = (
 
 @_with_style
 def draw_costs(records: Sequence[TrialRecord]) -> Figure:
-    """Reward against each cost that was measured, with the Pareto front."""
+    """Reward against each measured cost, with the Pareto front."""
     panels = []
     for name, cost in _COSTS:
         pairs = [(cost(r.result), r.result.reward) for r in records]
@@ -370,34 +366,85 @@ def draw_costs(records: Sequence[TrialRecord]) -> Figure:
     return figure
 
 
-@functools.lru_cache(maxsize=32)  # the same ones stand in every refreshed report
+@functools.lru_cache(maxsize=32)  # each refreshed report shows mostly the same architectures
 def draw_best(genotype: Genotype) -> bytes:
-    """An architecture."""
+    """One of the best architectures, as in :mod:`nasfcos.drawing`."""
     figure = draw_architecture(genotype)
     figure.set_dpi(105)
-    # They are most of the report's bytes, and a palette, enough for even areas, takes a third.
+    # These pictures make up most of the report. Their areas are even, so a palette is enough; it
+    # takes a third of the bytes.
     return _to_png(figure, colors=256)
 
 
 @_with_style
 def draw_agreement(
-    panels: Mapping[str, Sequence[tuple[float, float]]], reward: str, other: str
+    panels: Mapping[str, Sequence[tuple[float, float]]],
+    reward: str,
+    other: str,
+    same_scale: bool = False,
 ) -> Figure:
-    """Another figure of the same architectures against their rewards.
+    """A second measure of some architectures against their rewards.
 
     Args:
-        panels: reward and other figure of each architecture, by title.
-        reward, other: what they are, for the axes.
+        panels: (reward, other measure) of each architecture, by panel title.
+        reward, other: axis labels.
+        same_scale: the other measure is a reward too: equal axes, with the line y = x.
     """
-    figure = _figure(4.0, min(WIDTH, 5.8 * len(panels)))
+    height, width = (4.8, 4.8) if same_scale else (4.0, 5.8)
+    figure = _figure(height, min(WIDTH, width * len(panels)))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
         rewards, others = zip(*pairs, strict=True)
-        axis.scatter(rewards, others, s=34, color=BLUE, linewidths=0)
+        axis.scatter(rewards, others, s=34, color=BLUE, linewidths=0, zorder=2)
         axis.margins(0.08)
+        if same_scale:
+            values = (*rewards, *others)
+            margin = 0.06 * (max(values) - min(values)) or 0.5
+            limits = (min(values) - margin, max(values) + margin)
+            axis.plot(
+                limits, limits, color=GREY, linewidth=1.2, linestyle="--", zorder=1,
+                label="equal rewards",
+            )  # fmt: skip
+            axis.legend(loc="lower right")
+            axis.set(xlim=limits, ylim=limits, aspect="equal")
+            axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_xlabel(reward)
         axis.set_ylabel(other)
         tau = number_text(kendall_tau(rewards, others), ".2f")
-        axis.set_title(f"{title}\nKendall's tau {tau} over {len(pairs)}", loc="left")
+        axis.set_title(
+            f"{title}\nKendall's tau {tau} over {len(pairs)} architectures", loc="left"
+        )
+    return figure
+
+
+@_with_style
+def draw_first_hits(hits: Mapping[str, Sequence[int]], max_trials: int, goal: str) -> Figure:
+    """Share of the searches of each strategy that have reached the goal, against their trials.
+
+    Args:
+        hits: trials that each search took, by strategy; more than `max_trials`: it never got there.
+        max_trials: trials of a search.
+        goal: the architectures to find, in words.
+    """
+    figure = _figure(4.4, 8.0)
+    axis = figure.subplots()
+    # The axis ends soon after the last search, because no curve changes from there on.
+    end = 1.02 * min(max_trials, max(map(max, hits.values())))
+    styles = ((BLUE, "-"), (ORANGE, "-"), (GREY, "-"), ("#1f2933", "--"))
+    for (name, trials), (color, line) in zip(hits.items(), styles, strict=False):
+        found = sorted(count for count in trials if count <= max_trials)
+        shares = [i / len(trials) for i in range(len(found) + 1)]
+        label = "PPO" if name == "ppo" else name
+        axis.step(
+            [0, *found, end], [*shares, shares[-1]], where="post", linewidth=2, color=color,
+            linestyle=line, label=f"{label}: median {median(trials):g}",
+        )  # fmt: skip
+    axis.set_xlim(0, end)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("distinct architectures tried")
+    count = max(map(len, hits.values()))
+    axis.set_ylabel(f"share of {count} searches that found\none of {goal}")
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axis.legend(loc="best")
     return figure

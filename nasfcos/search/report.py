@@ -13,7 +13,7 @@ from pathlib import Path
 from ..engine.metrics import format_duration
 from ..files import replacing
 from ..genotype import Genotype
-from .figures import (
+from .plots import (
     differ,
     draw_agreement,
     draw_best,
@@ -30,36 +30,36 @@ from .space import Decision
 from .status import trials_per_hour
 
 BEST = 4
-"""Architectures that are drawn of a stage, and of the ranking at the end."""
+"""Number of architectures that are drawn for each stage and for the final ranking."""
 
 
 @dataclass
 class StageReport:
-    """What the report knows of a stage.
+    """What the report shows of a stage.
 
     Attributes:
         stage: "fpn" or "head".
-        records: the finished trials.
-        decisions: of its space, in the order of the trials' choices.
-        batch_figures: what the strategy told of each batch, such as its entropy.
-        strategy: its name.
-        planned: trials of the whole stage.
+        records: finished trials.
+        decisions: decisions of the search space, in the order of the trials' choices.
+        batch_stats: the strategy's statistics of each batch by name, such as the entropy.
+        strategy: name of the strategy.
+        planned: number of trials of the whole stage.
     """
 
     stage: str
     records: Sequence[TrialRecord]
     decisions: Sequence[Decision]
-    batch_figures: Sequence[dict[str, float]] = field(default_factory=list)
+    batch_stats: Sequence[dict[str, float]] = field(default_factory=list)
     strategy: str = ""
     planned: int = 0
-    # What was written last, and for what; a stage that has ended is not drawn again and again.
+    # (state, HTML) written last, so that only a stage that has changed is drawn again.
     _section: tuple[tuple, str] = field(default=((), ""), init=False, repr=False, compare=False)
 
     def section(self, folder: Path) -> str:
-        """The stage as HTML; its pictures go to the folder."""
-        known = (folder, len(self.records), len(self.batch_figures))
-        if self._section[0] != known:
-            self._section = (known, _stage_section(folder, self))
+        """The stage as HTML; its pictures are written to the folder."""
+        state = (folder, len(self.records), len(self.batch_stats))
+        if self._section[0] != state:
+            self._section = (state, _stage_section(folder, self))
         return self._section[1]
 
 
@@ -69,9 +69,9 @@ def write_report(
     """Write `report.html` and its pictures as PNGs, each whole or not at all.
 
     Args:
-        folder: of the report.
-        stages: in the order in which they are searched.
-        ranking: best first; empty before any architecture was trained in full.
+        folder: directory of the report.
+        stages: stages in the order in which they are searched.
+        ranking: the ranking, best first; empty until architectures are trained in full.
 
     Returns:
         The HTML file.
@@ -133,9 +133,9 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
         parts.append(_picture(folder / f"{stage.stage}_{name}.png", png, what))
 
     picture("rewards", draw_rewards(stage.records), "Reward of each trial")
-    if any(stage.batch_figures):
+    if any(stage.batch_stats):
         parts.append(f"<h3>The strategy: {html.escape(stage.strategy)}</h3>")
-        picture("strategy", draw_strategy(stage.batch_figures), "Its figures over the batches")
+        picture("strategy", draw_strategy(stage.batch_stats), "Statistics of the batches")
     if stage.decisions:
         parts.append("<h3>What is chosen over time</h3>")
         shares = draw_choices(stage.records, stage.decisions)
@@ -150,8 +150,8 @@ def _stage_section(folder: Path, stage: StageReport) -> str:
         picture("costs", draw_costs(best), "Reward against the costs")
         parts.append(
             "<h3>The best architectures so far</h3>"
-            '<p class="note">By the trial itself. At the end of a stage the best are tried again, '
-            "and what comes then decides (SEARCH.SELECT.RETRIALS).</p>"
+            '<p class="note">Ranked by a single trial each. At the end of the stage the best are '
+            "re-evaluated with other seeds, which decides (SEARCH.SELECT.RETRIALS).</p>"
         )
         parts.append(_best_table(best[:BEST]))
         for place, record in enumerate(best[:BEST], 1):
@@ -170,7 +170,7 @@ def _cards(stage: StageReport) -> str:
         (f"{record.result.reward:.4f}", f"reward of the best{by}, trial {record.index}")
         for record in ranked(stage.records)[:1]
     ]
-    figures = [
+    values = [
         (f"{done:,} of {stage.planned:,}", "trials"),
         *(best or [("–", "reward of the best")]),
         (number_text(trials_per_hour(own), ",.0f"), "trials per hour"),
@@ -180,8 +180,8 @@ def _cards(stage: StageReport) -> str:
         (f"{done - len(own):,}", "reused"),
     ]
     cards = "".join(
-        f'<div class="card"><b>{html.escape(figure)}</b><span>{html.escape(name)}</span></div>'
-        for figure, name in figures
+        f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+        for value, name in values
     )
     share = 100 * min(1.0, done / stage.planned) if stage.planned else 0.0
     return (
@@ -191,7 +191,7 @@ def _cards(stage: StageReport) -> str:
 
 
 def _is_costly(records: Sequence[TrialRecord]) -> bool:
-    """Whether costs count in the objective of any."""
+    """Whether the objective includes a cost, so that it differs from the reward."""
     return any(differ(record.objective, record.result.reward) for record in records)
 
 
@@ -214,7 +214,10 @@ def _best_table(records: Sequence[TrialRecord]) -> str:
 
 
 def _architecture(folder: Path, name: str, title: str, genotype: list, is_open: bool) -> str:
-    """Its drawing, in a file of that name too, and in words, below a title in HTML."""
+    """HTML of an architecture: its drawing and description below a title, which is HTML.
+
+    The drawing is also written to ``<name>.png`` in the folder.
+    """
     parsed = Genotype.parse(genotype)
     picture = _picture(folder / f"{name}.png", draw_best(parsed), "The architecture")
     return (
@@ -265,7 +268,7 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
             "full training"]  # fmt: skip
     parts = [
         "<h2>The best, trained in full</h2>",
-        '<p class="note">The reward is the mean of the trials again, where there were any. '
+        '<p class="note">The reward is the mean over the re-evaluations, where there were any. '
         "Parameters and multiply-adds are those of the trial. Drawn below are the first ones: "
         "number 1 is best.yaml. Rewards of different stages cannot "
         "be compared: their trials differ in width.</p>",
@@ -289,7 +292,7 @@ def _ranking_section(folder: Path, ranking: Sequence[Selected]) -> str:
 
 
 def _stage_name(stage: str) -> str:
-    return {"fpn": "FPN stage", "head": "Head stage"}.get(stage, stage)
+    return {"fpn": "FPN stage", "head": "Head stage"}[stage]
 
 
 def _costs_in_words(params: int, flops: float) -> list[str]:
@@ -301,7 +304,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterable[int]) -> str:
-    """`numbers` are the columns of numbers."""
+    """A table as HTML; `numbers` are the indices of right-aligned columns."""
     right = set(numbers)
 
     def row(cells: Sequence[str], tag: str) -> str:
@@ -315,7 +318,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterable
 
 
 def _picture(path: Path, png: bytes, what: str) -> str:
-    """The picture as a file, and as HTML that does not need the file."""
+    """Write the picture to a file, and return HTML that holds a copy of it."""
     with replacing(path) as temporary:
         temporary.write_bytes(png)
     data = base64.b64encode(png).decode("ascii")

@@ -6,9 +6,6 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
-
-from matplotlib.figure import Figure
 
 from .records import COMPLETE, PRUNED, TrialRecord, TrialResult, kendall_tau
 from .space import Choices, Space
@@ -260,29 +257,3 @@ def replay_pruning(
             rung: kendall_tau([curve[rung] for curve in curves], rewards) for rung in pruning.rungs
         },
     )
-
-
-def plot_first_hits(hits: Mapping[str, Sequence[int]], max_trials: int, goal: str) -> Figure:
-    """How many of the searches of each strategy have found one of the best, against their trials.
-
-    Args:
-        hits: trials of each search until then, by strategy.
-        max_trials: of a search.
-        goal: what the best are, in words.
-    """
-    figure = Figure(figsize=(6.2, 4.2), dpi=130, layout="constrained")
-    axis = figure.subplots()
-    for name, trials in hits.items():
-        trials = sorted(trials)
-        shares = [(i + 1) / len(trials) for i in range(len(trials))]
-        axis.step([0, *trials], [0, *shares], where="post", linewidth=2,
-                  label=f"{name}: median {median(trials):g}")  # fmt: skip
-    axis.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, max_trials)
-    axis.set_ylim(0, 1.02)
-    axis.set_xlabel("different architectures tried")
-    axis.set_ylabel(f"searches that found one of {goal}")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -1,4 +1,4 @@
-"""What is shown of a stage while it is searched."""
+"""The progress of a stage while it is searched."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class StageProgress:
     """Shows a stage's progress: bar, log, TensorBoard, progress.json, the report and the table.
 
     Args:
-        folder: of the search.
-        journal: of the trials.
-        trials: that are planned.
-        report: is told the trials.
-        publish: writes the report if it is time to, or if it must; gives whether it did.
+        folder: directory of the search.
+        journal: journal of the stage.
+        trials: number of planned trials.
+        report: the stage's part of the report; kept up to date.
+        publish: writes the report if it is due, or in any case if the argument is True; returns
+            whether it did.
     """
 
     def __init__(
@@ -56,20 +57,21 @@ class StageProgress:
         self.bar = tqdm(
             total=self.trials, initial=self.before, unit="trial", disable=not on_terminal()
         )
-        # From the beginning: an earlier run may have been killed before its curves were written.
+        # Rewrite the curves from the start: an earlier run may have been killed before it wrote
+        # them.
         self.board = tensorboard_writer(self.folder / "tensorboard" / self.stage, start=0)
-        self._plot(records, self.journal.batch_figures())
+        self._plot(records, self.journal.batch_stats())
         self._note_phase()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.board.close()
-        self._refresh(self._records(), self.journal.batch_figures())
-        self._publish(force=True)  # also of a search that ends here by an error
+        self._refresh(self._records(), self.journal.batch_stats())
+        self._publish(force=True)  # even if an error ends the search here
 
     def _records(self) -> list[TrialRecord]:
-        """Those of the planned trials; an earlier run may have planned more."""
+        """The finished ones of the planned trials; an earlier run may have planned more."""
         return [record for record in self.journal.records() if record.index < self.trials]
 
     def __call__(self, journal: Journal) -> None:
@@ -79,10 +81,10 @@ class StageProgress:
             self.shown.update(record.index for record in new)
             self._log(records, new)
             self.bar.update(len(new))
-        figures = journal.batch_figures()
-        self._plot(new, figures)
+        stats = journal.batch_stats()
+        self._plot(new, stats)
         self._note_phase()
-        self._refresh(records, figures)
+        self._refresh(records, stats)
         self._publish()
 
     def _log(self, records: Sequence[TrialRecord], new: Sequence[TrialRecord]) -> None:
@@ -101,35 +103,35 @@ class StageProgress:
         if best:
             self.bar.set_postfix(best=f"{best[0].objective:.4f}", refresh=False)
 
-    def _plot(self, new: Sequence[TrialRecord], figures: Sequence[dict[str, float]]) -> None:
-        """Add trials, and what the strategy tells of batches, to TensorBoard's curves."""
+    def _plot(self, new: Sequence[TrialRecord], stats: Sequence[dict[str, float]]) -> None:
+        """Add new trials, and the statistics of new batches, to TensorBoard's curves."""
         for record in sorted(new, key=lambda record: record.finished):
             self.board.add_scalar(f"{self.stage}/reward", record.result.reward, record.index)
             self.best = max([self.best, *(one.objective for one in ranked([record]))])
             if math.isfinite(self.best):
                 self.board.add_scalar(f"{self.stage}/best", self.best, self.plotted)
             self.plotted += 1
-        for number in range(self.batches, len(figures)):
-            for name, value in figures[number].items():
+        for number in range(self.batches, len(stats)):
+            for name, value in stats[number].items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, number)
-        self.batches = len(figures)
+        self.batches = len(stats)
 
     def _note_phase(self) -> None:
         phase = f"trials of the {self.stage} stage"
         write_progress(self.folder, phase, done=len(self.shown), total=self.trials)
 
     def _publish(self, force: bool = False) -> None:
-        """Refresh the report and, with it, the table."""
+        """Write the report and, with it, the table of the trials."""
         if not self.publish(force):
             return
         path = self.folder / f"trials_{self.stage}.csv"
         try:
             self.journal.export_csv(path)
-        except Exception:  # nor is a table a reason to end a search
+        except Exception:  # a missing table is no reason to end a search
             logger.exception("%s could not be written", path)
 
-    def _refresh(self, records: list[TrialRecord], figures: list[dict[str, float]]) -> None:
-        self.report.records, self.report.batch_figures = records, figures
+    def _refresh(self, records: list[TrialRecord], stats: list[dict[str, float]]) -> None:
+        self.report.records, self.report.batch_stats = records, stats
 
 
 def _remark(record: TrialRecord) -> str:

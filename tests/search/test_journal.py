@@ -119,7 +119,7 @@ def test_what_goes_in_comes_out(path):
             assert record.objective == objective_of(record.index)
     again = open_journal(path)
     assert repr(again.records()) == repr(read_records(path, "head")) == repr(records)
-    assert again.batch_figures() == journal.batch_figures() == [{"entropy": 1.0}, {"entropy": 0.5}]
+    assert again.batch_stats() == journal.batch_stats() == [{"entropy": 1.0}, {"entropy": 0.5}]
     assert (again.batch_size(1), again.batch_size(2)) == (4, 0)
 
 

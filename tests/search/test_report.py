@@ -1,4 +1,4 @@
-"""The report: its figures' arithmetic, what stands in it, and that its pictures are legible."""
+"""The report: its arithmetic, its content, and that its plots are legible."""
 
 import base64
 import math
@@ -15,8 +15,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
-from nasfcos.search import figures, report
-from nasfcos.search.figures import kendall_tau, moving_average, pareto_front
+from nasfcos.search import plots, report
+from nasfcos.search.plots import kendall_tau, moving_average, pareto_front
 from nasfcos.search.records import (
     COMPLETE,
     FAILED,
@@ -71,12 +71,12 @@ def trials(space, count, *, seed=0, batch=10, cost=0.0, latency=math.nan):
 
 
 def stage(space, count, planned=None, **options):
-    figures = [
+    stats = [
         {"entropy": 1.5 - 0.1 * batch, "kl": 0.01 * batch, "policy_loss": -0.1}
         for batch in range(count // 10)
     ]
     records = trials(space, count, **options)
-    return StageReport(space.stage, records, space.decisions, figures, "ppo", planned or count)
+    return StageReport(space.stage, records, space.decisions, stats, "ppo", planned or count)
 
 
 def ranking(stages, count=5):
@@ -137,7 +137,7 @@ def test_nothing_beats_the_pareto_front():
 
 def test_shares_follow_the_trials():
     records = trials(FPN, 40)
-    shares = figures._Shares(records[::-1], FPN.decisions)
+    shares = plots._Shares(records[::-1], FPN.decisions)
     assert list(shares.edges) == [0, 10, 20, 30, 40]
     ops = [d for d in FPN.decisions if d.kind == "op"]
     values = shares.of(ops, FPN_OPS)
@@ -146,7 +146,7 @@ def test_shares_follow_the_trials():
     chosen = [records[t].choices[i] for t in range(10, 20) for i in positions]
     for op in range(len(FPN_OPS)):
         assert values[op, 1] == pytest.approx(chosen.count(op) / len(chosen))
-    assert len(figures._Shares(trials(FPN, 200, batch=1), ()).edges) == 61
+    assert len(plots._Shares(trials(FPN, 200, batch=1), ()).edges) == 61
 
 
 # ------------------------------------------------------------------------------------------- page
@@ -353,15 +353,26 @@ def with_a_slow_trial(s):
 
 
 FIGURES = {
-    "rewards": lambda s: figures.draw_rewards.__wrapped__(s.records),
-    "strategy": lambda s: figures.draw_strategy.__wrapped__(s.batch_figures),
-    "choices": lambda s: figures.draw_choices.__wrapped__(s.records, s.decisions),
-    "places": lambda s: figures.draw_places.__wrapped__(s.records, s.decisions),
-    "costs": lambda s: figures.draw_costs.__wrapped__(ranked(s.records)),
-    "agreement": lambda s: figures.draw_agreement.__wrapped__(
+    "rewards": lambda s: plots.draw_rewards.__wrapped__(s.records),
+    "strategy": lambda s: plots.draw_strategy.__wrapped__(s.batch_stats),
+    "choices": lambda s: plots.draw_choices.__wrapped__(s.records, s.decisions),
+    "places": lambda s: plots.draw_places.__wrapped__(s.records, s.decisions),
+    "costs": lambda s: plots.draw_costs.__wrapped__(ranked(s.records)),
+    "agreement": lambda s: plots.draw_agreement.__wrapped__(
         {report._stage_name(s.stage): [(row.reward, row.AP) for row in ranking([s], 9)]},
         "proxy reward",
         "AP after full training",
+    ),
+    "again": lambda s: plots.draw_agreement.__wrapped__(
+        {"head stage, a_data_set": [(row.reward, row.reward + row.AP) for row in ranking([s], 9)]},
+        "reward of the trial",
+        "reward when re-evaluated",
+        same_scale=True,
+    ),
+    "first hits": lambda s: plots.draw_first_hits.__wrapped__(
+        {name: [1 + (7 * r.index) % 301 for r in s.records] for name in ("ppo", "evolution")},
+        300,
+        "the best 3 of 313 architectures",
     ),
 }
 
@@ -379,9 +390,9 @@ FIGURES = {
     ids=["one", "short", "fpn", "head", "slow"],
 )
 def test_no_text_overlaps_or_leaves_the_picture(name, search):
-    if name == "strategy" and not search.batch_figures:
+    if name == "strategy" and not search.batch_stats:
         pytest.skip("the strategy has told nothing yet")
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = FIGURES[name](search)
         written = texts(figure)
     assert len(written) > 4
@@ -397,14 +408,14 @@ def test_no_text_overlaps_or_leaves_the_picture(name, search):
 
 def test_one_outlier_does_not_flatten_the_curve():
     values = np.append(np.linspace(-2, -1, 99), -500.0)
-    low, high = figures._limits(values)
+    low, high = plots._limits(values)
     assert -3 < low < -1.9 and high == -1
 
 
 def test_one_slow_trial_does_not_flatten_the_costs():
     s = with_a_slow_trial(stage(HEAD, 200, cost=0.3, latency=4.0))
-    with matplotlib.rc_context(figures.STYLE):
-        latency = figures.draw_costs.__wrapped__(ranked(s.records)).axes[-1]
+    with matplotlib.rc_context(plots.STYLE):
+        latency = plots.draw_costs.__wrapped__(ranked(s.records)).axes[-1]
     assert latency.get_xlim()[1] < 20 and "1 dearer" in latency.get_xlabel()
     # It is on the front all the same, as the best of all.
     front = latency.collections[-1].get_offsets()
@@ -413,8 +424,8 @@ def test_one_slow_trial_does_not_flatten_the_costs():
 
 def test_the_best_so_far_is_of_what_the_panel_shows():
     s = stage(HEAD, 100, cost=0.5)
-    with matplotlib.rc_context(figures.STYLE):
-        axes = figures.draw_rewards.__wrapped__(s.records).axes
+    with matplotlib.rc_context(plots.STYLE):
+        axes = plots.draw_rewards.__wrapped__(s.records).axes
     labels = [t.get_text() for axis in axes for t in axis.get_legend().get_texts()]
     done = [r for r in own_trials(s.records) if r.result.status == COMPLETE]
     assert f"best reward so far ({max(r.result.reward for r in done):.4f})" in labels

@@ -28,7 +28,7 @@ from .reading import (
     AGAIN,
     FIGURES,
     SETTINGS,
-    batch_figures,
+    batch_stats,
     choices_of,
     is_finished,
     record_of,
@@ -94,7 +94,7 @@ class Journal:
             {**settings, "decisions": [[d.name, list(d.choices)] for d in space.decisions]},
             attributes.get(SETTINGS),
         )
-        self._figures = batch_figures(attributes)
+        self._figures = batch_stats(attributes)
         self._retrials = retrial_rewards(attributes)
         self._trials: dict[int, _Trial] = {}
         self._batch_sizes: dict[int, int] = {}
@@ -114,7 +114,7 @@ class Journal:
         """The choices of a batch's proposals, as far as they are in the journal, by index."""
         return [t.choices for _, t in sorted(self._trials.items()) if t.batch == batch]
 
-    def batch_figures(self) -> list[dict[str, float]]:
+    def batch_stats(self) -> list[dict[str, float]]:
         """What `note_batch` stored, by batch."""
         return list(self._figures)
 

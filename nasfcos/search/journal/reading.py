@@ -135,7 +135,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
     )
 
 
-def batch_figures(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
+def batch_stats(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
     """The figures of the batches, in their order, from a study's attributes."""
     figures = []
     while f"{FIGURES}{len(figures)}" in attributes:
