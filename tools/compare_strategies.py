@@ -1,13 +1,16 @@
-"""Compare search strategies on known rewards: trials until one of the best is found.
+"""Compare search strategies by simulated searches: trials until one of the best is found.
 
-python tools/search_net.py --config-file configs/nas/demo_table.yaml     # makes a table of rewards
-python tools/compare_strategies.py --config-file configs/nas/demo_table.yaml \
-    --table docs/demo_head_table.csv --output docs/strategies.png
-python tools/compare_strategies.py --config-file configs/nas/voc_R_50_fpn.yaml --stage fpn \
-    --trials 800 --top 0.003 --output strategies_fpn.png                 # made-up rewards
+  python tools/search_net.py --config-file configs/nas/demo_table.yaml      # makes a table
+  python tools/compare_strategies.py --config-file configs/nas/demo_table.yaml \\
+      --table docs/demo_head_table.csv --output docs/strategies.png
+  python tools/compare_strategies.py --config-file configs/nas/voc_R_50_fpn.yaml --stage fpn \\
+      --trials 800 --top 0.003 --output strategies_fpn.png                  # synthetic rewards
+
+Rewards are either those of a table (the trials_*.csv of a search that tried the whole space) or
+synthetic, with others for each seed. Writes a plot, and a JSON file beside it with the number of
+trials of each search, by strategy.
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -21,13 +24,13 @@ from yacs.config import CfgNode
 from nasfcos.config import ConfigError, load_config, override_config
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.files import replacing, write_json
+from nasfcos.search.plots import draw_first_hits
 from nasfcos.search.records import COMPLETE, TrialResult
 from nasfcos.search.simulate import (
     SyntheticRewards,
     first_hit,
     first_hits,
     goal_size,
-    draw_first_hits,
     replay_pruning,
     stopped_hit,
     uniform_hits,
@@ -39,22 +42,37 @@ from nasfcos.search.strategies import build_strategy
 logger = logging.getLogger("nasfcos.compare_strategies")
 
 STRATEGIES = ("ppo", "evolution", "random")
-MOST_SEQUENCES = 10**6
-"""No table has larger spaces."""
+MAX_SEQUENCES = 10**6
+"""Largest space for which a table is accepted."""
 
 
 def main() -> int:
-    parser = argument_parser(
-        "Simulate searches with each strategy on a table of rewards (the trials_*.csv of a search "
-        "that tried the whole space) or on made-up ones, and draw how many trials each needs to "
-        "find one of the best."
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--table", metavar="CSV", help="table of true rewards; without it, rewards are synthetic"
     )
-    parser.add_argument("--table", metavar="CSV", help="true rewards; without it they are made up")
-    parser.add_argument("--trials", type=int, default=800, help="of a search on made-up rewards")
-    parser.add_argument("--stage", choices=("fpn", "head"), default="head")
-    parser.add_argument("--top", type=float, default=0.01, help="the goal, a share of the graphs")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--output", required=True, metavar="PNG", help="a JSON file goes beside it")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=800,
+        help="trials of a search on synthetic rewards (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=("fpn", "head"),
+        default="head",
+        help="search space: FPNs, or heads on the FPN of MODEL.GENOTYPE (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top",
+        type=float,
+        default=0.01,
+        help="share of the architectures that count as the best (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=20, help="searches per strategy (default: %(default)s)"
+    )
+    parser.add_argument("--output", required=True, metavar="PNG", help="file of the plot")
     args = parser.parse_intermixed_args()
     if args.seeds < 1 or args.trials < 1:
         parser.error("--seeds and --trials must be at least 1")
@@ -67,81 +85,125 @@ def main() -> int:
         cfg = load_config(args.config_file, args.overrides)
         cells = given_cells(cfg) if args.stage == "head" else None
         space = build_space(cfg, args.stage, cells)
-        strategies = {
-            name: override_config(cfg, ["SEARCH.STRATEGY", name], "the comparison")
-            for name in STRATEGIES
-        }
         if args.table:
-            hits, max_trials, goal = on_table(args, cfg, space, strategies)
+            rows = read_rows(args.table, space)
+            max_trials = len({row["key"] for row in rows})
+            best = goal_size(max_trials, args.top)
+            goal = f"the best {best} of {max_trials} architectures"
+            hits = on_table(cfg, space, rows, args.top, args.seeds)
         else:
-            max_trials, goal = args.trials, f"the best {100 * args.top:g} %"
-            hits = {name: [] for name in strategies}
-            for seed in range(args.seeds):
-                rewards = SyntheticRewards(space, seed)
-                best = rewards.best(args.top)
-                for name, chosen in strategies.items():
-                    strategy = build_strategy(chosen, space, seed)
-                    trials = first_hit(
-                        space, rewards, strategy, best, cfg.SEARCH.BATCH, max_trials
-                    )
-                    hits[name].append(trials)
-                    logger.info("seed %d, %s: %d trials", seed, name, trials)
+            max_trials, goal = args.trials, f"the best {100 * args.top:g} % of the architectures"
+            hits = on_synthetic_rewards(cfg, space, args.top, args.seeds, max_trials)
         for name, trials in hits.items():
             logger.info("%s: median %g trials, %s", name, median(trials), sorted(trials))
-        figure = draw_first_hits(hits, max_trials, goal)
         with replacing(args.output) as temporary:
-            figure.savefig(temporary)
+            temporary.write_bytes(draw_first_hits(hits, max_trials, goal))
         write_json(Path(args.output).with_suffix(".json"), hits)
 
     return run(job)
 
 
+def strategy_configs(cfg: CfgNode) -> dict[str, CfgNode]:
+    """The config with each strategy, by the strategy's name."""
+    return {
+        name: override_config(cfg, ["SEARCH.STRATEGY", name], "the comparison")
+        for name in STRATEGIES
+    }
+
+
+def on_synthetic_rewards(
+    cfg: CfgNode, space: Space, top: float, seeds: int, max_trials: int
+) -> dict[str, list[int]]:
+    """Trials until a search finds one of the best, on synthetic rewards of its own seed.
+
+    Args:
+        cfg: config of the strategies.
+        space: search space.
+        top: share of the architectures that count as the best.
+        seeds: number of searches per strategy.
+        max_trials: trials of a search; one that has not found any by then gives `max_trials + 1`.
+
+    Returns:
+        Trials of each search, by strategy.
+    """
+    configs = strategy_configs(cfg)
+    hits = {name: [] for name in configs}
+    for seed in range(seeds):
+        rewards = SyntheticRewards(space, seed)
+        best = rewards.best(top)
+        for name, chosen in configs.items():
+            strategy = build_strategy(chosen, space, seed)
+            trials = first_hit(space, rewards, strategy, best, cfg.SEARCH.BATCH, max_trials)
+            hits[name].append(trials)
+            logger.info("seed %d, %s: %d trials", seed, name, trials)
+    return hits
+
+
 def on_table(
-    args: argparse.Namespace, cfg: CfgNode, space: Space, strategies: dict[str, CfgNode]
-) -> tuple[dict[str, list[int]], int, str]:
-    """Searches on a table: hits by strategy, how many graphs there are, and the goal in words."""
-    if space.size() > MOST_SEQUENCES:
-        raise ConfigError(
-            f"the {args.stage} space has {space.size():.2g} architectures, so no table can "
-            "have them all: make SEARCH.SPACE small, as configs/nas/demo_table.yaml does, or leave "
-            "--table out"
-        )
-    rows = read_rows(args.table)
+    cfg: CfgNode, space: Space, rows: list[dict[str, str]], top: float, seeds: int
+) -> dict[str, list[int]]:
+    """Trials until a search finds one of the best of a table.
+
+    Logs what early stopping would change, if the config has rungs.
+
+    Args:
+        cfg: config of the strategies.
+        space: search space.
+        rows: the table, as `read_rows` returns it.
+        top: share of the architectures that count as the best.
+        seeds: number of searches per strategy.
+
+    Returns:
+        Trials of each search, by strategy; also those of ideal random draws without repetition.
+    """
     table = {row["key"]: float(row["reward"]) for row in rows}
-    if missing := {space.key(c) for c in space} - table.keys():
-        raise ConfigError(
-            f"{args.table} lacks {len(missing)} of the graphs of the {args.stage} space: raise "
-            f"SEARCH.TRIALS.{args.stage.upper()} and go on with the search that made it"
+    configs = strategy_configs(cfg)
+    hits = {
+        name: first_hits(
+            space, table, partial(build_strategy, chosen, space), range(seeds), top,
+            cfg.SEARCH.BATCH, len(table),
         )
-    hits = {}
-    for name, chosen in strategies.items():
-        build = partial(build_strategy, chosen, space)
-        hits[name] = first_hits(
-            space, table, build, range(args.seeds), args.top, cfg.SEARCH.BATCH, len(table)
-        )
-    goal = goal_size(len(table), args.top)
+        for name, chosen in configs.items()
+    }  # fmt: skip
+    goal = goal_size(len(table), top)
     if cfg.SEARCH.PRUNING.RUNGS:
         log_early_stopping(cfg, rows)
         best = sorted(table.values(), reverse=True)[goal - 1]
-        for name, chosen in strategies.items():
-            log_learning(chosen, space, rows, best, args.seeds, median(hits[name]))
-    hits["random over graphs, exact"] = uniform_hits(len(table), goal, args.seeds)
-    return hits, len(table), f"the best {goal} of {len(table)}"
+        for name, chosen in configs.items():
+            log_learning(chosen, space, rows, best, seeds, median(hits[name]))
+    hits["random over graphs, exact"] = uniform_hits(len(table), goal, seeds)
+    return hits
 
 
-def read_rows(path: str) -> list[dict[str, str]]:
-    """The complete trials of a search's CSV."""
+def read_rows(path: str, space: Space) -> list[dict[str, str]]:
+    """The complete trials in the CSV file of a search that tried the whole space.
+
+    Raises:
+        ConfigError: the space is too large, or the file lacks columns or architectures.
+    """
+    if space.size() > MAX_SEQUENCES:
+        raise ConfigError(
+            f"the {space.stage} space has {space.size():.2g} architectures, so no table can "
+            "have them all: make SEARCH.SPACE small, as configs/nas/demo_table.yaml does, or leave "
+            "--table out"
+        )
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := {"status", "key", "reward", "curve"} - set(reader.fieldnames or ()):
             raise ConfigError(
                 f"{path} is no table of trials: it has no column {', '.join(sorted(missing))}"
             )
-        return [row for row in reader if row["status"] == "complete"]
+        rows = [row for row in reader if row["status"] == "complete"]
+    if missing := {space.key(choices) for choices in space} - {row["key"] for row in rows}:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} of the graphs of the {space.stage} space: raise "
+            f"SEARCH.TRIALS.{space.stage.upper()} and go on with the search that made it"
+        )
+    return rows
 
 
 def log_early_stopping(cfg: CfgNode, rows: list[dict[str, str]]) -> None:
-    """What SEARCH.PRUNING, from its usual start on, would have done to the search of the table."""
+    """Log what SEARCH.PRUNING would have done to the search that made the table."""
     curves = [dict(json.loads(row["curve"])) for row in rows]
     if missing := set(cfg.SEARCH.PRUNING.RUNGS) - set(curves[0]):
         raise ConfigError(
@@ -168,7 +230,16 @@ def log_early_stopping(cfg: CfgNode, rows: list[dict[str, str]]) -> None:
 def log_learning(
     cfg: CfgNode, space: Space, rows: list[dict[str, str]], goal: float, seeds: int, without: float
 ) -> None:
-    """What searches that stop trials early, and learn from those too, spend for the goal."""
+    """Log what searches spend for the goal that stop trials early, and learn from those too.
+
+    Args:
+        cfg: config with the strategy.
+        space: search space.
+        rows: the table.
+        goal: reward to reach.
+        seeds: number of searches.
+        without: median number of trials of searches without early stopping.
+    """
     trials = {
         row["key"]: TrialResult(
             COMPLETE, float(row["reward"]), curve=tuple(map(tuple, json.loads(row["curve"])))
@@ -194,7 +265,7 @@ def log_learning(
 
 
 def usual_pruning(cfg: CfgNode) -> Pruning:
-    """SEARCH.PRUNING, but from its usual start on: that of a table's search is never."""
+    """SEARCH.PRUNING with the default start: the search that makes a table never stops trials."""
     return Pruning(tuple(cfg.SEARCH.PRUNING.RUNGS), cfg.SEARCH.PRUNING.KEEP)
 
 
