@@ -165,12 +165,12 @@ def test_every_node_operation_and_level_is_there(seed):
         assert shown.count(aggregation) == sum(c.aggregation == k for c in genotype.cells)
     unused = 4 - len(genotype.consumed & set(range(4)))
     assert shown.count("not used") == unused
-    assert ("added to P3, P4 and P5" in shown) == bool(genotype.extra_nodes)
+    assert ("unused cell outputs, added to P3, P4 and P5" in shown) == bool(genotype.extra_nodes)
 
 
 def test_the_head_shows_which_layers_are_shared():
     cells = [[[0, 1, 0, 0, 0]]] * 3
-    split, joint = "weights of their own at each level", "shared by all levels"
+    split, joint = "separate weights per level", "weights shared across levels"
 
     def head(i):
         return Picture(draw_architecture(Genotype.parse([*cells, [i], [0, 1, 2, 3]])))
@@ -232,7 +232,8 @@ def run_tool(*arguments):
 
 def test_the_tool_draws_a_config(tmp_path):
     path = tmp_path / "picture.png"
-    done = run_tool("--config-file", "configs/search/R_50_NAS_head.yaml", "--output", path)
+    config = ("--config-file", "configs/search/R_50_NAS_head.yaml")
+    done = run_tool(*config, "--title", "Published", "--output", path)
     assert done.returncode == 0, done.stderr
     assert "N4 = cat(def_conv_3x3(C5), def_conv_3x3(C5))" in done.stdout + done.stderr
     height, width = matplotlib.image.imread(path).shape[:2]

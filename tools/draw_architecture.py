@@ -1,7 +1,10 @@
-"""Draw the searched architecture of a config.
+"""Draw the architecture of a config's MODEL.GENOTYPE.
 
-python tools/draw_architecture.py --config-file FILE --output picture.png
-python tools/draw_architecture.py --config-file FILE --output picture.svg MODEL.GENOTYPE "[...]"
+  python tools/draw_architecture.py --config-file FILE --output picture.png
+  python tools/draw_architecture.py --config-file FILE --output picture.svg MODEL.GENOTYPE "[...]"
+
+The picture shows the cells of the pyramid and, if MODEL.HEAD.TOWER is searched, the layers of the
+head. A description in words goes to the log.
 """
 
 import dataclasses
@@ -18,14 +21,15 @@ logger = logging.getLogger("nasfcos.draw_architecture")
 
 
 def main() -> int:
-    parser = argument_parser(
-        "Draw the architecture of a config's MODEL.GENOTYPE: the cells of its pyramid, and the "
-        "layers of its head where MODEL.HEAD.TOWER is searched."
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE",
-        help=f"the picture, ending in {', '.join(FORMATS)}",
-    )  # fmt: skip
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=f"file of the picture, ending in {', '.join(FORMATS)}",
+    )
+    parser.add_argument("--title", help="title of the picture (default: name of the config file)")
     args = parser.parse_intermixed_args()
     if args.output.suffix.lower() not in FORMATS:
         parser.error(f"--output must end in one of {', '.join(FORMATS)}, not {args.output.name!r}")
@@ -47,7 +51,8 @@ def main() -> int:
                 "MODEL.NECK.NAME is %s, so the detector of this config does not use the cells",
                 cfg.MODEL.NECK.NAME,
             )
-        save_architecture(genotype, args.output, title=Path(args.config_file).stem)
+        title = args.title if args.title is not None else Path(args.config_file).stem
+        save_architecture(genotype, args.output, title)
         logger.info("%s", genotype.describe())
         logger.info("drawn to %s", args.output)
 
