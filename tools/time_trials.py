@@ -1,11 +1,11 @@
-"""What the feature cache and a second worker are worth: trials per hour, side by side.
+"""Measure trials per hour with and without the feature cache, and with several workers.
 
-python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6
-python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6 --stage head
+  python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6
+  python tools/time_trials.py --config-file configs/nas/demo.yaml --count 6 --stage head
 
-Everything is made in time_trials/ of OUTPUT_DIR. Without the cache, images are read and run through
-the backbone in the trial's own process, and in the head stage through the FPN (of MODEL.GENOTYPE)
-as well.
+Without the cache, each trial reads the images and runs the backbone on them, in the head stage also
+the FPN of MODEL.GENOTYPE. All files are made in time_trials/ of OUTPUT_DIR; the results are printed
+as JSON.
 """
 
 import json
@@ -15,16 +15,17 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from nasfcos.data import build_dataset
 from nasfcos.data.catalog import class_names
-from nasfcos.engine.distributed import resolve_device
 from nasfcos.engine.launch import argument_parser, launch
 from nasfcos.genotype import Cell
 from nasfcos.search.cache import FeatureCache, build_caches, cache_pyramid
@@ -43,13 +44,13 @@ logger = logging.getLogger("nasfcos.time_trials")
 
 
 class LiveFeatures:
-    """A cache's face without the cache: images are read, and run through the backbone, each time.
+    """Has the interface of a `FeatureCache`, but computes the maps from the images at every read.
 
     Args:
-        cache: of the same crops, for their targets.
-        crops: where the images come from.
-        preprocess: from images to a batch, as a detector's.
-        features: from the batch to what the cache holds.
+        cache: cache of the same crops, for their targets.
+        crops: the crops.
+        preprocess: preprocessing of a detector, which makes a batch of images.
+        features: computes the maps of a batch.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class LiveFeatures:
         return len(self.targets)
 
     def release(self) -> bool:
-        return False  # nothing is held on a GPU
+        return False  # no maps are held on a GPU
 
     @torch.no_grad()
-    def read(self, indices, device) -> list[Tensor]:
+    def read(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
         images = []
         for index in indices:
             image, number = divmod(int(index), self.crops.per_image)
@@ -75,38 +76,34 @@ class LiveFeatures:
 
 
 @dataclass
-class LiveTask(ProxyTask):
-    """The same trials without the cache.
+class LiveExamples:
+    """Opens the examples of a `ProxyTask` without the cache.
 
     Attributes:
-        folder: of the prepared backbone, and of the neck in the head stage.
-        cells: of that neck.
-        c2_to_c5: the caches from which it was trained.
+        folder: directory of the prepared backbone, and of the neck in the head stage.
+        cells: cells of the neck; None in the FPN stage.
+        c2_to_c5: directories of the caches that the neck was trained on.
     """
 
-    folder: Path | None = None
-    cells: tuple[Cell, ...] | None = None
-    c2_to_c5: tuple[Path, Path] | None = None
+    folder: Path
+    cells: tuple[Cell, ...] | None
+    c2_to_c5: tuple[Path, Path]
 
-    def open(self) -> None:
-        if self.examples is None:
-            self.examples = self._examples(resolve_device(self.device))
-
-    def _examples(self, device: torch.device) -> tuple[Examples, Examples]:
-        cfg = self.cfg
+    def __call__(self, task: ProxyTask, device: torch.device) -> tuple[Examples, Examples]:
+        cfg = task.cfg
         model = prepare_backbone(cfg, device, self.folder / "backbone")
         features = model.backbone
-        if self.stage == "head":
+        if self.cells is not None:
             caches = tuple(FeatureCache.open(folder) for folder in self.c2_to_c5)
             neck = train_neck(
-                cfg, caches, self.cells, self.num_classes, device, self.folder / "neck"
+                cfg, caches, self.cells, task.num_classes, device, self.folder / "neck"
             )
             features = nn.Sequential(features, neck)
-        head = assigning_head(stage_config(cfg, self.stage), self.num_classes)
+        head = assigning_head(stage_config(cfg, task.stage), task.num_classes)
         examples = []
         for folder, names, per_image in (
-            (self.train, cfg.DATASETS.TRAIN, cfg.SEARCH.CACHE.CROPS),
-            (self.val, cfg.DATASETS.TEST, 0),
+            (task.train, cfg.DATASETS.TRAIN, cfg.SEARCH.CACHE.CROPS),
+            (task.val, cfg.DATASETS.TEST, 0),
         ):
             datasets = [build_dataset(cfg, name) for name in names]
             crops = Crops(datasets, cfg.SEARCH.CACHE.SIZE, per_image, cfg.SEED)
@@ -116,15 +113,30 @@ class LiveTask(ProxyTask):
 
 
 def main() -> int:
-    parser = argument_parser("Time trials with and without the feature cache, and with workers.")
-    parser.add_argument("--count", type=int, default=6, help="architectures (default: 6)")
-    parser.add_argument("--stage", choices=("fpn", "head"), default="fpn")
-    parser.add_argument("--workers", type=int, default=2)
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=6,
+        help="random architectures to try (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=("fpn", "head"),
+        default="fpn",
+        help="stage of the search whose trials are timed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="worker processes, compared with a single one (default: %(default)s)",
+    )
     args = parser.parse_intermixed_args()
     if args.count < 1 or args.workers < 1:
         parser.error("--count and --workers must be at least 1")
 
-    def job(cfg, device) -> None:
+    def job(cfg: CfgNode, device: torch.device) -> None:
         folder = Path(cfg.OUTPUT_DIR) / "time_trials"
         cfg = split_training_data(cfg, folder / "split", cfg.SEED)
         model = prepare_backbone(cfg, device, folder / "backbone")
@@ -136,11 +148,9 @@ def main() -> int:
             neck = train_neck(cfg, caches, cells, classes, device, folder / "neck")
             caches = tuple(cache_pyramid(folder / "cache", neck, cache) for cache in caches)
         train, val = (cache.folder for cache in caches)
-        parts = [cfg, args.stage, train, val, classes, str(device), cfg.SEED]
-        tasks = {
-            "cached": ProxyTask(*parts),
-            "live": LiveTask(*parts, folder=folder, cells=cells, c2_to_c5=c2_to_c5),
-        }
+        cached = ProxyTask(cfg, args.stage, train, val, classes, str(device), cfg.SEED)
+        live = replace(cached, open_examples=LiveExamples(folder, cells, c2_to_c5))
+        tasks = {"cached": cached, "live": live}
         space = build_space(cfg, args.stage, cells)
         rng = random.Random(0)
         jobs = [
@@ -167,14 +177,25 @@ def main() -> int:
 def time_by_turns(
     tasks: dict[str, ProxyTask], jobs: Sequence[TrialJob], workers: int
 ) -> dict[str, list[float]]:
-    """Seconds of each task for each turn's jobs: one, or where several workers share them, two for
-    each worker. The tasks take turns, and take turns to be the first."""
+    """Time the same jobs as trials of several tasks.
+
+    The jobs are run in rounds of one job or, with several workers, of two jobs per worker. In each
+    round all tasks run, in alternating order, so that a change of the machine's speed favours none.
+
+    Args:
+        tasks: tasks by name.
+        jobs: jobs to run.
+        workers: number of worker processes of each task.
+
+    Returns:
+        Seconds of each round, by task.
+    """
     with ExitStack() as stack:
         executors = {
             name: stack.enter_context(LocalExecutor(task, workers)) for name, task in tasks.items()
         }
         for executor in executors.values():
-            list(executor.run(jobs[:1] * workers))  # starts the workers, opens their caches
+            list(executor.run(jobs[:1] * workers))  # start the workers and open their examples
         seconds: dict[str, list[float]] = {name: [] for name in tasks}
         count = 1 if workers == 1 else 2 * workers
         for first in range(0, len(jobs), count):

@@ -1,4 +1,4 @@
-"""What trials train on: cached maps, and what a head should predict for them."""
+"""The examples that trials train on: cached maps with the targets of a head."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class Examples:
-    """Cached maps with what a head should predict for them.
+    """Cached maps with the targets of a head.
 
-    The boxes of a cached crop never change, so each is assigned to the head's places once, not in
+    The boxes of a cached crop never change, so they are assigned to the head's priors once, not in
     every iteration.
 
     Args:
-        cache: of the maps.
-        head: assigns; any head of the search will do.
-        device: of the batches.
+        cache: cache of the maps.
+        head: head that assigns the boxes; all heads of a search assign them alike.
+        device: device of the batches.
     """
 
     def __init__(self, cache: FeatureCache, head: DenseHead, device: torch.device) -> None:
@@ -54,16 +54,22 @@ class Examples:
 
     @property
     def channels(self) -> list[int]:
-        """Of the maps, by level."""
+        """Number of channels of the maps, by level."""
         return [level.shape[1] for level in self.cache.maps]
 
     def batch(
         self, indices: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[list[Tensor], Assignment]:
-        """Some crops (indices on the CPU): maps [B, C, H, W] by level, channels last, on the
-        device, and the assignment. Nothing waits for a GPU.
+        """A batch of crops; it is made without waiting for a GPU.
 
-        On a CPU the next batch may overwrite the maps of this one.
+        On a CPU, the next batch may overwrite the maps of this one.
+
+        Args:
+            indices: [B] int64 on the CPU.
+            dtype: data type of the maps.
+
+        Returns:
+            The maps [B, C, H, W] by level, channels last, and the assignment, on the device.
         """
         maps = self._in_precision(dtype, self.cache.read(indices.numpy(), self.device))
         rows = indices.tolist()
@@ -77,8 +83,11 @@ class Examples:
         return maps, Assignment(labels, wanted.view(*labels.shape, 4))
 
     def _in_precision(self, dtype: torch.dtype, maps: list[Tensor]) -> list[Tensor]:
-        """On a CPU in the memory of the batch before, if that suffices: to have tens of megabytes
-        cleared by the system takes several times as long as the conversion."""
+        """Convert the maps; on a CPU, into the memory of the previous batch if it is large enough.
+
+        New memory has to be cleared by the system, which takes several times as long as the
+        conversion itself.
+        """
         if self.device.type != "cpu":
             return [x.to(dtype, memory_format=torch.channels_last) for x in maps]
         memory = self._memory
@@ -90,7 +99,7 @@ class Examples:
 
 
 def _pyramid_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(height, width) of P3..P7, from those of C2..C5 or of P3..P7 themselves."""
+    """(height, width) of P3..P7, given those of C2..C5 or of P3..P7 themselves."""
     if len(shapes) == len(STRIDES):
         return [tuple(shape) for shape in shapes]
     levels = [tuple(shape) for shape in shapes[1:]]
@@ -102,10 +111,16 @@ def _pyramid_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def open_examples(
     cfg: CfgNode, folder: Path, num_classes: int, device: torch.device
 ) -> Examples:
-    """The examples of a cache folder, held in the GPU's memory where they fit.
+    """The examples of a cache, held in the GPU's memory if they fit.
 
     Args:
-        cfg: as `stage_config` gives it.
+        cfg: config from `stage_config`.
+        folder: directory of the cache.
+        num_classes: number of object classes, without background.
+        device: device of the batches.
+
+    Raises:
+        CacheError: the cache cannot be opened.
     """
     cache = FeatureCache.open(folder)
     cache.to_device(device)
@@ -113,21 +128,24 @@ def open_examples(
 
 
 def assigning_head(cfg: CfgNode, num_classes: int) -> DenseHead:
-    """A head that says what is to be predicted where, for every genotype of a stage.
+    """A head that assigns boxes to priors just as the heads of all trials of a stage do.
 
     Args:
-        cfg: as `stage_config` gives it.
-        num_classes: object classes, background not counted.
+        cfg: config from `stage_config`.
+        num_classes: number of object classes, without background.
     """
     plain = with_settings(cfg, {"MODEL.HEAD.TOWER": "plain"})
     return build_decoder(plain, None, num_classes, 0).head
 
 
 def make_room(train: Examples, val: Examples) -> bool:
-    """Send a cache from the GPU's memory back to the disk, if there is one.
+    """Free the GPU's memory of one of the caches, which is read from the disk from then on.
 
-    What is read once a trial goes first. The caches stay there from then on: other trials would
-    need the room as well, and some would fail for it that are as good as any.
+    Meta-val goes first, because it is read only once per trial. A cache does not return to the GPU:
+    other trials may need the memory as well, and would fail although they are as good as any.
+
+    Returns:
+        Whether a cache was in the GPU's memory.
     """
     for name, examples in (("meta-val", val), ("meta-train", train)):
         if examples.cache.release():

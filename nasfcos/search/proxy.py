@@ -1,22 +1,22 @@
-"""The proxy task: a decoder is trained for a moment on cached maps, and judged by its losses.
+"""The proxy task: a decoder is trained briefly on cached maps and judged by its losses.
 
-As in the paper (section 4): the backbone is frozen and its maps are cached, a trial trains the
-decoder only, with Adam and Polyak averaging, and the reward is the negative sum of the losses on
-meta-val. Where the paper is silent:
+As in the paper (section 4), the backbone is frozen and its maps are cached. A trial trains only the
+decoder, with Adam and Polyak averaging. The reward is the negative sum of the losses on meta-val.
+What the paper leaves open is done as follows:
 
-- The weights that are judged are a running average: those after the first iteration, then
-  ``avg = POLYAK * avg + (1 - POLYAK) * w`` after each one. Running statistics of batch norms are
-  copied, not averaged again: with their momentum of 0.1 they are such an average over the same
-  last iterations already. They too start from the first batch, not from zero mean and unit
-  variance, of which ten iterations would leave a third.
-- All trials of a stage, but for repetitions, see the same batches in the same order. The plain
-  head of the FPN stage starts from the same weights in all of them too: with others for each FPN,
-  luck with the head would weigh as much in a reward as the FPN does. What is searched starts from
-  weights that follow from the genotype.
-- Meta-val is judged as if it were one batch: the sum of a loss over all of it, divided by what that
-  loss is normalised by over all of it. So the reward does not depend, but for rounding, on how
-  meta-val is cut into batches.
-- The learning rate is constant and gradients are not clipped.
+- The weights that are evaluated are a running average: the weights after the first iteration, then
+  ``avg = POLYAK * avg + (1 - POLYAK) * w`` after each further one. Running statistics of batch
+  norms are copied, because with their momentum of 0.1 they already are an average over the same
+  last iterations. They start from the first batch, too: a third of an initial zero mean and unit
+  variance would be left after ten iterations.
+- All trials of a stage, except re-evaluations, see the same batches in the same order. In the FPN
+  stage, the plain head has the same initial weights in all trials: otherwise luck with the head
+  would influence a reward as much as the FPN does. Searched parts get initial weights that follow
+  from the genotype.
+- Meta-val is evaluated as if it were one batch: each loss is summed over all of it and divided by
+  its normaliser over all of it. So the reward does not depend, except for rounding, on how meta-val
+  is split into batches.
+- The learning rate is constant, and gradients are not clipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,24 +43,36 @@ from .training import Training, build_training
 
 logger = logging.getLogger(__name__)
 
-# Characters of an error's message that a trial's reason quotes.
+# Length to which the message of an error is cut in a trial's reason.
 REASON_LENGTH = 300
+
+
+def open_cached_examples(task: ProxyTask, device: torch.device) -> tuple[Examples, Examples]:
+    """The examples of the task's caches of meta-train and meta-val.
+
+    Raises:
+        CacheError: a cache cannot be opened.
+    """
+    cfg = stage_config(task.cfg, task.stage)
+    return tuple(
+        open_examples(cfg, folder, task.num_classes, device) for folder in (task.train, task.val)
+    )
 
 
 @dataclass
 class ProxyTask:
-    """All that a worker needs to run trials of a stage; picklable.
+    """Everything that a worker needs to run trials of a stage; picklable.
 
     Attributes:
-        cfg: of the search.
+        cfg: config of the search.
         stage: "fpn" or "head".
-        train, val: folders of the caches of meta-train and meta-val: of C2..C5, in the head stage
-            of P3..P7.
-        num_classes: object classes, background not counted.
-        device: that the trials run on, as MODEL.DEVICE names it: "auto" is for the worker to find.
-        seed: of the search.
-        examples: of the two; None: opened from the folders by `open`, or else the first trial. With
-            a pickled task they do not go.
+        train, val: directories of the caches of meta-train and meta-val; they hold C2..C5, in the
+            head stage P3..P7.
+        num_classes: number of object classes, without background.
+        device: device of the trials, as in MODEL.DEVICE; each worker resolves "auto" for itself.
+        seed: seed of the search.
+        open_examples: opens the examples of meta-train and meta-val on a device.
+        examples: the opened examples; opened lazily, and dropped when the task is pickled.
     """
 
     cfg: CfgNode
@@ -70,30 +82,33 @@ class ProxyTask:
     num_classes: int
     device: str
     seed: int
+    open_examples: Callable[[ProxyTask, torch.device], tuple[Examples, Examples]] = (
+        open_cached_examples
+    )
     examples: tuple[Examples, Examples] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "examples": None}
 
     def open(self) -> None:
-        """Open the caches, unless they are.
+        """Open the examples if they are not open yet.
 
         Raises:
-            CacheError: one of them does not.
+            CacheError: a cache cannot be opened.
         """
         if self.examples is None:
-            cfg, device = stage_config(self.cfg, self.stage), resolve_device(self.device)
-            self.examples = tuple(
-                open_examples(cfg, folder, self.num_classes, device)
-                for folder in (self.train, self.val)
-            )
+            self.examples = self.open_examples(self, resolve_device(self.device))
 
     def run(self, job: TrialJob) -> TrialResult:
-        """Run one trial. Its result follows from the seed, the job, the caches and, on CPUs, the
-        number of threads, to the last bit (GPUs add in varying order).
+        """Run a trial.
 
-        Trouble of the trial is a result. What no other trial could run with either is raised: a
-        cache that does not open, a GPU that has failed (`DeviceLost`).
+        The result is determined, to the last bit, by the seed, the job, the caches and, on CPUs,
+        the number of threads. (GPUs add numbers in varying order.) An error of the trial is a
+        result, too.
+
+        Raises:
+            CacheError: a cache cannot be opened, so no other trial could run either.
+            DeviceLost: the GPU has failed.
         """
         started = time.perf_counter()
         self.open()
@@ -105,7 +120,7 @@ class ProxyTask:
         return replace(result, seconds=time.perf_counter() - started)
 
     def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult | None:
-        """None: the GPU's memory did not suffice, and a cache has left it: to be tried again."""
+        """Run a trial; None if a cache has left the GPU to make room, for another attempt."""
         training = None
         seed = self.seed + job.repeat
         try:
@@ -119,7 +134,7 @@ class ProxyTask:
             training = build_training(self.cfg, decoder, train, iterations, seed)
             maps, _ = val.batch(torch.zeros(1, dtype=torch.int64))
             flops, latency = multiply_adds(decoder, maps), self._latency(decoder, maps)
-            # Costs are known before the training, so that it may be judged by the objective.
+            # Costs are measured first, because early stopping compares objectives.
             penalty = build_objective(self.cfg, self.stage).penalty(flops, latency)
             status, reward, losses, curve = _judge(
                 training, val, iterations, job.thresholds, penalty
@@ -155,7 +170,7 @@ class ProxyTask:
 
 
 def _check_gpu(device: torch.device) -> None:
-    """Raises `DeviceLost` where nothing will run in this process any more."""
+    """Raise `DeviceLost` if the GPU cannot be used by this process any more."""
     try:
         torch.cuda.synchronize(device)
     except Exception as error:
@@ -169,11 +184,12 @@ def _judge(
     thresholds: Sequence[tuple[int, float]],
     penalty: float,
 ) -> tuple[str, float, dict[str, float], tuple[tuple[int, float], ...]]:
-    """Train to the end, or to the first threshold that the reward less the penalty misses; each is
-    judged on all of val.
+    """Train to the end, or until the reward minus the penalty is below a threshold.
+
+    Each reward is computed on all of meta-val.
 
     Returns:
-        Status, reward, losses and the curve.
+        Status, reward, losses and curve of the trial.
     """
     curve = []
     rungs = [rung for rung in thresholds if rung[0] < iterations]

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Targets = list[dict[str, Tensor]]
 
-VERSION = 3  # of the crops and the file format; raise it whenever either changes
+VERSION = 3  # of the crops and of the files; raise it whenever they change
 META, TARGETS = "cache.json", "targets.npz"
 # Share of a GPU's free memory that a cache may take.
 GPU_SHARE = 0.6
