@@ -1,5 +1,7 @@
-"""The decoder that a trial trains, from the ordinary registries; its first weights as :mod:`.proxy`
-says."""
+"""The decoder that a trial trains, built from the ordinary registries.
+
+:mod:`.proxy` explains the choice of the initial weights.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,17 @@ from ..models.registry import import_parts
 
 
 def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
-    """The config from which the ordinary builders make a trial's decoder.
+    """The config with which the ordinary builders make the decoder of a trial.
 
     Args:
-        cfg: of the search.
-        stage: "fpn" (the genotype's cells and the plain head) or "head" (the genotype's head; the
-            neck's outputs are cached).
-        genotype: the whole decoder, as a nested list.
+        cfg: config of the search.
+        stage: "fpn" (the genotype's cells with the plain head) or "head" (the genotype's head; the
+            outputs of the neck are cached).
+        genotype: genotype of the whole decoder, as a nested list.
 
     Raises:
-        GenotypeError: it cannot be built.
-        ValueError: another stage, or "head" for a genotype without a head.
+        GenotypeError: the genotype cannot be built.
+        ValueError: the stage is unknown, or it is "head" and the genotype has no head.
     """
     parsed = Genotype.parse(genotype)
     if stage == "head" and not parsed.head_ops:
@@ -39,11 +41,11 @@ def proxy_config(cfg: CfgNode, stage: str, genotype: list) -> CfgNode:
 
 
 def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
-    """What `proxy_config` gives for every genotype of a stage."""
+    """The part of `proxy_config` that is the same for all genotypes of a stage."""
     widths = {"fpn": cfg.SEARCH.PROXY.FPN_CHANNELS, "head": cfg.SEARCH.PROXY.HEAD_CHANNELS}
     if stage not in widths:
         raise ValueError(f"the stages are 'fpn' and 'head', not {stage!r}")
-    # The size ranges shrink with the images, from those of testing to the crops.
+    # Object sizes shrink with the images: crops are smaller than the images of testing.
     scale = cfg.SEARCH.CACHE.SIZE / cfg.INPUT.MIN_SIZE_TEST
     settings = {
         "MODEL.NECK.NAME": "nas_fpn",
@@ -56,7 +58,7 @@ def stage_config(cfg: CfgNode, stage: str) -> CfgNode:
 
 
 class Decoder(nn.Module):
-    """What a trial trains: ``head(neck(maps))``, or the head alone on the maps of a cached neck."""
+    """The model of a trial: ``head(neck(maps))``, or the head alone on cached outputs of a neck."""
 
     def __init__(self, neck: nn.Module | None, head: DenseHead) -> None:
         super().__init__()
@@ -64,21 +66,21 @@ class Decoder(nn.Module):
         self.head = head
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        """Maps [N, C, H, W] by level to the head's raw outputs."""
+        """The raw outputs of the head for maps [N, C, H, W] by level."""
         return self.head(self.neck(maps))
 
 
 def build_decoder(
     cfg: CfgNode, in_channels: Sequence[int] | None, num_classes: int, seed: int
 ) -> Decoder:
-    """A fresh decoder on the CPU, in training mode.
+    """A new decoder on the CPU, in training mode.
 
     Args:
-        cfg: as `proxy_config` gives it.
-        in_channels: of C2..C5; None: without a neck.
-        num_classes: object classes, background not counted.
-        seed: of the search. The weights follow from it and, of searched parts, from the genotype;
-            the global random state is neither used nor changed.
+        cfg: config from `proxy_config`.
+        in_channels: channels of C2..C5; None: no neck.
+        num_classes: number of object classes, without background.
+        seed: seed of the search. The weights are determined by it and, in searched parts, by the
+            genotype. The global random state is neither used nor changed.
     """
     import_parts(cfg.MODEL.IMPORTS)
     own = weight_seed(seed, cfg.MODEL.GENOTYPE)
@@ -94,6 +96,6 @@ def build_decoder(
 
 
 def weight_seed(seed: int, genotype: list) -> int:
-    """A seed of weights, from the search's seed and a genotype as it is written; [] is none."""
+    """Seed of initial weights, from the seed of the search and a genotype; []: no genotype."""
     text = json.dumps([seed, genotype])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""The neck below the head stage: the FPN that was found, trained once and frozen."""
+"""The neck of the head stage: the FPN found in the FPN stage, trained once and frozen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .training import build_training
 
 logger = logging.getLogger(__name__)
 
-# How often the reward is logged while the neck is trained.
+# Number of times that the reward is logged while the neck is trained.
 NECK_REPORTS = 5
 
 
@@ -35,24 +35,25 @@ def train_neck(
     device: torch.device,
     folder: Path,
 ) -> nn.Module:
-    """The neck of the head stage: an FPN trained with the plain head, as a trial but at the width
-    of the head stage, for SEARCH.PROXY.NECK_ITERATIONS.
+    """Train an FPN with the plain head, as in a trial, to be the neck of the head stage.
+
+    It has the width of the head stage, and is trained for SEARCH.PROXY.NECK_ITERATIONS.
 
     Args:
-        cfg: of the search.
-        caches: C2..C5 of meta-train and meta-val.
-        cells: of the FPN.
-        num_classes: object classes, background not counted.
-        device: to train on; the neck is left there.
-        folder: the neck is kept there as ``neck.pth``, and taken from there if the one that is
-            asked for was trained before.
+        cfg: config of the search.
+        caches: caches of C2..C5 of meta-train and meta-val.
+        cells: cells of the FPN.
+        num_classes: number of object classes, without background.
+        device: device of the training and of the returned neck.
+        folder: directory of ``neck.pth``, in which the neck is saved. If it holds this very neck,
+            nothing is trained.
 
     Returns:
         The neck with averaged weights, in evaluation mode.
 
     Raises:
         NonFiniteLossError: the training diverged.
-        ConfigError: it needs more memory than the GPU has.
+        ConfigError: the GPU does not have enough memory.
     """
     genotype = Genotype(tuple(cells)).to_list()
     cfg = with_settings(cfg, {"SEARCH.PROXY.FPN_CHANNELS": cfg.SEARCH.PROXY.HEAD_CHANNELS})
@@ -102,8 +103,10 @@ def train_neck(
 def _trained_neck(
     cfg: CfgNode, decoder: Decoder, train: Examples, val: Examples
 ) -> nn.Module | None:
-    """The averaged neck of a decoder; None: the GPU's memory did not suffice, and a cache has left
-    it: to be tried again."""
+    """Train a decoder and return its averaged neck.
+
+    None: the GPU ran out of memory, a cache has left it, and the training can be repeated.
+    """
     iterations = cfg.SEARCH.PROXY.NECK_ITERATIONS
     logger.info("training the FPN of the head stage for %d iterations", iterations)
     try:

@@ -1,4 +1,4 @@
-"""The first stage of a search: a backbone fine-tuned once with the plain detector."""
+"""The first stage of a search: the backbone is fine-tuned once, in the plain detector."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..engine.checkpoint import (
 )
 from ..engine.train import build_model, train
 from ..models import Detector, load_weights
-from .split import without_places
+from .split import without_paths
 
 logger = logging.getLogger(__name__)
 
 PLAIN = ("MODEL.NECK.NAME", "fpn", "MODEL.HEAD.TOWER", "plain", "MODEL.GENOTYPE", [])
-"""Overrides that take the searched parts out of a detector."""
+"""Overrides that replace the searched parts of a detector by plain ones."""
 
 NEUTRAL = (
     "OUTPUT_DIR",
@@ -40,17 +40,17 @@ NEUTRAL = (
     "SOLVER.LOG_PERIOD",
     "TEST.EVAL_PERIOD",
 )
-"""Keys, besides those of SEARCH, that leave what is trained the same."""
+"""Keys that do not influence a training, besides those of SEARCH."""
 
 OTHER_RUN = "%s holds a run of another config: %s"
 
 
 def prepare_config(cfg: CfgNode, folder: Path) -> CfgNode:
-    """The config of the fine-tuning: the plain FPN and head, SEARCH.PREPARE.OVERRIDES on top.
+    """The config of the fine-tuning: plain FPN and head, and SEARCH.PREPARE.OVERRIDES on top.
 
     Args:
-        cfg: whose DATASETS.TRAIN is meta-train.
-        folder: of the training run.
+        cfg: config of the search with meta-train as DATASETS.TRAIN.
+        folder: directory of the training run.
     """
     return with_overrides(cfg, [*PLAIN, "OUTPUT_DIR", str(folder)], "SEARCH.PREPARE.OVERRIDES")
 
@@ -59,12 +59,12 @@ def with_overrides(cfg: CfgNode, own: Sequence[Any], key: str) -> CfgNode:
     """The config of a training that is part of a search.
 
     Args:
-        cfg: of the search.
-        own: alternating keys and values that are the search's to decide.
-        key: of the config's list of those that the user has decided.
+        cfg: config of the search.
+        own: alternating keys and values that the search itself decides.
+        key: key of the config's list of overrides by the user.
 
     Raises:
-        ConfigError: that list has a key of the search's own.
+        ConfigError: the user overrides a key that the search decides.
     """
     overrides = get_setting(cfg, key)
     if taken := sorted({str(name) for name in overrides[::2]} & set(own[::2])):
@@ -73,13 +73,18 @@ def with_overrides(cfg: CfgNode, own: Sequence[Any], key: str) -> CfgNode:
 
 
 def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detector:
-    """The plain detector whose backbone the trials' features come from, in evaluation mode.
+    """The plain detector with the fine-tuned backbone of the trials, in evaluation mode.
 
-    Takes SEARCH.PREPARE.WEIGHT as it is, or else trains in `folder`; goes on with a training that
-    was stopped, and does nothing where it is finished.
+    Its weights are SEARCH.PREPARE.WEIGHT or, if that is empty, the result of a training in
+    `folder`. A training that was stopped is resumed; a finished one is not repeated.
+
+    Args:
+        cfg: config of the search with meta-train as DATASETS.TRAIN.
+        device: device of the training and of the detector.
+        folder: directory of the training run.
 
     Raises:
-        ConfigError: the weights that the config names do not hold the whole backbone.
+        ConfigError: SEARCH.PREPARE.WEIGHT does not hold the whole backbone.
     """
     plain = prepare_config(cfg, folder)
     source = cfg.SEARCH.PREPARE.WEIGHT
@@ -104,9 +109,9 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
 
 
 def is_run_of(cfg: CfgNode, folder: Path) -> bool:
-    """Whether the training run in a folder, if there is any, is one of this config.
+    """Whether a folder has no training run of another config.
 
-    What differs (see `changes_since`) is logged.
+    Differences (see `changes_since`) are logged.
     """
     if changes := changes_since_run(cfg, folder):
         logger.warning(OTHER_RUN, folder, "; ".join(changes))
@@ -114,20 +119,23 @@ def is_run_of(cfg: CfgNode, folder: Path) -> bool:
 
 
 def backbone_changes(plain: CfgNode, folder: Path) -> list[str]:
-    """Why the backbone in a folder, if there is one, is none of the config of a fine-tuning."""
-    # How it would be tested leaves the weights as they are.
+    """Differences between the config of a fine-tuning and that of the run in a folder, if any."""
+    # The settings of testing do not influence the weights.
     return [c for c in changes_since_run(plain, folder) if not c.startswith("TEST.")]
 
 
 def changes_since_run(cfg: CfgNode, folder: Path) -> list[str]:
-    """`changes_since` the training run in a folder; none where there is no run."""
+    """`changes_since` the training run in a folder; none if there is no run."""
     then = _config_of_run(folder)
     return [] if then is None else changes_since(then, cfg)
 
 
 def _config_of_run(folder: Path) -> str | None:
-    """Its config file; where that is missing or damaged, since the machine went down or a process
-    was killed while the run was set aside, the config in its newest checkpoint."""
+    """Config of the training run in a folder, as YAML text; None if there is no run.
+
+    Its config file may be missing or damaged, if the machine crashed or a process was killed while
+    the run was set aside. Then the config is taken from the newest checkpoint.
+    """
     try:
         content = (folder / RUN_CONFIG).read_bytes()
     except OSError:
@@ -139,11 +147,11 @@ def _config_of_run(folder: Path) -> str | None:
 
 
 def changes_since(then: str, cfg: CfgNode) -> list[str]:
-    """What differs between two configs that matters for a training, ``KEY: then -> now`` each.
+    """Differences between two configs that influence a training, as ``KEY: then -> now``.
 
     Args:
-        then: the one as YAML text.
-        cfg: the other.
+        then: the earlier config, as YAML text.
+        cfg: the present config.
     """
     before, now = (_comparable(text) for text in (then, cfg.dump()))
     return [
@@ -155,7 +163,7 @@ def changes_since(then: str, cfg: CfgNode) -> list[str]:
 
 def _comparable(text: str) -> CfgNode:
     tree = yaml.safe_load(text)
-    return CfgNode(tree | {"DATASETS": without_places(tree["DATASETS"])})
+    return CfgNode(tree | {"DATASETS": without_paths(tree["DATASETS"])})
 
 
 def _is_finished(final: Path, iterations: int) -> bool:

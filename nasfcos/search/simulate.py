@@ -1,4 +1,4 @@
-"""Searches on known rewards: how many trials does a strategy need?"""
+"""Simulated searches on known rewards, which show how many trials a strategy needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .stage import Pruning, lessons
 from .strategies import Strategy
 
 STALLED = 50
-"""Batches in a row without a new graph after which a simulated search is given up."""
+"""Number of consecutive batches without a new graph after which a search is given up."""
 
 SAMPLES = 10_000
-"""Draws from which it is estimated what the best of a large space are worth."""
+"""Number of samples from which the best rewards of a large space are estimated."""
 
 
 def first_hits(
@@ -28,18 +28,22 @@ def first_hits(
     batch: int,
     max_trials: int,
 ) -> list[int]:
-    """Distinct graphs that searches try until they find one of the best.
+    """Number of distinct graphs that searches try until they find one of the best.
 
-    A graph proposed again costs nothing, as in a real search, where its trial is reused.
+    Proposing a graph again costs nothing, as in a real search, which reuses the first trial.
 
     Args:
-        table: reward of every graph of the space by its key (`Space.key`).
+        space: search space.
+        table: reward of every graph of the space, by key (`Space.key`).
         build: makes the strategy for a seed.
-        seeds: one search each.
-        top: the goal, as a fraction of the graphs: at least one, the best.
-        batch: proposals between two lessons.
-        max_trials: a search that has not hit by then counts as `max_trials + 1`; likewise one
-            that has stopped proposing new graphs.
+        seeds: seeds of the searches.
+        top: fraction of the graphs that count as the best; at least one graph does.
+        batch: number of proposals between two updates of the strategy.
+        max_trials: trials of a search. One that has not found any of the best by then, or that
+            stops proposing new graphs, counts as `max_trials + 1`.
+
+    Returns:
+        The number of each search.
 
     Raises:
         KeyError: a proposed graph is not in the table.
@@ -53,16 +57,20 @@ def first_hits(
 
 
 def goal_size(size: int, top: float) -> int:
-    """How many of `size` graphs are the best fraction `top`: at least one."""
+    """Number of graphs in the best fraction `top` of `size` graphs; at least one."""
     return max(1, math.floor(top * size))
 
 
 def uniform_hits(size: int, goal: int, count: int) -> list[int]:
-    """What `first_hits` gives for draws that are uniform over the graphs, none twice.
+    """The result of `first_hits` for uniform draws from the graphs, without repetition.
 
-    Not drawn, but `count` quantiles of the exact distribution, at even distances.
+    These are not random: they are `count` evenly spaced quantiles of the exact distribution.
+    `RandomSearch` differs, because it is uniform over sequences, and many may describe one graph.
 
-    `RandomSearch` is uniform over sequences, of which some graphs have many.
+    Args:
+        size: number of graphs.
+        goal: number of graphs that count as the best.
+        count: number of quantiles.
     """
     hits, missed, trials = [], 1.0, 0
     for quantile in range(count):
@@ -81,9 +89,9 @@ def first_hit(
     batch: int,
     max_trials: int,
 ) -> int:
-    """Distinct graphs that one search tries until it finds one of at least the reward `goal`.
+    """Number of distinct graphs that a search tries until one has at least the reward `goal`.
 
-    The rest is as in `first_hits`.
+    The other arguments are those of `first_hits`.
     """
     tried: set[str] = set()
     stalled = 0
@@ -101,41 +109,43 @@ def first_hit(
 
 
 class SyntheticRewards:
-    """Made-up rewards for spaces that no table could hold.
+    """Synthetic rewards, for spaces that are too large for a table.
 
-    Every choice is worth something where it stands, something for its kind wherever that stands,
-    and something beside the choice before it; all are drawn from normal distributions, of deviation
-    1, 1/2 and 1/2.
+    A reward is a sum over the decisions. Each choice adds a value for its position, one for its
+    kind at any position, and one for the pair that it forms with the choice before it. The values
+    are normally distributed, with standard deviations of 1, 1/2 and 1/2.
 
     Args:
-        space: of the architectures.
-        seed: of the draws; another one makes other architectures the best.
+        space: search space.
+        seed: seed of the values; with another one, other architectures are the best.
     """
 
     def __init__(self, space: Space, seed: int) -> None:
         self.space = space
         self.seed = seed
-        self._worths: dict[tuple, float] = {}
+        self._values: dict[tuple, float] = {}
 
     def __call__(self, choices: Choices) -> float:
         total = 0.0
-        for place, choice in enumerate(choices):
-            decision = self.space.decisions[place]
-            total += self._worth("place", place, choice)
-            total += self._worth("kind", decision.kind, decision.choices[choice]) / 2
-            total += self._worth("pair", place, choices[place - 1], choice) / 2 if place else 0.0
+        for position, choice in enumerate(choices):
+            decision = self.space.decisions[position]
+            # The texts take part in the seeds, so they stay as they are.
+            total += self._value("place", position, choice)
+            total += self._value("kind", decision.kind, decision.choices[choice]) / 2
+            if position:
+                total += self._value("pair", position, choices[position - 1], choice) / 2
         return total
 
     def best(self, top: float) -> float:
-        """The reward above which a share `top` of the space lies, from `SAMPLES` draws of it."""
+        """The reward that a share `top` of the space reaches, estimated from `SAMPLES` samples."""
         rng = random.Random(f"{self.seed}: samples")
         rewards = sorted(self(self.space.sample(rng)) for _ in range(SAMPLES))
         return rewards[-goal_size(SAMPLES, top)]
 
-    def _worth(self, *what: object) -> float:
-        if what not in self._worths:
-            self._worths[what] = random.Random(f"{self.seed}: {what}").gauss(0, 1)
-        return self._worths[what]
+    def _value(self, *what: object) -> float:
+        if what not in self._values:
+            self._values[what] = random.Random(f"{self.seed}: {what}").gauss(0, 1)
+        return self._values[what]
 
 
 def stopped_hit(
@@ -147,18 +157,21 @@ def stopped_hit(
     iterations: int,
     batch: int,
 ) -> float:
-    """What a search with early stopping spends until it has trained an architecture of at least the
-    reward `goal` to the end: training iterations, in whole trials.
+    """Cost of a search with early stopping until it completes a trial with the reward `goal`.
 
     Args:
-        trials: of every graph of the space by its key, all trained to the end, with their rewards
-            at the rungs.
-        pruning: the rule.
-        iterations: of a whole trial.
-        batch: proposals between two lessons.
+        space: search space.
+        trials: the complete trial of every graph of the space, by key, with its rewards at the
+            rungs.
+        strategy: strategy of the search.
+        goal: least reward of the architecture to find.
+        pruning: rule of early stopping.
+        iterations: training iterations of a complete trial.
+        batch: number of proposals between two updates of the strategy.
 
     Returns:
-        What all trials would take and one more, where the search does not get there.
+        Training iterations, as a number of complete trials. If the search does not find such an
+        architecture, the cost of all trials and one more.
     """
     records: list[TrialRecord] = []
     known: dict[str, TrialResult] = {}
@@ -187,25 +200,25 @@ def stopped_hit(
 
 
 def _stopped(trial: TrialResult, thresholds: Mapping[int, float]) -> TrialResult:
-    """A trial that ran to its end, as it would have been with these thresholds."""
-    for place, (iteration, reward) in enumerate(trial.curve, 1):
+    """A complete trial as it would have ended with some thresholds."""
+    for count, (iteration, reward) in enumerate(trial.curve, 1):
         if reward < thresholds.get(iteration, -math.inf):
-            return replace(trial, status=PRUNED, reward=reward, curve=trial.curve[:place])
+            return replace(trial, status=PRUNED, reward=reward, curve=trial.curve[:count])
     return trial
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """What early stopping would have done to a search whose trials all ran to the end.
+    """The effect that early stopping would have had on a search whose trials all ran to the end.
 
     Attributes:
-        saved: share of the training iterations.
-        stopped: trials.
-        best_kept: of the trials with the best final rewards (a tenth of all), the share that would
-            have been trained to the end.
-        best_found: final reward of the best trial trained to the end, less that of the best of all;
-            0 where the best survives.
-        taus: Kendall's tau (b) between the rewards at each rung and at the end, of all trials.
+        saved: share of the training iterations that would have been saved.
+        stopped: number of trials that would have been stopped.
+        best_kept: share of the best tenth of the trials, by final reward, that would not have been
+            stopped.
+        best_found: final reward of the best trial that would not have been stopped, minus that of
+            the best of all trials; 0 if the best would have survived.
+        taus: Kendall's tau-b between the rewards of all trials at each rung and at the end.
     """
 
     saved: float
@@ -222,14 +235,14 @@ def replay_pruning(
     iterations: int,
     batch: int,
 ) -> EarlyStopping:
-    """Stop the trials of a finished search as `pruning` would have.
+    """Stop the trials of a finished search as `pruning` would have stopped them.
 
     Args:
-        rewards: of the trials at their ends, in the order of the search.
-        curves: of each, its reward at all of the rungs.
-        pruning: the rule.
-        iterations: of a whole trial.
-        batch: trials that share their thresholds.
+        rewards: final rewards of the trials, in the order of the search.
+        curves: rewards of each trial at all rungs, by iteration.
+        pruning: rule of early stopping.
+        iterations: training iterations of a complete trial.
+        batch: number of trials that share their thresholds.
     """
     past: list[Mapping[int, float]] = []
     spent, survivors = 0, []

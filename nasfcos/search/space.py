@@ -1,8 +1,9 @@
-"""The search space as data: the decisions that make an architecture, and which are allowed.
+"""The search space: the decisions that make an architecture, and which choices are valid.
 
-An architecture is written as a sequence of choices, an index for each decision in turn. Everything
-follows from one count: how many valid sequences each next choice leads to. Where it is zero the
-choice is masked; their sum is the size of the space; in proportion to it samples are uniform.
+An architecture is written as a sequence of choices, one index per decision. Everything follows from
+one count: the number of valid sequences that each next choice leads to. A choice with a count of
+zero is masked, the sum of the counts at the first decision is the size of the space, and sampling
+in proportion to them is uniform.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ class Rng(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """One step of writing down an architecture.
+    """One decision about an architecture.
 
     Attributes:
         name: "cell0.in0", "cell0.in1", "cell0.op0", "cell0.op1", "cell0.agg", "cell1.in0", ...;
             "head.split", "head.op0", ....
-        choices: what can be chosen: nodes "C2".."C5", "N4"..; operations; aggregations; "0".."6".
+        choices: names of the choices: nodes "C2".."C5", "N4"..; operations; aggregations; or
+            "0".."6" for the split.
     """
 
     name: str
@@ -55,12 +57,12 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        """What is decided wherever it stands: "in", "op", "agg" or "split"."""
+        """What is decided, whatever the position: "in", "op", "agg" or "split"."""
         return self.name.rpartition(".")[2].rstrip("0123456789")
 
 
 def graph_key(genotype: Genotype) -> str:
-    """A text that is the same for every way of writing the same graph, and only for those.
+    """A text that two genotypes share if and only if they describe the same graph.
 
     It is the canonical genotype of the whole decoder (`nasfcos.genotype.canonical`) as JSON.
     """
@@ -68,13 +70,13 @@ def graph_key(genotype: Genotype) -> str:
 
 
 class Space(ABC):
-    """The architectures of one stage. `FPNSpace` and `HeadSpace` are the two.
+    """The architectures of a stage: an `FPNSpace` or a `HeadSpace`.
 
-    Iterating gives every valid sequence once, in lexicographic order.
+    Iterating over a space gives every valid sequence once, in lexicographic order.
 
     Attributes:
         stage: "fpn" or "head".
-        decisions: in the order in which they are made.
+        decisions: the decisions, in the order in which they are made.
     """
 
     stage: str
@@ -82,27 +84,27 @@ class Space(ABC):
 
     @abstractmethod
     def completions(self, prefix: Sequence[int]) -> list[int]:
-        """Of each choice of the next decision after `prefix`, the valid sequences it leads to."""
+        """For each choice of the decision after `prefix`, the number of valid sequences with it."""
 
     @abstractmethod
     def _build(self, choices: Sequence[int]) -> Genotype:
-        """The genotype of choices in range; its FPN may be invalid."""
+        """The genotype of choices that are in range, even if its FPN is invalid."""
 
     @abstractmethod
     def choices(self, genotype: Genotype) -> Choices:
-        """The sequence that writes a genotype, the inverse of `genotype`.
+        """The sequence that writes a genotype; the inverse of `genotype`.
 
-        Only the part that this space searches (the cells, or the head) is read.
+        Only the part that this space searches (the cells or the head) is read.
 
         Raises:
-            ValueError: it is not in the space; the message says why.
+            ValueError: the genotype is not in the space; the message says why.
         """
 
     def mask(self, prefix: Sequence[int]) -> np.ndarray:
-        """Which choices of the next decision after a valid prefix lead to a valid architecture.
+        """Whether each choice of the decision after a valid prefix leads to a valid architecture.
 
         Returns:
-            bool [number of the decision's choices].
+            [number of choices] bool.
         """
         return np.array([count > 0 for count in self.completions(prefix)])
 
@@ -111,7 +113,7 @@ class Space(ABC):
         return sum(self.completions(()))
 
     def sample(self, rng: Rng) -> Choices:
-        """A sequence drawn uniformly from all valid ones."""
+        """A sequence drawn uniformly from all valid sequences."""
         sequence: list[int] = []
         while len(sequence) < len(self.decisions):
             counts = self.completions(sequence)
@@ -136,10 +138,10 @@ class Space(ABC):
         return extend(())
 
     def genotype(self, choices: Sequence[int]) -> Genotype:
-        """The architecture that a sequence writes.
+        """The architecture that a sequence describes.
 
         Raises:
-            ValueError: not a valid sequence; the message names the decision.
+            ValueError: the sequence is not valid; the message names the decision.
         """
         if len(choices) != len(self.decisions):
             raise ValueError(
@@ -175,11 +177,11 @@ class Space(ABC):
         return found
 
     def key(self, choices: Sequence[int]) -> str:
-        """The `graph_key` of the architecture that a sequence writes."""
+        """The `graph_key` of the architecture that a sequence describes."""
         return graph_key(self.genotype(choices))
 
     def describe(self) -> str:
-        """The space in words, for the log: its size, and what is decided."""
+        """The size and the choices of the space in words, for the log."""
         size = self.size()
         exact = f"{size:,}" if size < 10**9 else f"{size:.3g}"
         lines = [f"{len(self.decisions)} decisions, {exact} valid sequences"]
@@ -190,13 +192,13 @@ class Space(ABC):
 
 
 class FPNSpace(Space):
-    """Feature pyramids (paper, section 3.2): cells of two inputs, their operations, a merge.
+    """Feature pyramids (paper, section 3.2): cells of two inputs, two operations, an aggregation.
 
-    An input may be taken as long as three outputs can still be unconsumed in the end. A later cell
-    adds one output, and takes none away if both its inputs are backbone maps.
+    A choice of an input is valid as long as three cell outputs can remain unconsumed in the end.
+    Each later cell adds one output, and consumes none if both its inputs are backbone maps.
 
     Args:
-        cells: their number, at least three.
+        cells: number of cells, at least three.
         ops: names from `FPN_OPS`.
         aggregations: names from `AGGREGATIONS`.
     """
@@ -271,10 +273,12 @@ class FPNSpace(Space):
 
 
 class HeadSpace(Space):
-    """Heads (paper, section 3.2): operations in sequence, and from which one on levels share.
+    """Heads (paper, section 3.2): a sequence of operations and the split.
+
+    The split is the index of the first layer whose weights are shared by all pyramid levels.
 
     Args:
-        fpn_cells: of the pyramid below, which every genotype of this space has.
+        fpn_cells: cells of the pyramid below the head, the same in all genotypes of the space.
         layers: number of operations.
         ops: names from `HEAD_OPS`.
     """
@@ -323,10 +327,12 @@ class HeadSpace(Space):
 
 
 def build_space(cfg: CfgNode, stage: str, cells: Sequence[Cell] | None) -> Space:
-    """The space of a stage ("fpn" or "head").
+    """The search space of a stage.
 
     Args:
-        cells: of the FPN under the searched head; the FPN's own stage needs none.
+        cfg: config of the search.
+        stage: "fpn" or "head".
+        cells: cells of the FPN below the searched head; not used in the FPN stage.
     """
     settings = cfg.SEARCH.SPACE
     if stage == "fpn":
@@ -335,10 +341,10 @@ def build_space(cfg: CfgNode, stage: str, cells: Sequence[Cell] | None) -> Space
 
 
 def given_cells(cfg: CfgNode) -> tuple[Cell, ...]:
-    """The FPN of MODEL.GENOTYPE, on which a head is searched alone.
+    """The cells of MODEL.GENOTYPE, for a search of the head alone.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: MODEL.GENOTYPE is empty.
     """
     if not cfg.MODEL.GENOTYPE:
         raise ConfigError(
@@ -348,7 +354,7 @@ def given_cells(cfg: CfgNode) -> tuple[Cell, ...]:
 
 
 def starting_choices(cfg: CfgNode, space: Space) -> Choices | None:
-    """How a space writes MODEL.GENOTYPE, where SEARCH.FROM_GENOTYPE starts from it; else None.
+    """The sequence of MODEL.GENOTYPE, if SEARCH.FROM_GENOTYPE is set; else None.
 
     Raises:
         ConfigError: the genotype is not in the space.
@@ -368,10 +374,14 @@ def starting_choices(cfg: CfgNode, space: Space) -> Choices | None:
 
 @cache
 def _count_fpns(cells: int, step: int, free: int, ops: int, aggregations: int) -> int:
-    """Valid ways to make decision number `step` and all after it.
+    """Number of valid ways to make the decision with index `step` and all after it.
 
     Args:
-        free: unconsumed cell outputs so far.
+        cells: number of cells.
+        step: index of the decision.
+        free: number of unconsumed cell outputs so far.
+        ops: number of operations to choose from.
+        aggregations: number of aggregations to choose from.
     """
     cell, slot = divmod(step, 5)
     if cell == cells:

@@ -1,7 +1,7 @@
-"""The training data in two: meta-train trains the decoders, meta-val rewards them.
+"""Splits the training data: decoders are trained on meta-train and rewarded on meta-val.
 
-The paper splits once at random (section 4); here the split is also stratified, so that no class is
-left out of the reward on small or uneven data.
+The paper splits once at random (section 4). Here the split is also stratified, so that the reward
+takes in every class even if the data are few or unbalanced.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ logger = logging.getLogger(__name__)
 
 _TRAIN, _VAL = 0, 1
 _HASH_DIGITS = 12
-# Moves of single images in search of a split in which no class is missing, for each class.
+# Largest number of single images, per class, that are moved to get every class on both sides.
 _MOVES_PER_CLASS = 200
 
 
 @dataclass(frozen=True)
 class Split:
-    """Meta-train and meta-val.
+    """A split into meta-train and meta-val.
 
     Attributes:
-        name: a hash over the files, and the name of their folder: what was made of another split
-            cannot be taken for what belongs to this one.
-        cfg: the config with the new sets as DATASETS.TRAIN and DATASETS.TEST, frozen.
-        files: contents of the annotation files by their paths.
+        name: hash of the files and name of their directory, so that files made from another split
+            are never mistaken for those of this one.
+        cfg: config with the new data sets as DATASETS.TRAIN and DATASETS.TEST, frozen.
+        files: contents of the annotation files, by path.
     """
 
     name: str
@@ -47,35 +47,35 @@ class Split:
     files: Mapping[Path, str]
 
     def write(self) -> None:
-        """Write the files; one that is there is not touched."""
+        """Write the files; existing ones are left alone if they are intact."""
         for path, content in self.files.items():
             _write_unless_there(path, content)
 
 
 def split_training_data(cfg: CfgNode, folder: str | Path, seed: int) -> CfgNode:
-    """The config of `plan_split`, with the files written."""
+    """Make the split of `plan_split`, write its files and return its config."""
     split = plan_split(cfg, folder, seed)
     split.write()
     return split.cfg
 
 
 def plan_split(cfg: CfgNode, folder: str | Path, seed: int) -> Split:
-    """Split the sets of DATASETS.TRAIN into meta-train and meta-val; writes nothing yet.
+    """Split the data sets of DATASETS.TRAIN into meta-train and meta-val, without writing files.
 
-    The files are COCO files ``<name>_train.json`` and ``<name>_val.json`` of each set.
-    Their category ids are the labels of the training data, crowd and difficult boxes are marked
-    `iscrowd`, and the image files stay where they are. All sets are stratified together
-    (`stratified_split`); the files depend on the data, SEARCH.META_VAL and the seed alone. Images
-    without boxes are left out where DATALOADER.SKIP_EMPTY says so.
+    The files are COCO annotations, ``<name>_train.json`` and ``<name>_val.json`` for each data set.
+    Their category ids are the labels of the training data, crowd and difficult boxes are marked as
+    `iscrowd`, and the image files stay where they are. All data sets are stratified together
+    (`stratified_split`). The files depend only on the data, SEARCH.META_VAL and the seed. Images
+    without boxes are left out if DATALOADER.SKIP_EMPTY is set.
 
     Args:
-        cfg: the config tree.
-        folder: of all splits.
-        seed: of the split.
+        cfg: config of the search.
+        folder: directory that holds all splits.
+        seed: seed of the split.
 
     Raises:
-        ConfigError: an unknown data set, or sets whose classes disagree.
-        DataError: data without annotations, or too few images to split.
+        ConfigError: a data set is unknown, or the classes of the data sets disagree.
+        DataError: a data set has no annotations, or there are too few images to split.
     """
     folder = Path(folder).resolve()
     classes = class_names(cfg)
@@ -98,7 +98,7 @@ def plan_split(cfg: CfgNode, folder: str | Path, seed: int) -> Split:
         for side, suffix in ((_TRAIN, "train"), (_VAL, "val")):
             part = [record for record, of in zip(records, sides, strict=True) if of == side]
             if not part:
-                continue  # a small set beside a large one
+                continue  # a small data set beside a large one may be on one side only
             content = json.dumps(coco_content(part, classes))
             parts.append((side, f"{dataset.name}_{suffix}", dataset, content))
 
@@ -115,9 +115,12 @@ def plan_split(cfg: CfgNode, folder: str | Path, seed: int) -> Split:
     return Split(hashed, with_settings(cfg, settings), files)
 
 
-def without_places(datasets: Mapping[str, Any]) -> dict[str, Any]:
-    """A DATASETS section, and where it has the sets of a split, without what else it says of data:
-    these are known by the hash in their path, wherever they and their images lie."""
+def without_paths(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """A DATASETS section to be compared with another one.
+
+    Data sets made by a split are reduced to the hash in their path, so that moved files make no
+    difference.
+    """
     used = {*datasets["TRAIN"], *datasets["TEST"]}
     paths = [Path(entry["ANNOTATIONS"]) for name, entry in datasets["CUSTOM"].items()
              if name in used]  # fmt: skip
@@ -132,7 +135,7 @@ def _is_of_split(path: Path) -> bool:
 
 
 def _presence(records: Sequence[Record], num_classes: int) -> np.ndarray:
-    """[images, classes] bool: the image has a box of the class that counts in training."""
+    """[N, K] bool: whether each image has a box of each class that counts in training."""
     presence = np.zeros((len(records), num_classes), dtype=bool)
     for row, record in zip(presence, records, strict=True):
         row[record.labels[~record.ignored] - 1] = True
@@ -140,7 +143,7 @@ def _presence(records: Sequence[Record], num_classes: int) -> np.ndarray:
 
 
 def _split(presence: np.ndarray, cfg: CfgNode, classes: Sequence[str], seed: int) -> np.ndarray:
-    """`stratified_split` with its oddities named."""
+    """The result of `stratified_split`, with messages about missing classes and images."""
     sets = ", ".join(cfg.DATASETS.TRAIN)
     if not presence.any():
         raise DataError(f"no image of {sets} has a box to train on, so there is nothing to search")
@@ -197,21 +200,25 @@ def _entry(dataset: DetectionDataset, path: Path, classes: Sequence[str]) -> Cfg
 
 # --------------------------------------------------------------------------------- stratification
 def stratified_split(presence: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Split images so that each class is in both parts, in about the proportion wanted.
+    """Split images into two parts so that each class is in both, in about the wanted proportion.
 
     Iterative stratification (Sechidis et al., 2011): the images of the class that is rarest among
-    those not yet placed go, one by one, to the part that lacks most of that class. Classes that
-    share all their images may end up on one side nevertheless; then single images are moved until
-    no class is missing, as in local search for satisfiability (a split with every class on both
-    sides need not exist, so the moves are limited).
+    the images not yet assigned go, one by one, to the part that lacks most of that class. Classes
+    that share all their images may still end up in one part. Then single images are moved until no
+    class is missing, as in local search for satisfiability. The number of moves is limited, because
+    a split with every class in both parts need not exist.
 
     Args:
-        presence: [N, K] bool, image i has a box of class k.
-        fraction: of the images, wanted in the second part; within 0..1.
-        rng: of the random choices.
+        presence: [N, K] bool, whether image i has a box of class k.
+        fraction: wanted share of the images in the second part, within 0..1.
+        rng: generator of the random choices.
 
     Returns:
-        [N] bool: in the second part. An image with the only boxes of a class is in the first.
+        [N] bool, whether each image is in the second part. An image with the only boxes of a class
+        is in the first.
+
+    Raises:
+        ValueError: the fraction is out of range.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction must lie within 0..1, not {fraction}")
@@ -225,7 +232,7 @@ def stratified_split(presence: np.ndarray, fraction: float, rng: np.random.Gener
 def _stratify(
     presence: np.ndarray, fraction: float, pinned: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    # Images without any class are a class of their own.
+    # Images without any class count as a class of their own.
     presence = np.column_stack((presence, ~presence.any(1)))
     shares = np.array([1 - fraction, fraction])
     wanted = shares[:, None] * presence.sum(0)  # [2, K] images of each class
@@ -251,14 +258,14 @@ def _stratify(
 
 
 def _missing(presence: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """[K] bool: no image of the class is in this part [N] bool."""
+    """[K] bool: whether each class has no image in a part, which is given as [N] bool."""
     return ~presence[part].any(0)
 
 
 def _complete(
     presence: np.ndarray, in_second: np.ndarray, pinned: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Move images, other than pinned ones, until each class is on both sides, or nearly."""
+    """Move images that are not pinned until as many classes as possible are on both sides."""
     in_second = in_second.copy()
     # Images of each class in the first and in the second part.
     counts = np.stack((presence[~in_second].sum(0), presence[in_second].sum(0)))
@@ -272,9 +279,10 @@ def _complete(
         if not len(images):
             continue
         lacking = sides[pick]
-        # Classes that moving each of the images would take from the side that it is on.
+        # Number of classes that vanish from an image's side if that image moves.
         lost = (presence[images] & (counts[1 - lacking] == 1)).sum(1)
-        # The least harm, but at times any of them: the way out may lead uphill.
+        # Usually move an image that does the least harm, but sometimes any: a better split may be
+        # reachable only by way of a worse one.
         least = images[lost == lost.min()]
         image = rng.choice(least if rng.random() < 0.8 else images)
         in_second[image] = lacking == _VAL

@@ -1,7 +1,7 @@
-"""How a search stands, in words: for its log, and for another terminal.
+"""The state of a search in words, for its log and for another terminal.
 
-What the trials say is in the journal; what else the search does (its phase, its process) it writes
-to `progress.json` in its folder.
+The trials are in the journal. What else the search does (its phase, its process) it writes to
+`progress.json` in its directory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .records import FAILED, PRUNED, TrialRecord, ended_as, own_trials, ranked
 PROGRESS_FILE = "progress.json"
 
 LOCK_FILE = "lock"
-"""Held by the process of a search as long as it runs."""
+"""Lock file that the process of a search holds as long as it runs."""
 
 RECENT = 20
-"""Trials at least that the rate is taken from."""
+"""Least number of trials that the throughput is computed from."""
 
 FINISHED = "finished"
-"""The phase of a search that has come to its end."""
+"""The phase of a search that has ended."""
 
 SILENT = 15 * 60
-"""Seconds without a word after which the status says where to look for more."""
+"""Seconds without an update after which the status says where to find more."""
 
 
 # --------------------------------------------------------------------------------------- progress
@@ -40,13 +40,13 @@ SILENT = 15 * 60
 
 @dataclass(frozen=True)
 class Progress:
-    """What a search was doing when it last said so.
+    """What a search did at its last update.
 
     Attributes:
-        phase: in words; `FINISHED` at the end.
-        pid, host: of its main process.
-        updated: seconds since the epoch.
-        done, total: steps of the phase; None where it has none.
+        phase: phase in words; `FINISHED` at the end.
+        pid, host: id and host of the main process.
+        updated: time of the update, in seconds since the epoch.
+        done, total: steps of the phase; None if it has no steps.
     """
 
     phase: str
@@ -60,7 +60,7 @@ class Progress:
 def write_progress(
     folder: str | Path, phase: str, done: int | None = None, total: int | None = None
 ) -> None:
-    """Say what this process does, and how many steps of it are done if it has any."""
+    """Write `progress.json`: the phase of this process and, if it has steps, their numbers."""
     write_json(
         Path(folder) / PROGRESS_FILE,
         {
@@ -75,7 +75,7 @@ def write_progress(
 
 
 def read_progress(folder: str | Path) -> Progress | None:
-    """What `write_progress` wrote last; None where there is none that can be read."""
+    """What `write_progress` wrote last; None if there is no readable file."""
     content = read_json(Path(folder) / PROGRESS_FILE)
     try:
         return Progress(
@@ -87,13 +87,13 @@ def read_progress(folder: str | Path) -> Progress | None:
 
 
 def is_running(folder: str | Path, progress: Progress) -> bool | None:
-    """Whether the search in a folder runs; None where that cannot be seen from here."""
+    """Whether the search in a folder runs; None if that cannot be seen from this machine."""
     if progress.host != socket.gethostname():
         return None
     path = Path(folder) / LOCK_FILE
     if not path.exists():
         return False
-    # A lock ends with its process, whose number may soon be that of another one.
+    # The lock ends with its process. The pid proves nothing: another process may have it by now.
     with unless_held(path) as free:
         return None if free is None else not free
 
@@ -102,12 +102,13 @@ def is_running(folder: str | Path, progress: Progress) -> bool | None:
 
 
 def trials_per_hour(records: Sequence[TrialRecord]) -> float:
-    """Pace of the last whole batches with `RECENT` trials or more in them, of the first batch that
-    of its trials until now; nan where no time has passed.
+    """Throughput over the latest complete batches that together hold at least `RECENT` trials.
 
-    Parallel workers begin a batch together, and their trials may end together: only over whole
-    batches is the time that they took the time between some of their ends. Time in which no trial
-    ran counts unless it is longer than the longest of these trials: then the search had stopped.
+    In the first batch, it is computed over its trials so far. It is nan if no time has passed.
+
+    Only complete batches give a meaningful time, because parallel workers begin a batch together
+    and their trials may end together. Time in which no trial runs counts, unless it is longer than
+    the longest of these trials: then the search was stopped meanwhile.
     """
     newest = max((record.batch for record in records), default=0)
     ended = Counter(record.batch for record in records if record.batch != newest)
@@ -116,7 +117,7 @@ def trials_per_hour(records: Sequence[TrialRecord]) -> float:
         if sum(ended[other] for other in chosen) < RECENT:
             chosen.append(batch)
     recent = [record for record in records if record.batch in chosen]
-    # A reused result took no time.
+    # Reusing a result takes no time.
     seconds = [record.result.seconds if record.reused is None else 0.0 for record in recent]
     spans = sorted((r.finished - took, r.finished) for r, took in zip(recent, seconds, strict=True))
     elapsed, until = 0.0, spans[0][0] if spans else 0.0
@@ -128,7 +129,7 @@ def trials_per_hour(records: Sequence[TrialRecord]) -> float:
 
 
 def best_in_words(record: TrialRecord) -> str:
-    """The trial that is best by the search's objective, with its reward where that is another."""
+    """Objective and index of the best trial, and its reward if that differs."""
     reward = record.result.reward
     other = f", reward {reward:.4f}" if not math.isclose(reward, record.objective) else ""
     return f"{record.objective:.4f} (trial {record.index}{other})"
@@ -137,13 +138,13 @@ def best_in_words(record: TrialRecord) -> str:
 def format_stage(
     stage: str, records: Sequence[TrialRecord], planned: int, ended: bool = False
 ) -> str:
-    """A stage in a line: trials, best so far, pace (unless `ended`) and how the trials ended."""
+    """A stage in one line: trials, best so far, throughput (unless `ended`) and outcomes."""
     done, own = len(records), own_trials(records)
     parts = [f"{stage}: {done:,} of {planned:,} trials"]
     if best := ranked(records):
         parts.append(f"best {best_in_words(best[0])}")
     if done < planned and not ended:
-        # Reused ones take no time, but they are a part of the way.
+        # Reused trials take no time, but they count as progress.
         rate, pace = trials_per_hour(own), trials_per_hour(records)
         if math.isfinite(rate):
             parts.append(f"{rate:{',.0f' if rate >= 100 else '.3g'}} trials/h")
@@ -163,12 +164,12 @@ def format_status(
     stages: Sequence[tuple[str, Sequence[TrialRecord], int]],
     now: float | None = None,
 ) -> str:
-    """The whole search: a line for its process, its phase and each stage.
+    """The whole search: a line each for its process, its phase and its stages.
 
     Args:
-        folder: of the search.
-        stages: name, finished and planned trials of each, in the order of the search.
-        now: seconds since the epoch; None is the present.
+        folder: directory of the search.
+        stages: name, finished trials and number of planned trials of each stage, in order.
+        now: time in seconds since the epoch; None: the present.
     """
     progress = read_progress(folder)
     ended = progress is not None and progress.phase == FINISHED
@@ -183,7 +184,7 @@ def format_status(
 
 
 def _format_process(folder: str | Path, progress: Progress, now: float) -> str:
-    # Clocks of machines differ.
+    # The clocks of two machines may differ.
     age = max(0.0, now - progress.updated)
     said = f"last word {format_duration(age)} ago"
     if progress.phase == FINISHED:

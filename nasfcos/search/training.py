@@ -1,6 +1,6 @@
-"""The training of a trial: some iterations on cached maps, judged by averaged weights.
+"""The training of a trial: some iterations on cached maps, evaluated with averaged weights.
 
-:mod:`.proxy` says why it is as it is.
+:mod:`.proxy` gives the reasons for the details.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ..engine.monitor import NonFiniteLossError
 from .decoder import Decoder
 from .examples import Examples
 
-# Iterations between two looks at the losses; each makes the host wait for the GPU.
+# Iterations between two checks of the losses, each of which makes the host wait for the GPU.
 CHECK_EVERY = 10
 
 
 class Training:
-    """Trains a decoder step by step, and judges the average of its weights at any time.
+    """Trains a decoder step by step, and evaluates its averaged weights at any time.
 
     Args:
-        decoder: is trained in place, on the examples' device.
-        examples: to train on.
+        decoder: decoder to train, in place; it is moved to the device of the examples.
+        examples: examples to train on.
         order: [iterations, batch] indices of the examples.
-        lr: of Adam.
-        polyak: factor of the running average of the weights.
-        bf16: mixed precision.
+        lr: learning rate of Adam.
+        polyak: decay of the running average of the weights.
+        bf16: whether to train in mixed precision with bfloat16.
 
     Attributes:
-        done: finished iterations.
+        done: number of finished iterations.
         averaged: the decoder with averaged weights.
     """
 
@@ -52,7 +52,8 @@ class Training:
         self.examples = examples
         self.order = order
         self.done = 0
-        # Of the maps: every decoder begins with convolutions, which autocast runs in bfloat16.
+        # Maps can be in bfloat16: decoders begin with convolutions, to which autocast would convert
+        # them anyway.
         self._dtype = torch.bfloat16 if bf16 else torch.float32
         trained = [p for p in self.decoder.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
@@ -64,10 +65,10 @@ class Training:
         self._losses = torch.zeros(len(order), device=examples.device)
 
     def advance(self, until: int) -> None:
-        """Train until so many iterations are done.
+        """Train until `until` iterations are done.
 
         Raises:
-            NonFiniteLossError: the loss was infinite or not a number.
+            NonFiniteLossError: the loss became infinite or nan.
         """
         while self.done < until:
             with _momentum(self.decoder, 1.0 if self.done == 0 else None):
@@ -90,11 +91,11 @@ class Training:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """As PyTorch's AveragedModel does it, which lets the host wait for a GPU in every step."""
+        """Update `averaged` like PyTorch's AveragedModel, which makes the host wait for the GPU."""
         if self.done == 0:
             torch._foreach_copy_(*self._parameters)
         else:
-            self._average(*self._parameters, None)  # how many there were before does not matter
+            self._average(*self._parameters, None)  # it does not use the number of updates
         for own, buffer in self._buffers:
             own.copy_(buffer)
 
@@ -107,10 +108,10 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, examples: Examples) -> dict[str, float]:
-        """The averaged decoder's loss terms on all of the examples.
+        """The losses of the averaged decoder on all examples, by name.
 
         Raises:
-            NonFiniteLossError: one of them is infinite or not a number.
+            NonFiniteLossError: a loss is infinite or nan.
         """
         model = self.averaged.eval()
         totals: dict[str, Tensor] = {}
@@ -137,7 +138,7 @@ class Training:
 
 @contextmanager
 def _momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
-    """Batch norms with this momentum; None: with their own."""
+    """Set the momentum of all batch norms within the block; None: leave it as it is."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and momentum is not None]
     own = [norm.momentum for norm in norms]
     for norm in norms:
@@ -150,7 +151,7 @@ def _momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
 
 
 def batch_order(count: int, iterations: int, batch: int, seed: int) -> Tensor:
-    """Indices [iterations, batch] below `count`: one permutation after another."""
+    """[iterations, batch] indices below `count`: random permutations, one after another."""
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(iterations * batch / count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -160,7 +161,15 @@ def batch_order(count: int, iterations: int, batch: int, seed: int) -> Tensor:
 def build_training(
     cfg: CfgNode, decoder: Decoder, examples: Examples, iterations: int, seed: int
 ) -> Training:
-    """As the config's proxy task says, for so many iterations."""
+    """A training of some iterations with the settings of SEARCH.PROXY.
+
+    Args:
+        cfg: config of the search.
+        decoder: decoder to train.
+        examples: examples to train on.
+        iterations: number of iterations.
+        seed: seed of the order of the examples.
+    """
     proxy = cfg.SEARCH.PROXY
     order = batch_order(len(examples), iterations, proxy.BATCH, seed)
     return Training(decoder, examples, order, proxy.LR, proxy.POLYAK, proxy.AMP == "bf16")

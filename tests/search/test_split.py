@@ -15,7 +15,7 @@ from nasfcos.search.split import (
     plan_split,
     split_training_data,
     stratified_split,
-    without_places,
+    without_paths,
 )
 
 
@@ -270,7 +270,7 @@ def test_a_split_is_known_wherever_it_lies(config_file, tmp_path, data_root):
     cfg = load_config(config_file)
 
     def data(cfg):
-        return without_places(yaml.safe_load(cfg.dump())["DATASETS"])
+        return without_paths(yaml.safe_load(cfg.dump())["DATASETS"])
 
     first = data(split_training_data(cfg, tmp_path / "a", seed=4))
     assert data(split_training_data(cfg, tmp_path / "b", seed=4)) == first
