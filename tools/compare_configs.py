@@ -1,10 +1,11 @@
 """Train several configs with several seeds each, and compare their AP.
 
-python tools/compare_configs.py --configs output/nas/bccd/best.yaml configs/bccd/nas_fcos.yaml \
-    configs/bccd/fpn_fcos.yaml --seeds 3 --output output/compare DATASETS.ROOT datasets
+  python tools/compare_configs.py --configs output/nas/bccd/best.yaml configs/bccd/nas_fcos.yaml \\
+      configs/bccd/fpn_fcos.yaml --seeds 3 --output output/compare DATASETS.ROOT datasets
 
-What is finished is not trained again, so the same command goes on with a comparison that was
-stopped. A training that diverges counts for nothing.
+Writes results.json (metrics of all trainings) and results.md (a table with mean and range of AP and
+AP50 for each config), and the trainings in a folder each. Finished trainings are not repeated, so
+the same command continues a comparison that was stopped. A training that diverges is left out.
 """
 
 import argparse
@@ -29,13 +30,28 @@ logger = logging.getLogger("nasfcos.compare_configs")
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Train configs with several seeds, compare AP.", allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--configs", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="config keys to override, in pairs"
+        "--configs", nargs="+", required=True, metavar="FILE", help="YAML files to compare"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="trainings per config, with the seeds 0, 1, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder of the results and trainings"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="config keys to override in all configs, in pairs; nasfcos/config/defaults.py "
+        "describes all keys",
     )
     args = parser.parse_intermixed_args()
     if args.seeds < 1:
@@ -51,19 +67,19 @@ def main() -> int:
                 check_full_training(cfg, device)
                 for name in cfg.DATASETS.TRAIN:
                     build_dataset(cfg, name)
-            # Seed by seed, so that a machine that gets slower or faster does not favour one.
+            # The configs take turns, so that a change of the machine's speed favours none.
             for seed in range(args.seeds):
                 for number, (file, cfg) in enumerate(configs.items()):
                     folder = output / f"{number}_{Path(file).stem}" / f"seed_{seed}"
                     own = ["SEED", seed, "OUTPUT_DIR", str(folder)]
                     cfg = override_config(cfg, own, "the comparison")
                     try:
-                        found = train_in_full(cfg, device)
+                        metrics = train_in_full(cfg, device)
                     except (NonFiniteLossError, torch.OutOfMemoryError) as error:
                         logger.error("%s, seed %d: %s", file, seed, error)
                         continue
-                    results[file].append(found)
-                    logger.info("%s, seed %d: AP %.4f", file, seed, found["AP"])
+                    results[file].append(metrics)
+                    logger.info("%s, seed %d: AP %.4f", file, seed, metrics["AP"])
                     write_json(output / "results.json", results, indent=2)
         table = as_table(results)
         with replacing(output / "results.md") as temporary:
@@ -74,12 +90,12 @@ def main() -> int:
 
 
 def as_table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Mean, lowest and highest AP and AP50 of each config, in Markdown."""
+    """A Markdown table with mean, lowest and highest AP and AP50 of each config."""
     lines = ["| config | AP | AP50 |", "|---|:-:|:-:|"]
     for file, runs in results.items():
         cells = []
         for name in ("AP", "AP50"):
-            values = [figures[name] for figures in runs]
+            values = [metrics[name] for metrics in runs]
             if not values:
                 cells.append("failed")
                 continue

@@ -1,7 +1,12 @@
-"""Search an architecture: prepare the backbone, search FPN and head, train the best in full.
+"""Search an architecture for the data of a config.
 
-python tools/search_net.py --config-file configs/nas/demo.yaml [--resume] KEY VALUE ...
-python tools/search_net.py --config-file configs/nas/demo.yaml --status
+  python tools/search_net.py --config-file configs/nas/demo.yaml [--resume] KEY VALUE ...
+  python tools/search_net.py --config-file configs/nas/demo.yaml --status
+
+Fine-tunes the backbone, searches the FPN and then the head (SEARCH.STAGES), and trains the best
+architectures in full. Writes to OUTPUT_DIR: best.yaml and best.pth (config and weights of the best
+detector), ranking.json (all architectures trained in full), report/report.html, search.db (all
+trials), trials_<stage>.csv (a table of them), and folders with what the stages hand on.
 """
 
 import sys
@@ -12,13 +17,12 @@ from nasfcos.search.search import search, search_status
 
 
 def main() -> int:
-    parser = argument_parser(
-        "Search an architecture for the config's data; leaves best.yaml, best.pth and a report in "
-        "OUTPUT_DIR."
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with OUTPUT_DIR's search")
+    parser = argument_parser(__doc__)
     parser.add_argument(
-        "--status", action="store_true", help="show how far the search in OUTPUT_DIR is, and end"
+        "--resume", action="store_true", help="continue the search in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--status", action="store_true", help="print how far the search in OUTPUT_DIR is, and exit"
     )
     args = parser.parse_intermixed_args()
     if args.status:

@@ -400,7 +400,7 @@ def _count_fpns(cells: int, step: int, free: int, ops: int, aggregations: int) -
 
 def _indices(names: Sequence[str], known: Sequence[str], what: str) -> tuple[int, ...]:
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"each {what} of a space is named once, and at least one is: {names!r}")
+        raise ValueError(f"name at least one {what}, and none of them twice: {names!r}")
     for name in names:
         if name not in known:
             raise ValueError(f"no {what} is called {name!r}; there are: {', '.join(known)}")

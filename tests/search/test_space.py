@@ -189,8 +189,8 @@ def test_a_head_alone_needs_an_fpn():
     [
         (lambda: FPNSpace(2), "2 cells cannot make P3"),
         (lambda: FPNSpace(4, ["conv3x3"]), "no FPN operation is called 'conv3x3'"),
-        (lambda: FPNSpace(4, []), "each FPN operation of a space is named once"),
-        (lambda: FPNSpace(4, aggregations=["cat", "cat"]), "each aggregation .* named once"),
+        (lambda: FPNSpace(4, []), "name at least one FPN operation"),
+        (lambda: FPNSpace(4, aggregations=["cat", "cat"]), "aggregation, and none of them twice"),
         (lambda: HeadSpace(PUBLISHED.cells, 0), "needs a layer"),
         (lambda: HeadSpace(PUBLISHED.cells[:2], 3), "fewer than 3 outputs"),
     ],

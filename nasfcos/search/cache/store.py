@@ -70,7 +70,7 @@ def check_space(folder: Path, planned: dict[str, tuple[int, Sequence[tuple[int, 
         raise CacheError(
             f"the feature maps of {crops} crops take {gigabytes(needed)}, but the disk of "
             f"{folder} has only {gigabytes(free)} free, of which {100 * (1 - DISK_SHARE):.0f}% "
-            "are to stay so: make SEARCH.CACHE.SIZE (the side of the crops) or "
+            "must stay free: make SEARCH.CACHE.SIZE (the side of the crops) or "
             "SEARCH.CACHE.CROPS smaller, delete caches that are not needed any more, or set "
             "SEARCH.CACHE.FOLDER to a folder on a larger disk"
         )
