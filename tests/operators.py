@@ -103,14 +103,14 @@ def check_once_differentiable(function: Operator, tensors: Sequence[Tensor]) -> 
 
 
 def check_results_lie_as_arguments(
-    operators: object, name: str, tensors: Sequence[Tensor], format: torch.memory_format, *settings
+    name: str, tensors: Sequence[Tensor], format: torch.memory_format, *settings
 ) -> None:
-    """As the fake kernels say, on which compiled code relies. `operators` has the operator `name`
-    and its backward operator."""
+    """As the fake kernels say, on which compiled code relies."""
     x, weight = (t.contiguous(memory_format=format) for t in tensors)
-    output = getattr(operators, name)(x, weight, *settings)
-    # The output's gradient may lie in any way.
-    grads = getattr(operators, f"{name}_backward")(output.contiguous(), x, weight, *settings)
+    output = getattr(torch.ops.nasfcos, name)(x, weight, *settings)
+    # The output's gradient may have any memory format.
+    backward = getattr(torch.ops.nasfcos, f"{name}_backward")
+    grads = backward(output.contiguous(), x, weight, *settings)
     assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
     # A weight's gradient lies as the weight does, or DDP would copy it.
     assert grads[1].shape == weight.shape and grads[1].stride() == weight.stride()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nasfcos.models import layers
 from nasfcos.models.necks import nas_fpn
-from nasfcos.ops import plain
+from nasfcos.ops import reference
 
 
 def use_plain_operators(monkeypatch):
@@ -16,8 +16,8 @@ def use_plain_operators(monkeypatch):
     monkeypatch.setattr(layers, "_OWN_NORMS", False)
     monkeypatch.setattr(layers, "modulated_deform_conv2d", _deform_conv)
     monkeypatch.setattr(layers, "conv3x3", _conv3x3)
-    monkeypatch.setattr(layers, "depthwise_conv2d", plain.depthwise_conv2d)
-    monkeypatch.setattr(nas_fpn, "rectified_pairs", plain.rectified_pairs)
+    monkeypatch.setattr(layers, "depthwise_conv2d", reference.depthwise_conv2d)
+    monkeypatch.setattr(nas_fpn, "rectified_pairs", reference.rectified_pairs)
     monkeypatch.setattr(nas_fpn, "weighted_sum", lambda x, y, a, b: a * x + b * y)
 
 
@@ -26,7 +26,7 @@ def _conv3x3(input, weight, bias):
 
 
 def _deform_conv(input, offset, mask, weight, bias, padding, offset_groups):
-    return plain.modulated_deform_conv2d(
+    return reference.modulated_deform_conv2d(
         input, offset, mask, weight, bias, [1, 1], [padding] * 2, [1, 1], offset_groups
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..files import replacing
-from ..ops import plain
+from ..ops import reference
 from ..ops.library import OPERATORS
 
 # The first with bilinear sampling at offsets (DeformConv) is 19; ONNX Runtime has it since 1.25.
@@ -75,7 +75,7 @@ def export_onnx(
     translated = translations()
     operators = {getattr(torch.ops.nasfcos, name).default: name for name in OPERATORS}
     decomposed = program.run_decompositions(
-        {op: getattr(plain, name) for op, name in operators.items() if op not in translated}
+        {op: getattr(reference, name) for op, name in operators.items() if op not in translated}
     )
     written = torch.onnx.export(
         decomposed,

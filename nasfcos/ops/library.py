@@ -1,20 +1,23 @@
 """``torch.ops.nasfcos``: schemas, kernels, fake kernels and gradients of the operators.
 
-The schemas live here only. ``csrc/`` registers compiled kernels for the CPU and, where it was built
-with CUDA, for CUDA; the dispatcher prefers those. The plain versions are registered for every
-backend beneath them, so for each operator and device without a compiled kernel the plain version
-serves.
+The schemas are defined only here. ``csrc/`` registers compiled kernels for the CPU and, if built
+with CUDA, for CUDA. The reference implementations are registered for every backend with a lower
+priority, so the dispatcher falls back to them for each operator and device without a compiled
+kernel.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import plain
+from . import reference
+from .layout import empty_like, memory_format
 
 _log = logging.getLogger(__name__)
 
@@ -81,13 +84,13 @@ _SCHEMAS = {
     ),
 }
 OPERATORS = tuple(name for name in _SCHEMAS if not name.endswith("_backward"))
-"""All operators; most have another one for the gradient."""
+"""The names of all operators, without those that compute gradients."""
 
 _lib = torch.library.Library("nasfcos", "DEF")
 
 
 def _load_extension() -> str | None:
-    """Loads ``nasfcos/_C.so``. Returns why it could not, or None."""
+    """Load ``nasfcos/_C.so``. Returns the reason if that is impossible, otherwise None."""
     path = Path(__file__).resolve().parents[1] / "_C.so"
     if not path.exists():
         return "the extension was not compiled"
@@ -99,8 +102,8 @@ def _load_extension() -> str | None:
 
 
 @functools.cache
-def _say_slow(device: str) -> None:
-    """Once per process and device."""
+def _warn_slow(device: str) -> None:
+    """Log a warning, once per process and device."""
     _log.warning(
         "The nasfcos operators run as plain PyTorch on %s, which is slower: %s. To compile them: "
         "pip install --no-build-isolation --no-deps --force-reinstall -e . "
@@ -111,26 +114,35 @@ def _say_slow(device: str) -> None:
     )
 
 
-def _makeshift(name: str):
-    function = getattr(plain, name)
+def _fallback(function: Callable) -> Callable:
+    """A reference implementation that warns that it is slow."""
 
     @functools.wraps(function)
-    def serve(*args):
-        _say_slow(args[0].device.type)
+    def call(*args):
+        _warn_slow(args[0].device.type)
         return function(*args)
 
-    return serve
+    return call
 
 
 def has_compiled(name: str, device: str) -> bool:
-    """Whether operator ``name`` has a compiled kernel on ``device`` ("cpu" or "cuda")."""
+    """Whether the operator `name` has a compiled kernel for `device` ("cpu" or "cuda")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"nasfcos::{name}", device.upper())
 
 
 for _name, _schema in _SCHEMAS.items():
     _lib.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _lib.impl(_name, _makeshift(_name), "CompositeExplicitAutograd")
+    if hasattr(reference, _name):
+        _lib.impl(_name, _fallback(getattr(reference, _name)), "CompositeExplicitAutograd")
 _missing = _load_extension()
+_CPU_KERNELS = has_compiled("conv3x3", "cpu")  # if one of them is compiled, all are
+
+
+def operators_for(maps: Tensor) -> ModuleType:
+    """The module whose operators run, and have a gradient, on the device of `maps`:
+    ``torch.ops.nasfcos`` where its CPU kernels are compiled, otherwise the reference
+    implementations. For operators that ``csrc/`` has only for the CPU."""
+    return torch.ops.nasfcos if _CPU_KERNELS and maps.device.type == "cpu" else reference
 
 
 def deform_output_size(
@@ -142,8 +154,13 @@ def deform_output_size(
     padding: list[int],
     dilation: list[int],
 ) -> tuple[int, int]:
-    """(height, width) of a convolution's output, for an input and a kernel of these sizes; stride,
-    padding and dilation are (y, x)."""
+    """(height, width) of the output of a convolution.
+
+    Args:
+        height, width: of the input.
+        kh, kw: height and width of the kernel.
+        stride, padding, dilation: (y, x) each.
+    """
     return (
         (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
         (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1,
@@ -181,64 +198,64 @@ def _(x, y, scale, shift, weight):
 @torch.library.register_fake("nasfcos::rectified_pairs", lib=_lib)
 def _(input, weight):
     output = input.new_empty(input.shape[0], weight.shape[0], *input.shape[2:])
-    return output.contiguous(memory_format=plain.memory_format(input))
+    return output.contiguous(memory_format=memory_format(input))
 
 
 @torch.library.register_fake("nasfcos::rectified_pairs_backward", lib=_lib)
 def _(grad, input, weight):
-    return plain.like(input), torch.empty_like(weight)
+    return empty_like(input), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::batch_norm_relu", lib=_lib)
 def _(input, weight, bias, eps):
-    return plain.like(input), torch.empty_like(weight), torch.empty_like(weight)
+    return empty_like(input), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::batch_norm_relu_backward", lib=_lib)
 def _(grad, input, weight, bias, mean, variance, eps):
-    return plain.like(input), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_like(input), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.register_fake("nasfcos::batch_norm_concat", lib=_lib)
 def _(x, y, weight, bias, factor, eps):
-    return plain.like(x), torch.empty_like(weight), torch.empty_like(weight)
+    return empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::batch_norm_concat_backward", lib=_lib)
 def _(grad, x, y, weight, bias, factor, mean, variance, eps):
     parameters = (torch.empty_like(t) for t in (weight, bias, factor))
-    return plain.like(x), plain.like(y), *parameters
+    return empty_like(x), empty_like(y), *parameters
 
 
 @torch.library.register_fake("nasfcos::group_norm_relu", lib=_lib)
 def _(input, weight, bias, groups, eps):
-    return plain.like(input), *(weight.new_empty(len(input), groups) for _ in range(2))
+    return empty_like(input), *(weight.new_empty(len(input), groups) for _ in range(2))
 
 
 @torch.library.register_fake("nasfcos::group_norm_relu_backward", lib=_lib)
 def _(grad, input, weight, bias, mean, variance, eps):
-    return plain.like(input), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_like(input), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.register_fake("nasfcos::weighted_sum", lib=_lib)
 def _(x, y, a, b):
-    return plain.like(x)
+    return empty_like(x)
 
 
 @torch.library.register_fake("nasfcos::weighted_sum_backward", lib=_lib)
 def _(grad, x, y, a, b):
-    return plain.like(x), plain.like(y), torch.empty_like(a), torch.empty_like(b)
+    return empty_like(x), empty_like(y), torch.empty_like(a), torch.empty_like(b)
 
 
 @torch.library.register_fake("nasfcos::conv3x3", lib=_lib)
 def _(input, weight, bias, relu):
     output = input.new_empty(input.shape[0], weight.shape[0], *input.shape[2:])
-    return output.contiguous(memory_format=plain.memory_format(input))
+    return output.contiguous(memory_format=memory_format(input))
 
 
 @torch.library.register_fake("nasfcos::conv3x3_input_backward", lib=_lib)
 def _(grad, input, weight):
-    return plain.like(input)
+    return empty_like(input)
 
 
 @torch.library.register_fake("nasfcos::conv3x3_weight_backward", lib=_lib)
@@ -248,32 +265,32 @@ def _(grad, input, weight):
 
 @torch.library.register_fake("nasfcos::depthwise_conv2d", lib=_lib)
 def _(input, weight, dilation):
-    return plain.like(input)
+    return empty_like(input)
 
 
 @torch.library.register_fake("nasfcos::depthwise_conv2d_backward", lib=_lib)
 def _(grad, input, weight, dilation):
-    return plain.like(input), torch.empty_like(weight)
+    return empty_like(input), torch.empty_like(weight)
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d", lib=_lib)
 def _(input, offset, mask, weight, bias, stride, padding, dilation, offset_groups):
     size = deform_output_size(*input.shape[2:], *weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], *size)
-    return input.new_empty(shape).contiguous(memory_format=plain.memory_format(input))
+    return input.new_empty(shape).contiguous(memory_format=memory_format(input))
 
 
 @torch.library.register_fake("nasfcos::modulated_deform_conv2d_backward", lib=_lib)
 def _(grad, input, offset, mask, weight, stride, padding, dilation, offset_groups):
-    return tuple(plain.like(t) for t in (input, offset, mask, weight))
+    return tuple(empty_like(t) for t in (input, offset, mask, weight))
 
 
-def _in_single(operator, grad: Tensor, saved: tuple[Tensor, ...], *settings) -> list[Tensor]:
-    """What a backward operator makes of an output's gradient and the saved tensors: the gradients
-    of the first of these, in their dtypes.
+def _in_float32(operator, grad: Tensor, saved: tuple[Tensor, ...], *settings) -> list[Tensor]:
+    """Run a backward operator in at least float32 and cast each gradient to its tensor's dtype.
 
-    Half precision is for the forward pass: gradients of weights are sums over all pixels, those of
-    offsets are differences of large numbers.
+    The gradients are those of the first saved tensors. Half precision is too coarse for them:
+    gradients of weights are sums over all pixels, those of offsets are differences of large
+    numbers.
     """
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grads = operator(grad.to(dtype), *(t.to(dtype) for t in saved), *settings)
@@ -281,22 +298,22 @@ def _in_single(operator, grad: Tensor, saved: tuple[Tensor, ...], *settings) -> 
 
 
 def _register_gradient(name: str, settings: int = 0) -> None:
-    """The gradient of an operator of tensors and further arguments. ``<name>_backward`` takes the
-    gradient of the first output, the tensors, the other outputs, and the last `settings` arguments;
-    it gives the gradients of the tensors."""
+    """Register ``<name>_backward`` as the gradient of an operator whose arguments are tensors
+    followed by other values. It takes the gradient of the first output, the tensors, the other
+    outputs and the last `settings` arguments, and returns the gradients of the tensors."""
     operator = getattr(torch.ops.nasfcos, f"{name}_backward")
 
     def setup_context(ctx, inputs, output) -> None:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        others = output[1:] if isinstance(output, tuple) else ()
-        ctx.save_for_backward(*tensors, *others)
-        ctx.further = inputs[len(tensors) :]
+        further_outputs = output[1:] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*tensors, *further_outputs)
+        ctx.others = inputs[len(tensors) :]
 
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        taken = ctx.further[len(ctx.further) - settings :]
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them
-        return *_in_single(operator, grad, saved, *taken), *(None for _ in ctx.further)
+        passed = ctx.others[len(ctx.others) - settings :]
+        saved = ctx.saved_tensors  # read once, because checkpointing recomputes them
+        return *_in_float32(operator, grad, saved, *passed), *(None for _ in ctx.others)
 
     torch.library.register_autograd(
         f"nasfcos::{name}", backward, setup_context=setup_context, lib=_lib
@@ -353,7 +370,7 @@ def _deform_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _deform_backward(ctx, grad: Tensor):
     operator = torch.ops.nasfcos.modulated_deform_conv2d_backward
-    grads = _in_single(operator, grad, ctx.saved_tensors, *ctx.geometry)
+    grads = _in_float32(operator, grad, ctx.saved_tensors, *ctx.geometry)
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return *grads, grad_bias, None, None, None, None
 

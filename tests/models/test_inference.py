@@ -19,7 +19,7 @@ from nasfcos.models.layers import (
     SeparableConv,
 )
 from nasfcos.models.necks.nas_fpn import Concat, WeightedSum
-from nasfcos.ops import fused_concat, plain
+from nasfcos.ops import fused_concat, reference
 from tests.known import ROOT, golden, known_image, known_weights
 from tests.operators import needs_compiled
 
@@ -302,11 +302,11 @@ def test_concat(channels, dtype):
     terms = torch.randn(3, 2 * channels, generator=generator)
     terms = terms.to(torch.promote_types(dtype, torch.float32)).unbind()
     got = fused_concat(x, y, *terms)
-    want = plain.fused_concat(*(t.double() for t in (x, y, *terms)))
+    want = reference.fused_concat(*(t.double() for t in (x, y, *terms)))
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
     # Half precision rounds once, at the end.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
-    for output in (got, plain.fused_concat(x, y, *terms)):
+    for output in (got, reference.fused_concat(x, y, *terms)):
         torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=min(tolerance, 1e-5))
 
     torch.library.opcheck(torch.ops.nasfcos.fused_concat, (x, y, *terms))

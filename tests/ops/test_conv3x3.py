@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nasfcos.ops import conv3x3, plain
+from nasfcos.ops import conv3x3, reference
 from tests.operators import (
     FORMATS,
     check_close,
@@ -39,7 +39,8 @@ def random_case(name, dtype=torch.float64):
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
 
 
-def gradients(operators, *tensors):
+def gradients(*tensors):
+    operators = torch.ops.nasfcos
     return [getattr(operators, f"conv3x3_{of}_backward")(*tensors) for of in ("input", "weight")]
 
 
@@ -101,29 +102,30 @@ def test_rounding_stays_small(channels):
         assert (ours - values).square().mean().sqrt() < 14 * unit
 
 
-def test_plain_version_agrees():
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_reference_implementation(format, relu):
     x, weight, bias = random_case("parts of vectors and panels")
-    x, weight = last(x, weight)
-    output = torch.ops.nasfcos.conv3x3(x, weight, bias, True)
-    check_close([plain.conv3x3(x, weight, bias, True)], [output], 1e-12)
-    want = gradients(torch.ops.nasfcos, output, x, weight)
-    check_close(gradients(plain, output, x, weight), want, 1e-12)
+    x = x.contiguous(memory_format=format)
+    got = reference.conv3x3(x, weight, bias, relu)
+    assert got.is_contiguous(memory_format=format)
+    check_close([got], [ordinary(x, weight, bias, relu)], 1e-12)
 
 
-@pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
+@needs_compiled("conv3x3")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["parts of vectors and panels", "few tiles"])
-def test_memory_format_of_the_results(name, format, operators):
+def test_memory_format_of_the_results(name, format):
     x, weight, _ = random_case(name, torch.float32)
     x, weight = (t.contiguous(memory_format=format) for t in (x, weight))
-    output = operators.conv3x3(x, weight, None, False)
-    grads = gradients(operators, output.contiguous(), x, weight)
+    output = torch.ops.nasfcos.conv3x3(x, weight, None, False)
+    grads = gradients(output.contiguous(), x, weight)
     assert all(t.is_contiguous(memory_format=format) for t in (output, grads[0]))
     # A weight's gradient lies as the weight does, or DDP would copy it.
     assert grads[1].shape == weight.shape and grads[1].stride() == weight.stride()
     # So it does however that is.
     weight = weight.new_empty(x.shape[1], len(weight), 3, 3).transpose(0, 1).copy_(weight)
-    assert gradients(operators, output, x, weight)[1].stride() == weight.stride()
+    assert gradients(output, x, weight)[1].stride() == weight.stride()
 
 
 def test_of_some_channels_of_a_map():
@@ -217,6 +219,7 @@ def test_shapes_that_do_not_fit():
         torch.ops.nasfcos.conv3x3_weight_backward(x[:, :, 1:], x, weight)
 
 
+@needs_compiled("conv3x3")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["parts of tiles", "few tiles"])
 def test_registration(name, format):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from nasfcos.ops import modulated_deform_conv2d, plain
+from nasfcos.ops import modulated_deform_conv2d, reference
 from tests.operators import DEVICES, FORMATS, check_close, check_threads, outcome
 
 # input [N, C, H, W], out channels, kernel, stride, padding, dilation, offset groups
@@ -129,7 +129,7 @@ def test_gradcheck(name, device):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("version", ["dispatched", "plain"])
+@pytest.mark.parametrize("version", ["dispatched", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9])
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_that_are_not_positions(value, version, device):
@@ -143,7 +143,7 @@ def test_offsets_that_are_not_positions(value, version, device):
 
     geometry = {k: list(v) if k != "offset_groups" else v for k, v in geometry.items()}
     args = (geometry["stride"], geometry["padding"], geometry["dilation"], 2)
-    operators = plain if version == "plain" else torch.ops.nasfcos
+    operators = reference if version == "reference" else torch.ops.nasfcos
     output = operators.modulated_deform_conv2d(x, offset, mask, weight, bias, *args)
     grads = operators.modulated_deform_conv2d_backward(
         torch.ones_like(output), x, offset, mask, weight, *args
@@ -220,7 +220,7 @@ def test_memory_layout_of_the_arguments(layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("version", ["dispatched", "plain"])
+@pytest.mark.parametrize("version", ["dispatched", "reference"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_memory_format_of_the_results(format, version, device):
     """As the fake kernels say, on which compiled code relies."""
@@ -230,7 +230,7 @@ def test_memory_format_of_the_results(format, version, device):
     both = torch.cat((offset, mask), dim=1).contiguous(memory_format=format)
     offset, mask = both.split((offset.shape[1], mask.shape[1]), dim=1)
     args = (geometry["stride"], geometry["padding"], geometry["dilation"], 2)
-    operators = plain if version == "plain" else torch.ops.nasfcos
+    operators = reference if version == "reference" else torch.ops.nasfcos
     output = operators.modulated_deform_conv2d(x, offset, mask, weight, None, *args)
     grads = operators.modulated_deform_conv2d_backward(output, x, offset, mask, weight, *args)
     assert all(t.is_contiguous(memory_format=format) for t in (output, *grads))
@@ -422,10 +422,10 @@ def test_registration():
     torch.library.opcheck(
         torch.ops.nasfcos.modulated_deform_conv2d, (*last, *leaves[3:], *args)
     )
-    plain_leaves = [t.detach() for t in leaves[:4]]
+    detached = [t.detach() for t in leaves[:4]]
     torch.library.opcheck(
         torch.ops.nasfcos.modulated_deform_conv2d_backward,
-        (torch.randn(2, 5, 7, 9, dtype=torch.float64), *plain_leaves, *args),
+        (torch.randn(2, 5, 7, 9, dtype=torch.float64), *detached, *args),
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nasfcos.ops import plain, sigmoid_focal_loss
+from nasfcos.ops import reference, sigmoid_focal_loss
 from tests.operators import DEVICES, needs_compiled
 
 TOLERANCE = {
@@ -53,17 +53,17 @@ def test_value_and_gradient_follow_the_definition(rows, classes, gamma, alpha, d
 @pytest.mark.parametrize("gamma", [2.0, 0.0, 0.5])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_agrees_with_plain_version(dtype, scale, gamma, device):
+def test_agrees_with_the_reference(dtype, scale, gamma, device):
     logits, targets = random_case(50, 13, scale, dtype)
     close = dict(rtol=TOLERANCE[dtype], atol=1e-30)
     for reduce in (True, False):
         args = (logits, targets, gamma, 0.25)
         on_device = (logits.to(device), targets.to(device), gamma, 0.25)
-        want = plain.sigmoid_focal_loss(*args, reduce)
+        want = reference.sigmoid_focal_loss(*args, reduce)
         got = torch.ops.nasfcos.sigmoid_focal_loss(*on_device, reduce)
         torch.testing.assert_close(got.cpu(), want, **close)
         grad = torch.linspace(-2, 3, want.numel()).to(want.dtype).reshape(want.shape)
-        want = plain.sigmoid_focal_loss_backward(grad, *args)
+        want = reference.sigmoid_focal_loss_backward(grad, *args)
         got = torch.ops.nasfcos.sigmoid_focal_loss_backward(grad.to(device), *on_device)
         torch.testing.assert_close(got.cpu(), want, **close)
 
@@ -162,7 +162,7 @@ def test_target_out_of_range(bad):
     with pytest.raises(ValueError, match=rf"targets must lie in -1\.\.3 .* got {bad}"):
         sigmoid_focal_loss(torch.zeros(3, 3), torch.tensor([0, bad, 1]))
     with pytest.raises(ValueError, match=rf"targets must lie in -1\.\.3 .* got {bad}"):
-        plain.sigmoid_focal_loss(torch.zeros(3, 3), torch.tensor([0, bad, 1]), 2.0, 0.25, True)
+        reference.sigmoid_focal_loss(torch.zeros(3, 3), torch.tensor([0, bad, 1]), 2.0, 0.25, True)
 
 
 def test_arguments_that_do_not_fit():

@@ -1,4 +1,4 @@
-"""Which kernel serves: compiled where there is one, plain PyTorch otherwise."""
+"""Which kernel serves: compiled where there is one, the reference implementation otherwise."""
 
 import os
 import shutil

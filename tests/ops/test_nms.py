@@ -2,9 +2,8 @@ import pytest
 import torch
 import torchvision
 
-from nasfcos.ops import batched_nms, nms, nms_mask, plain
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from nasfcos.ops import batched_nms, nms, nms_mask, reference
+from tests.operators import DEVICES
 
 
 def random_boxes(n, seed=0, grid=None, dtype=torch.float32):
@@ -25,10 +24,10 @@ def random_boxes(n, seed=0, grid=None, dtype=torch.float32):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("grid", [None, 10])
 @pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 129, 701])
-def test_agrees_with_plain_version(n, grid, legacy, device):
+def test_agrees_with_the_reference(n, grid, legacy, device):
     boxes, scores, labels = random_boxes(n, seed=n, grid=grid)
     for classes in (None, labels):
-        want = plain.nms(boxes, scores, classes, 0.5, legacy)
+        want = reference.nms(boxes, scores, classes, 0.5, legacy)
         if classes is None:
             got = nms(boxes.to(device), scores.to(device), 0.5, legacy)
         else:
@@ -50,7 +49,7 @@ def test_mask_of_several_images(dtype, legacy, device):
     for classes, present in ((labels, counts), (labels, None), (None, counts)):
         given = (None if x is None else x.to(device) for x in (boxes, classes, present))
         got = nms_mask(*given, 0.5, legacy).cpu()
-        assert torch.equal(got, plain.nms_mask(boxes, classes, present, 0.5, legacy))
+        assert torch.equal(got, reference.nms_mask(boxes, classes, present, 0.5, legacy))
         for image, kept in enumerate(got):
             count = 200 if present is None else counts[image]
             falling = torch.arange(int(count), 0, -1)

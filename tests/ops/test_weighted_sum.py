@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nasfcos.ops import plain, weighted_sum
+from nasfcos.ops import weighted_sum
 from tests.operators import (
     DEVICES,
     FORMATS,
@@ -40,7 +40,7 @@ def ordinary(x, y, a, b):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_torch(name, format, dtype, tolerance, device):
+def test_agrees_with_torch(name, format, dtype, tolerance, device, implementation):
     tensors = random_case(name, dtype)
     want = outcome(ordinary, tensors)
     got = outcome(weighted_sum, [t.to(device) for t in laid_out(tensors, format)])
@@ -61,26 +61,16 @@ def test_of_a_map_and_itself():
     check_close(got, outcome(lambda x, a, b: a * x + b * x, (x, a, b)), 1e-12)
 
 
-@pytest.mark.parametrize("operators", [torch.ops.nasfcos, plain], ids=["dispatched", "plain"])
+@needs_compiled("weighted_sum")
 @pytest.mark.parametrize("format", FORMATS)
-def test_memory_format_of_the_results(format, operators):
+def test_memory_format_of_the_results(format):
     tensors = laid_out(random_case("several blocks of pixels", torch.float32), format)
-    output = operators.weighted_sum(*tensors)
+    output = torch.ops.nasfcos.weighted_sum(*tensors)
     # The output's gradient may lie in any way.
-    grads = operators.weighted_sum_backward(output.contiguous(), *tensors)
+    grads = torch.ops.nasfcos.weighted_sum_backward(output.contiguous(), *tensors)
     assert output.is_contiguous(memory_format=format)
     for gradient, t in zip(grads, tensors, strict=True):
         assert gradient.shape == t.shape and gradient.stride() == t.stride()
-
-
-def test_plain_operators_are_the_compiled_ones():
-    tensors = laid_out(random_case("several blocks of pixels"), torch.channels_last)
-    output = torch.ops.nasfcos.weighted_sum(*tensors)
-    torch.testing.assert_close(output, plain.weighted_sum(*tensors))
-    torch.testing.assert_close(
-        torch.ops.nasfcos.weighted_sum_backward(output.cos(), *tensors),
-        plain.weighted_sum_backward(output.cos(), *tensors),
-    )
 
 
 def test_result_does_not_depend_on_threads():
@@ -132,6 +122,7 @@ def test_autocast():
     check_autocast(with_the_rest(weighted_sum), with_the_rest(ordinary), x, a, "cpu")
 
 
+@needs_compiled("weighted_sum")
 def test_second_derivatives_are_refused():
     tensors = laid_out(random_case("several blocks of pixels"), torch.channels_last)
     check_once_differentiable(weighted_sum, tensors)
@@ -152,7 +143,7 @@ def test_shapes_that_do_not_fit():
 
 
 @needs_compiled("weighted_sum")
-def test_the_operator_without_its_face_does_not_read_out_of_bounds():
+def test_the_operator_called_directly_does_not_read_out_of_bounds():
     x, y, a, b = random_case("several blocks of pixels")
     for wrong in (*misfits(), (x, y.float(), a, b), (x, y, a.float(), b)):
         with pytest.raises((ValueError, RuntimeError)):
@@ -162,6 +153,7 @@ def test_the_operator_without_its_face_does_not_read_out_of_bounds():
             torch.ops.nasfcos.weighted_sum_backward(grad, x, y, a, b)
 
 
+@needs_compiled("weighted_sum")
 @pytest.mark.parametrize("format", FORMATS)
 def test_registration(format):
     tensors = laid_out(random_case("fewer channels than a vector"), format)
