@@ -6,9 +6,7 @@ from torch import Tensor
 
 from . import reference
 from .layout import cpu_dtype, memory_format
-from .library import deform_output_size, has_compiled, operators_for
-
-_COMPILED_CONV3X3 = has_compiled("conv3x3", "cpu")
+from .library import deform_output_size, has_compiled, operators_for, runs_on_cpu_kernels
 
 # The half precisions for which our deformable convolution has kernels, where it is compiled.
 _DEFORM_HALF_DTYPES = {
@@ -50,8 +48,7 @@ def conv3x3(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"conv3x3: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     if (
-        _COMPILED_CONV3X3
-        and input.device.type == "cpu"
+        runs_on_cpu_kernels(input)
         and input.dtype == weight.dtype
         and input.dtype in (torch.float32, torch.float64)
         and memory_format(input) == torch.channels_last

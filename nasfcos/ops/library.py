@@ -138,11 +138,16 @@ _missing = _load_extension()
 _CPU_KERNELS = has_compiled("conv3x3", "cpu")  # if one of them is compiled, all are
 
 
+def runs_on_cpu_kernels(maps: Tensor) -> bool:
+    """Whether `maps` are on the CPU and its kernels are compiled."""
+    return _CPU_KERNELS and maps.device.type == "cpu"
+
+
 def operators_for(maps: Tensor) -> ModuleType:
     """The module whose operators run, and have a gradient, on the device of `maps`:
-    ``torch.ops.nasfcos`` where its CPU kernels are compiled, otherwise the reference
-    implementations. For operators that ``csrc/`` has only for the CPU."""
-    return torch.ops.nasfcos if _CPU_KERNELS and maps.device.type == "cpu" else reference
+    ``torch.ops.nasfcos`` or the reference implementations. For operators that ``csrc/`` has only
+    for the CPU."""
+    return torch.ops.nasfcos if runs_on_cpu_kernels(maps) else reference
 
 
 def deform_output_size(
