@@ -1,6 +1,7 @@
 #pragma once
 
-// What the modulated deformable convolution is on all devices: its geometry, and where a tap reads.
+// What the modulated deformable convolutions of both devices share: geometry, and where a tap
+// reads.
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
@@ -24,7 +25,7 @@ struct Geometry {
   NASFCOS_INLINE int64_t taps() const { return kernel_h * kernel_w; }
 };
 
-// Refuses what does not fit.
+// Raises ValueError for arguments that do not match.
 inline Geometry geometry_of(
     const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
     const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -82,14 +83,14 @@ inline Geometry geometry_of(
   return g;
 }
 
-// Where one tap of one output position reads.
+// Where one tap of one output position reads the input.
 template <typename T>
 struct Sample {
   int32_t pixel[4];  // top left, top right, bottom left, bottom right
-  T y, x;            // fractions towards bottom and right
+  T y, x;            // fractional position, from top left towards bottom right
   T mask;
 
-  // Bilinear weights of the four corners.
+  // The bilinear weights of the four corners.
   NASFCOS_INLINE void blend(T* w) const {
     w[0] = (1 - y) * (1 - x);
     w[1] = (1 - y) * x;
@@ -98,15 +99,16 @@ struct Sample {
   }
 };
 
+// The sample at position (y, x). Corners outside the image have the index g.pixels().
 template <typename T>
 NASFCOS_INLINE Sample<T> locate(const Geometry& g, T y, T x, T mask) {
-  const int32_t nowhere = static_cast<int32_t>(g.pixels());
-  Sample<T> s{{nowhere, nowhere, nowhere, nowhere}, 0, 0, mask};
+  const int32_t outside = static_cast<int32_t>(g.pixels());
+  Sample<T> s{{outside, outside, outside, outside}, 0, 0, mask};
   if (std::isnan(y) || std::isnan(x)) {
     s.y = s.x = y + x;
     return s;
   }
-  // Before any conversion to an integer, which might not fit.
+  // Checked before the conversion to integers, for which the position may be too large.
   if (!(y > -1 && x > -1 && y < T(g.height) && x < T(g.width))) return s;
   const T top = std::floor(y), left = std::floor(x);
   s.y = y - top;
@@ -120,13 +122,13 @@ NASFCOS_INLINE Sample<T> locate(const Geometry& g, T y, T x, T mask) {
   return s;
 }
 
-// Maps [N, C, positions] in either memory format.
+// A strided view of maps [N, C, positions].
 template <typename T>
-struct Maps {
+struct MapView {
   T* data;
   int64_t image, channel, position;  // strides
 
-  NASFCOS_INLINE Maps at(int64_t n, int64_t c) const {
+  NASFCOS_INLINE MapView at(int64_t n, int64_t c) const {
     return {data + n * image + c * channel, image, channel, position};
   }
   NASFCOS_INLINE T& operator()(int64_t c, int64_t p) const {
@@ -134,19 +136,20 @@ struct Maps {
   }
 };
 
-// [N, C, H, W] as [N, C, H * W]; a view for the usual memory formats.
+// [N, C, H, W] as [N, C, H * W]; without a copy for the usual memory formats.
 inline at::Tensor flatten_pixels(const at::Tensor& maps) {
   return maps.reshape({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
 }
 
-// Of a tensor [N, C, positions].
+// The view of a tensor [N, C, positions].
 template <typename T>
-Maps<const T> maps_of(const at::Tensor& flat) {
+MapView<const T> view_of(const at::Tensor& flat) {
   return {flat.const_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
 }
 
+// The view of contiguous or channels-last maps [N, C, H, W].
 template <typename T>
-Maps<T> mutable_maps_of(at::Tensor& maps) {
+MapView<T> mutable_view_of(at::Tensor& maps) {
   const at::Tensor flat = maps.view({maps.size(0), maps.size(1), maps.size(2) * maps.size(3)});
   return {maps.mutable_data_ptr<T>(), flat.stride(0), flat.stride(1), flat.stride(2)};
 }

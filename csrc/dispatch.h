@@ -5,9 +5,9 @@
 
 namespace nasfcos {
 
-// Tensor operators within ours are called without autograd, and without autocast, whose dtype is
-// decided by now. The threads of a parallel region know nothing of the caller's dispatch state, and
-// need one of these each.
+// While one of these lives, tensor operators run below autograd and autocast, whose work is done by
+// the time our kernels are called. Threads of a parallel region do not inherit the dispatch state
+// of the caller, so each needs its own.
 struct PlainDispatch {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};

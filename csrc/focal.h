@@ -2,11 +2,11 @@
 
 // The arithmetic of the sigmoid focal loss, for both devices.
 //
-// With z the logit of being wrong (the logit itself where the target is another class, its negative
-// where it is this one), p = sigmoid(z) and weight alpha or 1 - alpha:
+// Let z be the logit of a wrong prediction (the logit itself if the target is another class, its
+// negative if it is this class), p = sigmoid(z), and weight = 1 - alpha or alpha. Then
 //   loss = weight * p^gamma * softplus(z)
 //   d loss / d z = weight * p^gamma * (gamma * (1 - p) * softplus(z) + p)
-// Both stay exact for large |z| because p, 1 - p and softplus(z) all come from exp(-|z|).
+// Both stay accurate for large |z|, because p, 1 - p and softplus(z) are computed from exp(-|z|).
 
 #include <algorithm>
 #include <cmath>
@@ -22,8 +22,8 @@ namespace nasfcos {
 NASFCOS_INLINE float exp_minus(float a) { return ::expf(-a); }
 NASFCOS_INLINE float log1p_unit(float e) { return ::log1pf(e); }
 #else
-// exp(-a) for a >= 0, to about one unit in the last place. Plain arithmetic without branches, so
-// that loops of it become vector code; from 88 on the exponent underflows to the bits of zero.
+// exp(-a) for a >= 0, accurate to about one unit in the last place. Plain arithmetic without
+// branches, so that compilers vectorise loops of it; from a = 88 on the result is zero.
 NASFCOS_INLINE float exp_minus(float a) {
   constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   const float x = -std::min(a, 88.0f);
@@ -40,7 +40,7 @@ NASFCOS_INLINE float exp_minus(float a) {
   return y * c10::bit_cast<float>((n + 127) << 23);
 }
 
-// log(1 + e) for 0 <= e <= 1: 2 artanh(e / (2 + e)) by its series.
+// log(1 + e) for 0 <= e <= 1, as the series of 2 artanh(e / (2 + e)).
 NASFCOS_INLINE float log1p_unit(float e) {
   const float s = e / (2.0f + e);
   const float q = s * s;
@@ -71,11 +71,12 @@ NASFCOS_INLINE Wrong<T> wrong(T z, T gamma) {
   Wrong<T> w;
   w.p = z >= T(0) ? inverse : e * inverse;
   w.rest = z >= T(0) ? e * inverse : inverse;
-  w.softplus = std::max(z, T(0)) + log;  // in this order of arguments NaN stays NaN
+  w.softplus = std::max(z, T(0)) + log;  // this order of the arguments preserves NaN
   if constexpr (squared) {
     w.power = w.p * w.p;
   } else {
-    // p^gamma by log p = min(z, 0) - log(1 + e); finite, so that p^0 is 1 also for p = 0
+    // p^gamma by log p = min(z, 0) - log(1 + e), bounded from below so that p^0 is 1 also for p =
+    // 0.
     const T least = std::max(std::min(z, T(0)), T(-1e30));
     w.power = exp_minus(gamma * (log - least));
   }
@@ -91,7 +92,7 @@ NASFCOS_INLINE T loss_of(T z, T gamma) {
 template <bool squared, typename T>
 NASFCOS_INLINE T slope_of(T z, T gamma) {
   const Wrong<T> w = wrong<squared>(z, gamma);
-  // 1 - p vanishes faster than softplus grows, also where that is infinite
+  // The limit of (1 - p) * softplus(z) for large z is 0, also where softplus(z) is infinite.
   const T tail = w.rest * std::min(w.softplus, T(1e38));
   return w.power * (gamma * tail + w.p);
 }

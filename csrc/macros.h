@@ -6,17 +6,28 @@
 #define NASFCOS_INLINE inline __attribute__((always_inline))
 #endif
 
-// A function so marked is compiled for several instruction sets, and the loader picks the best that
-// the processor has: one library runs everywhere and still uses AVX2 or AVX-512.
+// Compiles a function for several instruction sets, of which the loader picks the best that the
+// processor has. So one library runs everywhere and still uses AVX2 or AVX-512.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define NASFCOS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define NASFCOS_CLONES
 #endif
 
-// For code that is written with vectors of a given width: NASFCOS_BY_WIDTH(name, Arguments, call)
-// defines `void name(const Arguments& a)`, which runs `call` with a constant `kBytes`, the width of
-// this processor's vectors. `call` is compiled for each width, and all that it calls must be
+// Defines functions for the types of maps, with clones of those that the compiler vectorises.
+// DEFINE(CLONES, T, ACC) and DEFINE(CLONES, T) define the function for values T in memory (bfloat16
+// as uint16_t) and arithmetic in ACC. Gradients have no half precision.
+#define NASFCOS_FOR_MAP_TYPES(DEFINE)      \
+  DEFINE(NASFCOS_CLONES, float, float)     \
+  DEFINE(NASFCOS_CLONES, uint16_t, float)  \
+  DEFINE(, double, double)
+#define NASFCOS_FOR_GRAD_TYPES(DEFINE) \
+  DEFINE(NASFCOS_CLONES, float)        \
+  DEFINE(, double)
+
+// For code with vectors of explicit width: NASFCOS_BY_WIDTH(name, Arguments, call) defines
+// `void name(const Arguments& a)`, which runs `call` with a constant `kBytes`, the width of this
+// processor's vectors. `call` is compiled once per width, so everything it calls must be
 // NASFCOS_INLINE.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define NASFCOS_BY_WIDTH(NAME, ARGUMENTS, CALL)                                             \

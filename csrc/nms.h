@@ -1,6 +1,6 @@
 #pragma once
 
-// What non-maximum suppression does around its kernels, on both devices.
+// What the non-maximum suppressions of both devices do around their kernels.
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -10,7 +10,7 @@
 
 namespace nasfcos {
 
-// The arguments of nms_mask: boxes [N, K, 4], labels [N, K], counts [N].
+// Checks the arguments of nms_mask: boxes [N, K, 4], labels [N, K], counts [N].
 inline void check_nms_mask(
     const at::Tensor& boxes, const std::optional<at::Tensor>& labels,
     const std::optional<at::Tensor>& counts) {
@@ -26,8 +26,8 @@ inline void check_nms_mask(
       "nms_mask: counts must be [N], on the device of boxes");
 }
 
-// The operator nms, of boxes [N, 4] in any order, by means of nms_mask. On a GPU the number of boxes
-// that are kept is waited for, and nothing else.
+// The operator nms, for boxes [N, 4] in any order, by means of nms_mask. On a GPU, the host waits
+// only for the number of boxes that are kept.
 template <typename Mask>
 at::Tensor nms_by_mask(
     const at::Tensor& boxes, const at::Tensor& scores, const std::optional<at::Tensor>& labels,

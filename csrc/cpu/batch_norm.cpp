@@ -1,15 +1,15 @@
-// Batch norm and what follows it in the searched layers, with the batch's own statistics
-// (training):
+// Batch norm fused with what follows it in the searched layers. In training, with the statistics of
+// the batch:
 //   batch_norm_relu    out[i] = h[i],                                             h = relu(norm(x))
 //   batch_norm_concat  out[c] = factor[2c] * h[2c] + factor[2c + 1] * h[2c + 1],  h = relu(norm(z))
-// and with a given scale and shift (inference):
+// and in inference, with given scale and shift:
 //   fused_concat       as batch_norm_concat
-// where z are maps x and y, one's channels after the other's. As each has an even number of them,
-// the first half of the output's channels comes from x and the second from y: nothing is
-// concatenated.
+// where z is the concatenation of the channels of x and y. Both have an even number of channels, so
+// the first half of the output's channels depends on x alone and the second on y alone, and z need
+// not be built.
 //
-// In training, forward reads every map twice (statistics, output) and backward twice (sums,
-// gradient); all maps are channels-last. Statistics are sums of doubles.
+// In training, the forward pass reads every map twice (statistics, output), and so does the
+// backward pass (sums, gradient). All maps are channels-last. Statistics are computed in double.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -30,15 +30,15 @@
 #include "parts.h"
 #include "values.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using namespace nasfcos;
 
 // ------------------------------------------------------------------------------- loops over pixels
-// Pairs: the channels' own values, such as `scale`, come with those of all first channels of pairs
-// before those of all second ones, so that only maps are read and written by pairs. Pixels of `out`
-// lie `step` values apart.
+// For pairs of channels, terms such as `scale` are stored for all first channels and then for all
+// second ones, so that only the maps are read and written in pairs. Consecutive pixels of `out`
+// (and `grad`) are `step` values apart.
 template <typename T, typename Acc>
 NASFCOS_INLINE void pairs_loop(
     const T* x, const Acc* scale, const Acc* shift, const Acc* factor, int64_t pixels, int64_t n,
@@ -54,7 +54,7 @@ NASFCOS_INLINE void pairs_loop(
   }
 }
 
-// Sums [3, n], the last that of the output's gradient times h.
+// Adds to sums [3, n]: as add_slope, and the output's gradient times h.
 template <typename T>
 NASFCOS_INLINE void pairs_sums_loop(
     const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step,
@@ -87,19 +87,15 @@ NASFCOS_INLINE void pairs_grad_loop(
   }
 }
 
-// The same for each type, by instruction set.
-#define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
+#define NASFCOS_PAIRS_FORWARD(CLONES, T, ACC)                                                    \
   CLONES void apply_pairs(                                                                       \
       const T* x, const ACC* scale, const ACC* shift, const ACC* factor, int64_t pixels,         \
       int64_t n, int64_t step, T* out) {                                                         \
     pairs_loop(x, scale, shift, factor, pixels, n, step, out);                                   \
   }
-NASFCOS_FORWARD(NASFCOS_CLONES, float, float)
-NASFCOS_FORWARD(NASFCOS_CLONES, uint16_t, float)
-NASFCOS_FORWARD(, double, double)
-#undef NASFCOS_FORWARD
+NASFCOS_FOR_MAP_TYPES(NASFCOS_PAIRS_FORWARD)
 
-#define NASFCOS_BACKWARD(CLONES, T)                                                              \
+#define NASFCOS_PAIRS_BACKWARD(CLONES, T)                                                        \
   CLONES void add_sums_of_pairs(                                                                 \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, int64_t step, \
       T* sums) {                                                                                 \
@@ -110,19 +106,26 @@ NASFCOS_FORWARD(, double, double)
       T* grad_x) {                                                                               \
     pairs_grad_loop(grad, x, of, pixels, n, step, grad_x);                                       \
   }
-NASFCOS_BACKWARD(NASFCOS_CLONES, float)
-NASFCOS_BACKWARD(, double)
-#undef NASFCOS_BACKWARD
+NASFCOS_FOR_GRAD_TYPES(NASFCOS_PAIRS_BACKWARD)
 
 // -------------------------------------------------------------------------------------- operators
-// The maps that are normed: x, and y of a concatenation.
-struct Maps {
-  Maps(const Tensor& x, const Tensor* y) : all{x.contiguous(kLast)} {
-    if (y) all.push_back(y->contiguous(kLast));
+// The maps to normalise: x, and for a concatenation also y.
+struct Inputs {
+  Inputs(const Tensor& x, const Tensor* y) : maps{x.contiguous(kLast)} {
+    if (y) maps.push_back(y->contiguous(kLast));
   }
-  std::vector<Tensor> all;
-  bool pairs() const { return all.size() == 2; }
-  int64_t channels() const { return all[0].size(1); }  // of one of them
+  std::vector<Tensor> maps;
+  bool pairs() const { return maps.size() == 2; }
+  int64_t channels() const { return maps[0].size(1); }  // of one of them
+};
+
+struct Parameters : NormParameters {
+  Tensor factor;  // [2 * C], of the concatenation
+};
+
+struct Gradients {
+  std::vector<Tensor> maps;
+  Tensor weight, bias, factor;
 };
 
 void check(
@@ -148,56 +151,55 @@ void check(
       "batch_norm_concat: the factor must be [", x.size(1), ", 2, 1, 1], in the weight's dtype");
 }
 
-// The norm of one of the maps, by the statistics of its channels or by given factors. Values of
-// channels are in the order of the loops: for pairs, the first channels of all, then the second
-// ones.
+// The terms of the norm of one of the maps, per channel in the order of the loops: for pairs, all
+// first channels, then all second ones.
 template <typename Acc>
-struct Norm {
-  Norm(const Maps& maps, int64_t number) : n(maps.channels()), from(number * n), channel(n) {
+struct BatchNormTerms {
+  BatchNormTerms(const Inputs& inputs, int64_t number)
+      : n(inputs.channels()), first(number * n), channel(n) {
     for (int64_t k = 0; k < n; ++k) {
       const bool second = k >= n / 2;
-      channel[k] = from + (maps.pairs() ? 2 * (k - second * (n / 2)) + second : k);
+      channel[k] = first + (inputs.pairs() ? 2 * (k - second * (n / 2)) + second : k);
     }
   }
 
-  void use(
-      const Tensor& mean, const Tensor& variance, double eps, const Tensor& weight,
-      const Tensor& bias) {
-    means = of(mean), inverse = of(variance), scale = of(weight), shift = of(bias);
+  void compute(const Parameters& parameters, const Statistics& statistics) {
+    means = of(statistics.mean), inverse = of(statistics.variance);
+    scale = of(parameters.weight), shift = of(parameters.bias);
     for (int64_t k = 0; k < n; ++k) {
-      inverse[k] = static_cast<Acc>(1 / std::sqrt(inverse[k] + eps));
+      inverse[k] = static_cast<Acc>(1 / std::sqrt(inverse[k] + parameters.eps));
       scale[k] *= inverse[k];
       shift[k] -= means[k] * scale[k];
     }
   }
 
-  // Values of these channels, from those of all.
+  // The values of these channels, from the values of all.
   std::vector<Acc> of(const Tensor& values) const {
     std::vector<Acc> found(n);
     for (int64_t k = 0; k < n; ++k) found[k] = values.const_data_ptr<Acc>()[channel[k]];
     return found;
   }
 
-  int64_t n, from;
+  int64_t n, first;
   std::vector<int64_t> channel;
-  std::vector<Acc> means, inverse, scale, shift;  // `inverse` of the standard deviations
+  std::vector<Acc> means, inverse, scale, shift;  // inverse standard deviations
 };
 
-// Writes what comes of one of the maps by its scale and shift.
+// Writes the part of the output that depends on map number `number`.
 template <typename scalar_t>
 void apply_norm(
-    const Maps& maps, const Norm<at::opmath_type<scalar_t>>& norm, const Tensor& factor,
-    Tensor& output) {
+    const Inputs& inputs, int64_t number, const BatchNormTerms<at::opmath_type<scalar_t>>& norm,
+    const Tensor& factor, Tensor& output) {
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
-  const int64_t n = norm.n, number = norm.from / n, step = output.size(1);
-  const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
+  const int64_t n = norm.n, step = output.size(1);
+  const B* x = reinterpret_cast<const B*>(inputs.maps[number].const_data_ptr<scalar_t>());
   B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>()) + number * n / 2;
-  const auto factors = maps.pairs() ? norm.of(factor) : std::vector<Acc>();
+  const auto factors = inputs.pairs() ? norm.of(factor) : std::vector<Acc>();
   const Acc *scale = norm.scale.data(), *shift = norm.shift.data();
-  at::parallel_for(0, pixels_of(output), grain_of(n), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, pixels_of(output), pixel_grain(n), [&](int64_t begin, int64_t end) {
     const B* from = x + begin * n;
-    if (maps.pairs()) {
+    if (inputs.pairs()) {
       apply_pairs(
           from, scale, shift, factors.data(), end - begin, n, step, out + begin * step);
     } else {
@@ -208,31 +210,38 @@ void apply_norm(
 
 template <typename scalar_t>
 void forward_of(
-    const Maps& maps, const Tensor& weight, const Tensor& bias, const Tensor& factor, double eps,
-    Tensor& output, Tensor& mean, Tensor& variance) {
+    const Inputs& inputs, const Parameters& parameters, Tensor& output, Statistics& statistics) {
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
-  const int64_t n = maps.channels(), pixels = pixels_of(output);
+  const int64_t n = inputs.channels(), pixels = pixels_of(output);
   const Parts parts(1, pixels, n);
-  for (size_t number = 0; number < maps.all.size(); ++number) {
-    const B* x = reinterpret_cast<const B*>(maps.all[number].const_data_ptr<scalar_t>());
-    Norm<Acc> norm(maps, number);
-    // The first pixel is near enough to the mean for little to be lost to cancellation.
+  for (size_t number = 0; number < inputs.maps.size(); ++number) {
+    const B* x = reinterpret_cast<const B*>(inputs.maps[number].const_data_ptr<scalar_t>());
+    BatchNormTerms<Acc> norm(inputs, number);
+    // The first pixel is close enough to the mean to avoid cancellation.
     std::vector<double> origin(n);
     for (int64_t i = 0; i < n; ++i) origin[i] = load(x + i);
     const auto sums =
         parts.sums<double>(2 * n, [&](int64_t, int64_t first, int64_t count, double* to) {
           moments(x + first * n, origin.data(), count, n, to);
         });
+    Acc* mean = statistics.mean.mutable_data_ptr<Acc>() + norm.first;
+    Acc* variance = statistics.variance.mutable_data_ptr<Acc>() + norm.first;
     for (int64_t i = 0; i < n; ++i) {
       const double distance = sums[i] / pixels;
-      mean.mutable_data_ptr<Acc>()[norm.from + i] = origin[i] + distance;
-      variance.mutable_data_ptr<Acc>()[norm.from + i] =
-          std::max(sums[n + i] / pixels - distance * distance, 0.0);
+      mean[i] = origin[i] + distance;
+      variance[i] = std::max(sums[n + i] / pixels - distance * distance, 0.0);
     }
-    norm.use(mean, variance, eps, weight, bias);
-    apply_norm<scalar_t>(maps, norm, factor, output);
+    norm.compute(parameters, statistics);
+    apply_norm<scalar_t>(inputs, number, norm, parameters.factor, output);
   }
+}
+
+Parameters contiguous_parameters(
+    const Tensor& weight, const Tensor& bias, const Tensor* factor, double eps) {
+  return {
+      {weight.contiguous(), bias.contiguous(), eps},
+      factor ? factor->flatten().contiguous() : Tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
@@ -240,56 +249,56 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor* factor, double eps) {
   check(x, y, weight, bias, factor);
   Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
-  Tensor mean = at::empty(weight.sizes(), weight.options());
-  Tensor variance = at::empty(weight.sizes(), weight.options());
-  const Maps maps(x, y);
-  const Tensor w = weight.contiguous(), b = bias.contiguous();
-  const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
+  Statistics statistics{
+      at::empty(weight.sizes(), weight.options()), at::empty(weight.sizes(), weight.options())};
+  const Inputs inputs(x, y);
+  const Parameters parameters = contiguous_parameters(weight, bias, factor, eps);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "batch_norm", [&] {
-    forward_of<scalar_t>(maps, w, b, f, eps, output, mean, variance);
+    forward_of<scalar_t>(inputs, parameters, output, statistics);
   });
-  return {output.contiguous(format_of(x)), mean, variance};
+  return {output.contiguous(format_of(x)), statistics.mean, statistics.variance};
 }
 
-// Writes the gradients of the maps, and those of weight, bias and factor.
 template <typename T>
 void backward_of(
-    const Tensor& grad, const Maps& maps, const Tensor& weight, const Tensor& bias,
-    const Tensor& factor, const Tensor& mean, const Tensor& variance, double eps,
-    const std::vector<Tensor>& grads, const std::vector<Tensor>& of_parameters) {
-  const int64_t n = maps.channels(), pixels = pixels_of(grad), step = grad.size(1);
+    const Tensor& grad, const Inputs& inputs, const Parameters& parameters,
+    const Statistics& statistics, Gradients& gradients) {
+  const int64_t n = inputs.channels(), pixels = pixels_of(grad), step = grad.size(1);
+  const bool pairs = inputs.pairs();
   const Parts parts(1, pixels, n);
-  for (size_t number = 0; number < maps.all.size(); ++number) {
-    const T* x = maps.all[number].const_data_ptr<T>();
+  for (size_t number = 0; number < inputs.maps.size(); ++number) {
+    const T* x = inputs.maps[number].const_data_ptr<T>();
     const T* g = grad.const_data_ptr<T>() + number * n / 2;
-    Norm<T> norm(maps, number);
-    norm.use(mean, variance, eps, weight, bias);
-    const auto factors = maps.pairs() ? norm.of(factor) : std::vector<T>();
+    BatchNormTerms<T> norm(inputs, number);
+    norm.compute(parameters, statistics);
+    const auto factors = pairs ? norm.of(parameters.factor) : std::vector<T>();
     std::vector<T> constant(n), linear(n);
     const Channels<T> of{
         norm.means.data(), norm.scale.data(), norm.shift.data(), constant.data(), linear.data(),
         factors.data()};
-    const auto sums = parts.sums<T>(
-        (maps.pairs() ? 3 : 2) * n, [&](int64_t, int64_t first, int64_t count, T* to) {
-          if (maps.pairs()) {
+    const auto sums =
+        parts.sums<T>((pairs ? 3 : 2) * n, [&](int64_t, int64_t first, int64_t count, T* to) {
+          if (pairs) {
             add_sums_of_pairs(g + first * step, x + first * n, of, count, n, step, to);
           } else {
             add_sums(g + first * step, x + first * n, of, count, n, to);
           }
         });
+    T* grad_weight = gradients.weight.mutable_data_ptr<T>();
+    T* grad_bias = gradients.bias.mutable_data_ptr<T>();
+    T* grad_factor = pairs ? gradients.factor.mutable_data_ptr<T>() : nullptr;
     for (int64_t k = 0; k < n; ++k) {
       const double product = sums[n + k] * norm.inverse[k];
-      const double of_terms[] = {product, sums[k], maps.pairs() ? sums[2 * n + k] : 0};
-      for (int64_t i = 0; i < 3; ++i) {
-        of_parameters[i].mutable_data_ptr<T>()[norm.channel[k]] = static_cast<T>(of_terms[i]);
-      }
+      grad_weight[norm.channel[k]] = static_cast<T>(product);
+      grad_bias[norm.channel[k]] = static_cast<T>(sums[k]);
+      if (pairs) grad_factor[norm.channel[k]] = static_cast<T>(sums[2 * n + k]);
       constant[k] = static_cast<T>(-norm.scale[k] * sums[k] / pixels);
       linear[k] = static_cast<T>(-norm.scale[k] * norm.inverse[k] * product / pixels);
     }
-    T* to = grads[number].mutable_data_ptr<T>();
-    at::parallel_for(0, pixels, grain_of(n), [&](int64_t begin, int64_t end) {
+    T* to = gradients.maps[number].mutable_data_ptr<T>();
+    at::parallel_for(0, pixels, pixel_grain(n), [&](int64_t begin, int64_t end) {
       const T *grad_here = g + begin * step, *x_here = x + begin * n;
-      if (maps.pairs()) {
+      if (pairs) {
         write_grad_of_pairs(grad_here, x_here, of, end - begin, n, step, to + begin * n);
       } else {
         write_grad(grad_here, x_here, of, end - begin, n, to + begin * n);
@@ -298,8 +307,7 @@ void backward_of(
   }
 }
 
-// The gradients of the maps, and of weight, bias and factor.
-std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
+Gradients backward(
     const Tensor& grad, const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias,
     const Tensor* factor, const Tensor& mean, const Tensor& variance, double eps) {
   check(x, y, weight, bias, factor);
@@ -308,22 +316,25 @@ std::pair<std::vector<Tensor>, std::vector<Tensor>> backward(
           mean.sizes() == weight.sizes() && variance.sizes() == weight.sizes() &&
           mean.scalar_type() == x.scalar_type() && variance.scalar_type() == x.scalar_type(),
       "batch norm: the output's gradient and the statistics must be as the forward pass gave them");
-  const Maps maps(x, y);
-  std::vector<Tensor> grads, of_parameters(3);
-  for (const Tensor& map : maps.all) {
-    grads.push_back(at::empty(map.sizes(), map.options().memory_format(kLast)));
+  const Inputs inputs(x, y);
+  const Parameters parameters = contiguous_parameters(weight, bias, factor, eps);
+  const Statistics statistics{mean.contiguous(), variance.contiguous()};
+  Gradients gradients;
+  for (const Tensor& map : inputs.maps) {
+    gradients.maps.push_back(at::empty(map.sizes(), map.options().memory_format(kLast)));
   }
-  for (Tensor& t : of_parameters) t = at::empty(weight.sizes(), weight.options());
-  const Tensor w = weight.contiguous(), b = bias.contiguous();
-  const Tensor f = factor ? factor->flatten().contiguous() : Tensor();
+  gradients.weight = at::empty(weight.sizes(), weight.options());
+  gradients.bias = at::empty(weight.sizes(), weight.options());
+  if (factor) gradients.factor = at::empty(weight.sizes(), weight.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_backward", [&] {
-    backward_of<scalar_t>(
-        grad.contiguous(kLast), maps, w, b, f, mean.contiguous(), variance.contiguous(), eps,
-        grads, of_parameters);
+    backward_of<scalar_t>(grad.contiguous(kLast), inputs, parameters, statistics, gradients);
   });
-  grads[0] = grads[0].contiguous(format_of(x));
-  if (y) grads[1] = grads[1].contiguous(format_of(*y));
-  return {grads, of_parameters};
+  gradients.maps[0] = gradients.maps[0].contiguous(format_of(x));
+  if (y) gradients.maps[1] = gradients.maps[1].contiguous(format_of(*y));
+  if (factor) {
+    gradients.factor = at::empty_like(*factor).copy_(gradients.factor.view(factor->sizes()));
+  }
+  return gradients;
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(
@@ -334,9 +345,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& bias,
     const Tensor& mean, const Tensor& variance, double eps) {
-  const auto [maps, terms] =
+  const Gradients gradients =
       backward(grad, input, nullptr, weight, bias, nullptr, mean, variance, eps);
-  return {maps[0], terms[0], terms[1]};
+  return {gradients.maps[0], gradients.weight, gradients.bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_concat(
@@ -348,9 +359,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_concat(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_concat_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
     const Tensor& factor, const Tensor& mean, const Tensor& variance, double eps) {
-  const auto [maps, terms] = backward(grad, x, &y, weight, bias, &factor, mean, variance, eps);
-  Tensor grad_factor = at::empty_like(factor).copy_(terms[2].view(factor.sizes()));
-  return {maps[0], maps[1], terms[0], terms[1], grad_factor};
+  const Gradients gradients =
+      backward(grad, x, &y, weight, bias, &factor, mean, variance, eps);
+  return {
+      gradients.maps[0], gradients.maps[1], gradients.weight, gradients.bias, gradients.factor};
 }
 
 Tensor fused_concat(
@@ -370,14 +382,14 @@ Tensor fused_concat(
   }
   Tensor output = at::empty(x.sizes(), x.options().memory_format(kLast));
   if (output.numel() == 0) return output;
-  const Maps maps(x, &y);
+  const Inputs inputs(x, &y);
   const Tensor factor = weight.contiguous(), scales = scale.contiguous(),
                shifts = shift.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "fused_concat", [&] {
     for (int64_t number = 0; number < 2; ++number) {
-      Norm<at::opmath_type<scalar_t>> norm(maps, number);
+      BatchNormTerms<at::opmath_type<scalar_t>> norm(inputs, number);
       norm.scale = norm.of(scales), norm.shift = norm.of(shifts);
-      apply_norm<scalar_t>(maps, norm, factor, output);
+      apply_norm<scalar_t>(inputs, number, norm, factor, output);
     }
   });
   return output;
@@ -392,3 +404,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("batch_norm_concat", TORCH_FN(batch_norm_concat));
   m.impl("batch_norm_concat_backward", TORCH_FN(batch_norm_concat_backward));
 }
+
+}  // namespace nasfcos

@@ -1,11 +1,12 @@
-// Convolution 3x3 of stride one that keeps a map's size, and its gradients, by Winograd's minimal
-// filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): tiles
-// of 4x4 outputs, each from 6x6 inputs, take 36 multiplications a pair of channels and not 144.
+// 3x3 convolution of stride 1 that preserves the size of the maps, and its gradients, by Winograd's
+// minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR
+// 2016): a tile of 4x4 outputs, computed from 6x6 inputs, takes 36 instead of 144 multiplications
+// per pair of channels.
 //
-// Maps are read and written channels-last (turned to it, and the result back, where they are not):
-// a vector holds neighbouring channels of one pixel. Multiplying is one matrix product a point, of
-// as many tiles at a time as stay in cache. Threads divide the tiles, the output channels or both
-// (see Division), and write to memory of their own.
+// Maps are read and written channels-last (maps of other formats are converted, and the result
+// back), so that a vector holds adjacent channels of one pixel. The multiplications are one matrix
+// product per point, for as many tiles at a time as stay in cache. Threads divide the tiles, the
+// output channels or both (see Division), and write to separate memory.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -32,50 +33,42 @@
 #include "vectors.h"
 #include "winograd.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::Lanes;
-using nasfcos::PlainDispatch;
-using nasfcos::Product;
-using nasfcos::kIn;
-using nasfcos::kOut;
-using nasfcos::kPanel;
-using nasfcos::kPoints;
-using nasfcos::load;
-using nasfcos::store;
 
-// The values at the places of a tile, of so many channels, through a transform.
+// The arguments of a transform: for each position of a tile, a pointer to its channels.
 template <typename T>
-struct Places {
+struct Transformation {
   const T* const* from;
-  T* const* to;  // null: not wanted
+  T* const* to;  // null where the result is not needed
   int64_t channels;
   const T* bias = nullptr;
   bool relu = false;
-  bool add = false;  // to what is there
+  bool add = false;  // add to `to` instead of overwriting it
 };
 
 template <typename Transform, typename V, typename T>
-NASFCOS_INLINE void transform_channels(const Places<T>& a, int64_t c) {
+NASFCOS_INLINE void transform_channels(const Transformation<T>& a, int64_t c) {
   constexpr int from = Transform::from * Transform::from, to = Transform::to * Transform::to;
   V tile[from], result[to], other;
   for (int i = 0; i < from; ++i) load(a.from[i] + c, tile[i]);
-  nasfcos::transform<Transform, T, V>(tile, result);
+  transform<Transform, T, V>(tile, result);
   for (int i = 0; i < to; ++i) {
     if (!a.to[i]) continue;
     if (a.bias || a.add) {
       load(a.add ? a.to[i] + c : a.bias + c, other);
       result[i] += other;
     }
-    // Not a maximum, which might turn NaN into zero.
+    // A maximum might turn NaN into zero.
     if (a.relu) result[i] = result[i] < T(0) ? V{} : result[i];
     store(result[i], a.to[i] + c);
   }
 }
 
 template <typename Transform, int Bytes, typename T>
-NASFCOS_INLINE void transform_loop(const Places<T>& a) {
+NASFCOS_INLINE void transform_loop(const Transformation<T>& a) {
   using Vector = Lanes<T, Bytes>;
   int64_t c = 0;
   for (; c + Vector::count <= a.channels; c += Vector::count) {
@@ -85,19 +78,20 @@ NASFCOS_INLINE void transform_loop(const Places<T>& a) {
 }
 
 #define NASFCOS_TRANSFORM(NAME, TRANSFORM)                                                \
-  NASFCOS_BY_WIDTH(NAME##_float, Places<float>, (transform_loop<TRANSFORM, kBytes>(a)))   \
-  void NAME(const Places<float>& a) { NAME##_float(a); }                                  \
-  void NAME(const Places<double>& a) { transform_loop<TRANSFORM, 16>(a); }
-NASFCOS_TRANSFORM(input_to_points, nasfcos::InputToPoints)
-NASFCOS_TRANSFORM(kernel_to_points, nasfcos::KernelToPoints)
-NASFCOS_TRANSFORM(points_to_output, nasfcos::PointsToOutput)
-NASFCOS_TRANSFORM(output_to_points, nasfcos::OutputToPoints)
-NASFCOS_TRANSFORM(points_to_kernel, nasfcos::PointsToKernel)
+  NASFCOS_BY_WIDTH(                                                                       \
+      NAME##_float, Transformation<float>, (transform_loop<TRANSFORM, kBytes>(a)))        \
+  void NAME(const Transformation<float>& a) { NAME##_float(a); }                          \
+  void NAME(const Transformation<double>& a) { transform_loop<TRANSFORM, 16>(a); }
+NASFCOS_TRANSFORM(input_to_points, InputToPoints)
+NASFCOS_TRANSFORM(kernel_to_points, KernelToPoints)
+NASFCOS_TRANSFORM(points_to_output, PointsToOutput)
+NASFCOS_TRANSFORM(output_to_points, OutputToPoints)
+NASFCOS_TRANSFORM(points_to_kernel, PointsToKernel)
 #undef NASFCOS_TRANSFORM
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The tiles of maps, image by image and row by row.
+// The tiles of maps, ordered by image, row and column.
 struct Tiles {
   int64_t images, height, width, down, across;
 
@@ -110,8 +104,9 @@ struct Tiles {
 
   int64_t count() const { return images * down * across; }
 
-  // Where the `side` by `side` pixels of a tile are in channels-last `maps`, the first of them
-  // `margin` pixels above and left of the tile's outputs; `outside` where there is none.
+  // Pointers to the `side` by `side` pixels of a tile in channels-last `maps`, of which the first
+  // is `margin` pixels above and left of the tile's outputs; `outside` for pixels outside the
+  // image.
   template <typename T>
   void pixels(
       T* maps, int64_t channels, int64_t tile, int side, int margin, T* outside, T** found) const {
@@ -127,8 +122,9 @@ struct Tiles {
   }
 };
 
-// A matrix [rows, columns] for each point. Neither rows nor points lie a power of two apart, which
-// would put them all in the same part of the cache. Rows have room for whole panels.
+// A matrix [rows, columns] for each point. The strides of rows and points are odd numbers of cache
+// lines: with powers of two all would compete for the same part of the cache. Rows are padded to
+// whole panels.
 template <typename T>
 class PointMatrices {
  public:
@@ -138,15 +134,15 @@ class PointMatrices {
         values_(at::empty({kPoints, apart_}, options)),
         data_(values_.mutable_data_ptr<T>()) {}
 
-  // For rows that are not written to the end: products read on, and what happened to be in memory
-  // might slow them down.
+  // For rows that are not written to the end: products read the padding too, and denormal numbers
+  // there would slow them down.
   void zero() { values_.zero_(); }
 
   int64_t stride() const { return stride_; }
   T* row(int p, int64_t row) const { return data_ + p * apart_ + row * stride_; }
 
-  // A row at each point.
-  void places(int64_t row, T** found) const {
+  // Pointers to one row at each point.
+  void rows(int64_t row, T** found) const {
     for (int p = 0; p < kPoints; ++p) found[p] = this->row(p, row);
   }
 
@@ -161,15 +157,16 @@ class PointMatrices {
   T* data_;
 };
 
-// How threads divide work on tiles and output channels: parts of the ones by parts of the others, so
-// that the largest takes as little time as can be.
+// How threads divide the tiles and the panels of output channels: into a grid of parts, chosen so
+// that the largest part takes as little time as possible.
 struct Division {
   int64_t tiles, panels, tile_parts = 1, panel_parts = 1;
 
   Division(int64_t tiles, int64_t out_channels)
       : tiles(tiles), panels(divide_up(out_channels, kPanel)) {
-    const int64_t threads = nasfcos::available_threads();
-    // In multiply-adds, a point and input channel, of transforming a tile and of fetching a kernel.
+    const int64_t threads = available_threads();
+    // The costs of transforming a tile and of fetching a kernel, in multiply-adds per point and
+    // input channel.
     constexpr int64_t per_tile = 24, per_kernel = 4;
     int64_t least = std::numeric_limits<int64_t>::max();
     for (int64_t split = 1; split <= std::min(threads, panels); ++split) {
@@ -193,19 +190,19 @@ struct Division {
   int64_t end_panel(int64_t part) const { return panels * (part % panel_parts + 1) / panel_parts; }
 };
 
-// How many rows of so many values at each point to work on at a time: more spread the reading of the
-// kernels, fewer stay nearer to the processor. 2 MiB were the best of both where it was measured.
+// How many rows of so many values at each point to process at a time. More rows amortise reading
+// the kernels, fewer stay in a faster cache; 2 MiB was the best compromise where it was measured.
 template <typename T>
 int64_t fitting(int64_t columns) {
   constexpr int64_t bytes = int64_t{1} << 21;
-  constexpr int64_t rows = 12;  // that a product takes at a time
+  constexpr int64_t rows = 12;  // that a product processes at a time
   return std::max<int64_t>(1, bytes / (kPoints * columns * sizeof(T)) / rows) * rows;
 }
 
-// A weight [3, 3, C, Cout], or that turned round, at the points: [panels * C, kPanel], a row for each
-// panel of an input channel. The output channels are next to each other in memory.
+// A weight [3, 3, C, Cout] at the points, [panels * C, kPanel]: one row per panel and input
+// channel. The output channels must be adjacent in memory. `rotated`: by 180 degrees.
 template <typename T>
-PointMatrices<T> kernels_at_points(const Tensor& weight, bool turned) {
+PointMatrices<T> kernels_at_points(const Tensor& weight, bool rotated) {
   const int64_t channels = weight.size(2), out_channels = weight.size(3);
   const int64_t rows = divide_up(out_channels, kPanel) * channels;
   const T* kernel = weight.const_data_ptr<T>();
@@ -217,18 +214,18 @@ PointMatrices<T> kernels_at_points(const Tensor& weight, bool turned) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t column = row / channels * kPanel;
       for (int tap = 0; tap < 9; ++tap) {
-        taps[turned ? 8 - tap : tap] = kernel + tap / 3 * weight.stride(0) +
+        taps[rotated ? 8 - tap : tap] = kernel + tap / 3 * weight.stride(0) +
                                        tap % 3 * weight.stride(1) +
                                        row % channels * weight.stride(2) + column;
       }
-      result.places(row, at_points);
+      result.rows(row, at_points);
       kernel_to_points({taps, at_points, std::min(kPanel, out_channels - column)});
     }
   });
   return result;
 }
 
-// Some tiles of channels-last maps to the points, a row each.
+// Transforms `count` tiles of channels-last maps from `first` on, one row each.
 template <typename T>
 void inputs_at_points(
     const Tiles& tiles, const T* maps, int64_t channels, int64_t first, int64_t count,
@@ -237,12 +234,12 @@ void inputs_at_points(
   T* at_points[kPoints];
   for (int64_t i = 0; i < count; ++i) {
     tiles.pixels(maps, channels, first + i, kIn, 1, zeros, from);
-    result.places(i, at_points);
+    result.rows(i, at_points);
     input_to_points({from, at_points, channels});
   }
 }
 
-// Of channels-last maps.
+// Convolves channels-last maps.
 template <typename T>
 void convolve(
     const Tensor& input, const PointMatrices<T>& kernels, const Tensor& bias, bool relu,
@@ -272,14 +269,14 @@ void convolve(
         inputs_at_points(tiles, in, channels, tile, count, zeros.data(), inputs);
         for (int p = 0; p < kPoints; ++p) {
           for (int64_t panel = 0; panel < panels; ++panel) {
-            nasfcos::multiply(Product<T>{
+            multiply(Product<T>{
                 inputs.row(p, 0), inputs.stride(), 1,
                 kernels.row(p, (first_panel + panel) * channels), kernels.stride(), count, channels,
                 products.row(p, 0) + panel * kPanel, products.stride()});
           }
         }
         for (int64_t i = 0; i < count; ++i) {
-          products.places(i, at_points);
+          products.rows(i, at_points);
           tiles.pixels<T>(out + first, out_channels, tile + i, kOut, 0, nullptr, to);
           points_to_output({at_points, to, columns, added ? added + first : nullptr, relu});
         }
@@ -288,7 +285,7 @@ void convolve(
   });
 }
 
-// The gradient [Cout, 3, 3, C] of a weight, from channels-last maps.
+// The gradient of the weight, [Cout, 3, 3, C], from channels-last maps.
 template <typename T>
 Tensor weight_gradient(const Tensor& grad, const Tensor& input) {
   const int64_t channels = input.size(1), out_channels = grad.size(1);
@@ -299,7 +296,7 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& input) {
   const int64_t most_kernels = std::min(most_columns, fitting<T>(2 * channels));
   const std::vector<T> zeros(std::max(channels, out_channels), T(0));
   const T *in = input.const_data_ptr<T>(), *out = grad.const_data_ptr<T>();
-  // Each part of the tiles has a sum of its own.
+  // Each part of the tiles has its own sum.
   Tensor sums = at::zeros({division.tile_parts, out_channels, 3, 3, channels}, input.options());
   T* all = sums.mutable_data_ptr<T>();
 
@@ -322,20 +319,20 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& input) {
         for (int64_t i = 0; i < count; ++i) {
           tiles.pixels(
               out + first_kernel, out_channels, tile + i, kOut, 0, zeros.data(), from);
-          grads.places(i, at_points);
+          grads.rows(i, at_points);
           output_to_points({from, at_points, end_kernel - first_kernel});
         }
         for (int64_t k = first_kernel; k < end_kernel; k += most_kernels) {
           const int64_t rows = std::min(most_kernels, end_kernel - k);
           for (int p = 0; p < kPoints; ++p) {
             for (int64_t c = 0; c < channels; c += kPanel) {
-              nasfcos::multiply(Product<T>{
+              multiply(Product<T>{
                   grads.row(p, 0) + k - first_kernel, 1, grads.stride(), inputs.row(p, 0) + c,
                   inputs.stride(), rows, count, kernels.row(p, 0) + c, kernels.stride()});
             }
           }
           for (int64_t row = 0; row < rows; ++row) {
-            kernels.places(row, at_points);
+            kernels.rows(row, at_points);
             for (int tap = 0; tap < 9; ++tap) {
               taps[tap] = sum + ((k + row) * 9 + tap) * channels;
             }
@@ -348,7 +345,7 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& input) {
   return sums.sum(0);
 }
 
-// Whether transforming tiles and kernels would take longer than it saves.
+// Whether transforming tiles and kernels costs more than it saves.
 bool is_small(const Tensor& input, const Tensor& weight) {
   constexpr int64_t few_tiles = 48;
   return std::min(weight.size(0), weight.size(1)) < kPanel || Tiles(input).count() < few_tiles;
@@ -401,7 +398,7 @@ void check_gradient(const Tensor& grad, const Tensor& input, const Tensor& weigh
       "conv3x3: the output's gradient must have the output's shape and dtype");
 }
 
-// PyTorch's gradients; which of the two is asked for.
+// PyTorch's gradient of the input or of the weight; the other one is undefined.
 std::tuple<Tensor, Tensor> small_gradients(
     const Tensor& grad, const Tensor& input, const Tensor& weight, bool of_input) {
   const auto [grad_input, grad_weight, _] = at::convolution_backward(
@@ -418,7 +415,7 @@ Tensor conv3x3_input_backward(const Tensor& grad, const Tensor& input, const Ten
   }
   Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "conv3x3_input_backward", [&] {
-    // A convolution, too, of which the output channels are the inputs.
+    // This is a convolution as well, with input and output channels exchanged.
     const auto kernels =
         kernels_at_points<scalar_t>(weight.contiguous(kLast).permute({2, 3, 0, 1}), true);
     convolve(grad.contiguous(kLast), kernels, Tensor(), false, grad_input);
@@ -448,3 +445,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("conv3x3_input_backward", TORCH_FN(conv3x3_input_backward));
   m.impl("conv3x3_weight_backward", TORCH_FN(conv3x3_weight_backward));
 }
+
+}  // namespace nasfcos

@@ -1,23 +1,23 @@
-// Modulated deformable convolution, forward and backward. Its plain version is torchvision's.
+// Modulated deformable convolution, forward and backward.
 //
-// The input is read in channels-last order (turned to it once where it is not), so that a sample
-// (one tap of one output position) is a blend of four contiguous runs of channels. Samples are taken
-// for a block of output positions at a time into `columns` [positions, taps * channels], small
-// enough to stay in cache until a matrix product with the weight consumes them. The output, and in
-// the backward pass the gradients, have the memory format of what they belong to.
+// The input is read channels-last (an input of another format is converted once), so that a sample
+// (one tap at one output position) is a blend of four contiguous runs of channels. Samples are
+// taken for a block of output positions at a time into `columns` [positions, taps * channels],
+// small enough to stay in cache until a matrix product with the weight consumes them. The output
+// and the gradients have the memory format of the tensors that they belong to.
 //
-// The forward pass takes bfloat16 as well: samples are then blended in float32 and stored and
-// multiplied as bfloat16. Offsets and masks are float32, for pixel positions are too fine for less.
+// The forward pass also takes bfloat16: samples are then blended in float32, and stored and
+// multiplied as bfloat16. Offsets and masks are float32, because pixel positions need the
+// precision.
 //
-// Threads share nothing while they work, not even the matrix products, so they wait for each other
-// once or twice a call and not once a block: on a busy machine every such wait can cost
+// Threads share nothing while they work, not even the matrix products, so they synchronise once or
+// twice per call instead of once per block: on a busy machine every synchronisation can cost
 // milliseconds. The forward pass divides the output positions. The backward pass divides the
-// channels (samples of different positions may add to one pixel of the input's gradient, those of
-// different channels never).
+// channels: samples of different positions may add to the same pixel of the input's gradient,
+// samples of different channels never do.
 //
-// Corners outside the image have the index of one more pixel behind its last, so that nothing below
-// needs to ask. It is read as zeros, and in the gradient of the input it collects what is thrown
-// away.
+// Corners outside the image have the index of an extra pixel after the last one, so the loops need
+// no conditions. It reads as zeros, and in the gradient of the input it collects what is discarded.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -40,35 +40,26 @@
 #include "parts.h"
 #include "values.h"
 
+namespace nasfcos {
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-using nasfcos::Geometry;
-using nasfcos::Maps;
-using nasfcos::PlainDispatch;
-using nasfcos::Sample;
-using nasfcos::available_threads;
-using nasfcos::flatten_pixels;
-using nasfcos::geometry_of;
-using nasfcos::locate;
-using nasfcos::maps_of;
-using nasfcos::mutable_maps_of;
 
-// Positions of a block, for rows of so many columns: about a megabyte, but never so few rows that
-// the matrix products become inefficient.
+// The number of positions per block, for so many columns: about a megabyte, but not so few that the
+// matrix products become inefficient.
 int64_t block_of(int64_t columns, int64_t positions) {
   const int64_t rows = (int64_t{1} << 18) / std::max<int64_t>(1, columns) / 16 * 16;
   return std::min(positions, std::clamp<int64_t>(rows, 64, 512));
 }
 
-// Copying fewer elements than this takes less time than waiting for another thread may.
+// Copying fewer elements than this can take less time than synchronising with another thread.
 constexpr int64_t kSmall = int64_t{1} << 18;
 
-// The samples of one group at one output position. `offset` and `mask` start at an image's group.
+// Locates the samples of one group at one output position; `offset` and `mask` start at that group.
 template <typename T>
 NASFCOS_INLINE void locate_taps(
-    const Geometry& g, Maps<const T> offset, Maps<const T> mask, int64_t position,
+    const Geometry& g, MapView<const T> offset, MapView<const T> mask, int64_t position,
     Sample<T>* samples) {
   const T y0 = static_cast<T>(position / g.out_width * g.stride_h - g.pad_h);
   const T x0 = static_cast<T>(position % g.out_width * g.stride_w - g.pad_w);
@@ -83,7 +74,7 @@ NASFCOS_INLINE void locate_taps(
   }
 }
 
-// out = sum of w[i] * corner[i], over n channels.
+// out = sum of w[i] * corner[i], for n channels.
 template <typename T>
 NASFCOS_INLINE void sample(const T* const* corner, const T* w, int64_t n, T* out) {
   const T *a = corner[0], *b = corner[1], *c = corner[2], *d = corner[3];
@@ -131,14 +122,14 @@ NASFCOS_INLINE void scatter(const T* grad, T w, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] += w * grad[i];
 }
 
-// What the forward pass samples from, an image at a time.
+// What the forward pass samples from, for one image.
 template <typename T>
 struct Samples {
   const Geometry& g;
-  Maps<const at::opmath_type<T>> offset, mask;  // of the image
+  MapView<const at::opmath_type<T>> offset, mask;  // of the image
   const T* image;
   int64_t pixel_stride;
-  const T* zeros;  // the channels of a group
+  const T* zeros;  // as many as a group has channels
   Sample<at::opmath_type<T>>* buffer;  // taps
 };
 
@@ -148,7 +139,7 @@ NASFCOS_INLINE void sample_positions_loop(
     const Samples<T>& from, int64_t start, int64_t count, T* column) {
   using Acc = at::opmath_type<T>;
   const Geometry& g = from.g;
-  const int64_t taps = g.taps(), columns = taps * g.channels, nowhere = g.pixels();
+  const int64_t taps = g.taps(), columns = taps * g.channels, outside = g.pixels();
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t group = 0; group < g.groups; ++group) {
       const int64_t channel = group * g.group_channels;
@@ -160,7 +151,7 @@ NASFCOS_INLINE void sample_positions_loop(
         const T* corner[4];
         Acc w[4];
         for (int c = 0; c < 4; ++c) {
-          corner[c] = s.pixel[c] == nowhere
+          corner[c] = s.pixel[c] == outside
                           ? from.zeros
                           : from.image + s.pixel[c] * from.pixel_stride + channel;
         }
@@ -185,20 +176,20 @@ void sample_positions(
   sample_positions_loop(from, start, count, column);
 }
 
-// What the backward pass samples from and adds to: an image's slice of the channels, of one group.
+// What the backward pass samples from and adds to: a slice of the channels of one image and group.
 template <typename T>
 struct Gradients {
   const Geometry& g;
   int64_t channels;
-  Maps<const T> offset, mask;  // of the image's group
-  Maps<T> grad_offset, grad_mask;
+  MapView<const T> offset, mask;  // of the image's group
+  MapView<T> grad_offset, grad_mask;
   const T* image;  // [pixels + 1, channels], the last of zeros
   T* grad_image;
   Sample<T>* buffer;  // taps
 };
 
-// Fills the columns of some output positions, [count, taps * channels], and from the gradients of
-// these makes those of everything that was sampled.
+// Fills the columns of some output positions, [count, taps * channels], and computes the gradients
+// of everything that was sampled from the gradients of the columns.
 template <typename T>
 NASFCOS_INLINE void differentiate_positions_loop(
     const Gradients<T>& to, int64_t start, int64_t count, const T* grad_column, T* column) {
@@ -237,8 +228,8 @@ void differentiate_positions(
   differentiate_positions_loop(to, start, count, grad_column, column);
 }
 
-// to[row * to_stride + column] = from[row * row_stride + column * column_stride]. By tiles of whole
-// cache lines on either side, so that a transposition is not slower than it need be.
+// to[row * to_stride + column] = from[row * row_stride + column * column_stride], in square tiles
+// with sides of one cache line, which makes transpositions fast.
 template <typename T>
 void copy_matrix(
     const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to,
@@ -255,13 +246,13 @@ void copy_matrix(
   }
 }
 
-// A run of input channels, all of one offset group in the backward pass.
+// A run of input channels; in the backward pass all of one offset group.
 struct Slice {
   int64_t first, count;
 };
 
-// The weight [Cout, C, kh, kw] of a slice as the matrix [Cout, taps * channels] that goes with its
-// columns. All of a channels-last weight is that matrix.
+// The weight [Cout, C, kh, kw] of a slice of the channels as the matrix [Cout, taps * channels]
+// that matches its columns. A whole channels-last weight has this layout already.
 template <typename T>
 Tensor weight_matrix(const Geometry& g, const Tensor& given, Slice slice) {
   const int64_t taps = g.taps();
@@ -280,24 +271,23 @@ Tensor weight_matrix(const Geometry& g, const Tensor& given, Slice slice) {
   return matrix;
 }
 
-// The images of a batch, channels-last: as they lie in memory, or in a copy of some at a time.
+// The images of a batch, channels-last: in place if possible, else converted, some at a time.
 template <typename T>
 class ChannelsLast {
  public:
-  ChannelsLast(const Geometry& g, const Tensor& flat) : g_(g), maps_(maps_of<T>(flat)) {
+  ChannelsLast(const Geometry& g, const Tensor& flat) : g_(g), maps_(view_of<T>(flat)) {
     in_place_ = maps_.channel == 1 || g.channels == 1;
-    // As many images at once as keep all threads busy on small maps without much memory on large
-    // ones.
+    // Enough images to keep all threads busy on small maps, without much memory on large ones.
     const int64_t size = std::max<int64_t>(1, g.pixels() * g.channels);
     together = std::max<int64_t>(1, g.images);
     if (!in_place_) together = std::clamp<int64_t>((1 << 22) / size, 1, together);
     if (!in_place_) buffer_ = at::empty({together, g.pixels(), g.channels}, flat.options());
   }
 
-  // Images that are ready at a time.
+  // The number of images that are available at a time.
   int64_t together;
 
-  // Makes the images from `first` on ready.
+  // Makes `together` images from `first` on available.
   void prepare(int64_t first) {
     first_ = first;
     if (in_place_) return;
@@ -324,7 +314,7 @@ class ChannelsLast {
 
  private:
   const Geometry& g_;
-  Maps<const T> maps_;
+  MapView<const T> maps_;
   bool in_place_;
   Tensor buffer_;
   int64_t first_ = 0;
@@ -339,7 +329,7 @@ void forward(
   const Tensor matrix = weight_matrix<T>(g, weight, {0, g.channels});
   const Tensor flat = flatten_pixels(input), flat_offset = flatten_pixels(offset),
                flat_mask = flatten_pixels(mask);
-  const auto offsets = maps_of<Acc>(flat_offset), masks = maps_of<Acc>(flat_mask);
+  const auto offsets = view_of<Acc>(flat_offset), masks = view_of<Acc>(flat_mask);
   const Tensor flat_output = output.view({g.images, g.out_channels, plane});
   const bool rows_of_channels = flat_output.stride(1) == 1;
   const std::vector<T> zeros(g.group_channels, T(0));
@@ -406,8 +396,9 @@ Tensor modulated_deform_conv2d(
   return output;
 }
 
-// How many slices to make of each offset group's channels, so that images * groups * slices units
-// of work occupy the threads evenly. A slice is not narrower than a cache line.
+// The number of slices into which to divide the channels of each offset group, so that the units of
+// work (images * groups * slices) occupy the threads evenly. No slice is narrower than a cache
+// line.
 template <typename T>
 int64_t slices_per_group(const Geometry& g) {
   constexpr int64_t narrowest = 64 / sizeof(T);
@@ -431,14 +422,14 @@ int64_t slices_per_group(const Geometry& g) {
 template <typename T>
 class BackwardUnit {
  public:
-  // Of the image's group: offset, mask and where their gradients go. Of the image: grad [Cout,
-  // positions]. Of the image's slice: input and grad_input.
+  // offset, mask and their gradients are those of the image's group, grad [Cout, positions] that of
+  // the image, input and grad_input those of the image's slice.
   struct Arguments {
-    Maps<const T> offset, mask;
-    Maps<T> grad_offset, grad_mask;
+    MapView<const T> offset, mask;
+    MapView<T> grad_offset, grad_mask;
     Tensor grad;
-    Maps<const T> input;
-    Maps<T> grad_input;
+    MapView<const T> input;
+    MapView<T> grad_input;
   };
 
   BackwardUnit(const Geometry& g, Slice slice, const at::TensorOptions& options)
@@ -454,7 +445,7 @@ class BackwardUnit {
     image_[g.pixels()].zero_();
   }
 
-  // Adds to grad_matrix, which is shaped like matrix.
+  // Adds to grad_matrix, which has the shape of matrix.
   void run(const Arguments& a, const Tensor& matrix, Tensor& grad_matrix) {
     copy_matrix(
         a.input.data, a.input.position, a.input.channel, g_.pixels(), channels_,
@@ -473,7 +464,7 @@ class BackwardUnit {
       at::addmm_out(grad_matrix, grad_matrix, grad, columns_.narrow(0, 0, count));
     }
     const T* grad_image = grad_image_.const_data_ptr<T>();
-    const Maps<T>& maps = a.grad_input;
+    const MapView<T>& maps = a.grad_input;
     if (maps.channel == 1) {
       copy_matrix(grad_image, channels_, 1, g_.pixels(), channels_, maps.data, maps.position);
     } else {
@@ -487,6 +478,39 @@ class BackwardUnit {
   Tensor image_, grad_image_, columns_, grad_columns_;
   std::vector<Sample<T>> samples_;
 };
+
+// The gradient of the weight, from matrices [Cout, taps * channels]: grad_matrix[unit], if defined,
+// is a summand for the channels of slice[unit / images].
+template <typename T>
+Tensor sum_weight_gradients(
+    const Geometry& g, const std::vector<Slice>& slice, const std::vector<Tensor>& grad_matrix,
+    const Tensor& weight) {
+  const int64_t taps = g.taps(), units = static_cast<int64_t>(grad_matrix.size());
+  Tensor grad_weight = empty_as(weight).zero_();
+  T* to = grad_weight.mutable_data_ptr<T>();
+  const bool last = format_of(weight) == at::MemoryFormat::ChannelsLast;
+  const int64_t per_channel = last ? 1 : taps, per_tap = last ? g.channels : 1;
+  int64_t row_work = 1;
+  for (const Tensor& matrix : grad_matrix) {
+    if (matrix.defined()) row_work += matrix.size(1);
+  }
+  at::parallel_for(0, g.out_channels, 4 * kSmall / row_work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (!grad_matrix[unit].defined()) continue;
+      const Slice& s = slice[unit / g.images];
+      const T* from = grad_matrix[unit].const_data_ptr<T>();
+      for (int64_t o = begin; o < end; ++o) {
+        T* row = to + o * g.channels * taps;
+        for (int64_t c = 0; c < s.count; ++c) {
+          for (int64_t t = 0; t < taps; ++t) {
+            row[(s.first + c) * per_channel + t * per_tap] += from[(o * taps + t) * s.count + c];
+          }
+        }
+      }
+    }
+  });
+  return grad_weight;
+}
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -506,17 +530,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
   const Tensor flat = flatten_pixels(input), flat_grad = flatten_pixels(grad),
                flat_offset = flatten_pixels(offset), flat_mask = flatten_pixels(mask);
-  const auto inputs = maps_of<T>(flat), offsets = maps_of<T>(flat_offset),
-             masks = maps_of<T>(flat_mask);
+  const auto inputs = view_of<T>(flat), offsets = view_of<T>(flat_offset),
+             masks = view_of<T>(flat_mask);
   Tensor grad_input = empty_as(input);
-  const auto grad_inputs = mutable_maps_of<T>(grad_input);
-  // Each slice of a group has its share of the group's gradients of offset and mask.
+  const auto grad_inputs = mutable_view_of<T>(grad_input);
+  // Each slice of a group computes a summand of the group's gradients of offset and mask.
   std::vector<Tensor> grad_offset(per_group), grad_mask(per_group);
-  for (Tensor& share : grad_offset) share = empty_as(offset);
-  for (Tensor& share : grad_mask) share = empty_as(mask);
+  for (Tensor& summand : grad_offset) summand = empty_as(offset);
+  for (Tensor& summand : grad_mask) summand = empty_as(mask);
 
-  // Units are ordered by slice, then image. A thread's run of them gives one gradient of the weight
-  // for each slice it meets, kept at the run's first unit of that slice.
+  // Units are ordered by slice, then image. Each thread gets a run of units and computes one
+  // summand of the weight's gradient per slice, kept at the run's first unit of that slice.
   const int64_t units = slices * g.images;
   std::vector<Tensor> grad_matrix(units);
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
@@ -528,8 +552,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       BackwardUnit<T> work(g, slice[k], input.options());
       for (; unit < end && unit / g.images == k; ++unit) {
         const int64_t n = unit % g.images;
-        const auto part_offset = mutable_maps_of<T>(grad_offset[part]);
-        const auto part_mask = mutable_maps_of<T>(grad_mask[part]);
+        const auto part_offset = mutable_view_of<T>(grad_offset[part]);
+        const auto part_mask = mutable_view_of<T>(grad_mask[part]);
         work.run(
             {offsets.at(n, 2 * group * taps), masks.at(n, group * taps),
              part_offset.at(n, 2 * group * taps), part_mask.at(n, group * taps), flat_grad[n],
@@ -539,30 +563,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
   });
 
-  Tensor grad_weight = empty_as(weight).zero_();
-  T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
-  const bool last = format_of(weight) == at::MemoryFormat::ChannelsLast;
-  const int64_t per_channel = last ? 1 : taps, per_tap = last ? g.channels : 1;
-  int64_t row_work = 1;
-  for (int64_t unit = 0; unit < units; ++unit) {
-    if (grad_matrix[unit].defined()) row_work += grad_matrix[unit].size(1);
-  }
-  at::parallel_for(0, g.out_channels, 4 * kSmall / row_work + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = 0; unit < units; ++unit) {
-      if (!grad_matrix[unit].defined()) continue;
-      const Slice& s = slice[unit / g.images];
-      const T* sum = grad_matrix[unit].const_data_ptr<T>();
-      for (int64_t o = begin; o < end; ++o) {
-        for (int64_t c = 0; c < s.count; ++c) {
-          for (int64_t t = 0; t < taps; ++t) {
-            grad_weight_data
-                [o * g.channels * taps + (s.first + c) * per_channel + t * per_tap] +=
-                sum[(o * taps + t) * s.count + c];
-          }
-        }
-      }
-    }
-  });
+  Tensor grad_weight = sum_weight_gradients<T>(g, slice, grad_matrix, weight);
   for (int64_t part = 1; part < per_group; ++part) {
     grad_offset[0].add_(grad_offset[part]);
     grad_mask[0].add_(grad_mask[part]);
@@ -594,3 +595,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("modulated_deform_conv2d", TORCH_FN(modulated_deform_conv2d));
   m.impl("modulated_deform_conv2d_backward", TORCH_FN(modulated_deform_conv2d_backward));
 }
+
+}  // namespace nasfcos

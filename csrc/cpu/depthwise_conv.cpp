@@ -1,15 +1,15 @@
-// Depthwise convolution of stride one that keeps a map's size, with any dilation, and its
+// Depthwise convolution of stride 1 that preserves the size of the maps, with any dilation, and its
 // gradients.
 //
-// Maps are read and written channels-last (turned to it, and the result back, where they are not),
-// so that a vector holds neighbouring channels of one pixel and every tap is one multiply-add of
-// three vectors. Taps outside the image are skipped, not read as zeros: of a dilated kernel on a
-// small map they are the greater part.
+// Maps are read and written channels-last (maps of other formats are converted, and the result
+// back), so that a vector holds adjacent channels of one pixel and every tap is one multiply-add of
+// vectors. Taps outside the image are skipped rather than read as zeros: for a dilated kernel on a
+// small map they are the majority.
 //
-// The gradient of the input is a convolution with the kernel turned round. That of the weight is
-// summed for parts of the rows, each by one thread.
+// The gradient of the input is a convolution with the kernel rotated by 180 degrees. That of the
+// weight is summed separately for parts of the rows, one part per thread.
 //
-// The forward pass takes bfloat16 as well, and sums it in float32.
+// The forward pass also takes bfloat16, which it sums in float32.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -29,27 +29,26 @@
 #include "parts.h"
 #include "vectors.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::Lanes;
-using nasfcos::load;
-using nasfcos::store;
 
-struct Geometry {
+struct DepthwiseShape {
   int64_t images, channels, height, width, kernel, dilation;
 
   NASFCOS_INLINE int64_t rows() const { return images * height; }
   NASFCOS_INLINE int64_t taps() const { return kernel * kernel; }
-  // Of a tap, from the output's pixel to the input's.
+  // The distance from an output pixel to the input pixel of a tap, along one axis.
   NASFCOS_INLINE int64_t shift(int64_t tap) const { return (tap - kernel / 2) * dilation; }
 };
 
-// P neighbouring pixels from (y, x) on, some channels. All pointers start at those channels,
-// `image` at the first pixel of the image, `out` at the first of the pixels; weight is [taps, C].
+// Computes a vector of channels for P adjacent pixels from (y, x) on. All pointers are offset to
+// the first of these channels; `image` points to the first pixel of the image, `out` to (y, x);
+// weight is [taps, C].
 template <int P, typename Vector, typename T, typename Acc>
 NASFCOS_INLINE void convolve_pixels(
-    const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, T* out) {
+    const DepthwiseShape& g, const T* image, const Acc* weight, int64_t y, int64_t x, T* out) {
   Vector sums[P] = {};
   for (int64_t ky = 0; ky < g.kernel; ++ky) {
     const int64_t from_y = y + g.shift(ky);
@@ -76,14 +75,14 @@ NASFCOS_INLINE void convolve_pixels(
   for (int p = 0; p < P; ++p) store(sums[p], out + p * g.channels);
 }
 
-// As many pixels at once as leave no multiply-add waiting for another, and fit the registers of
-// processors with 16 of half the size.
-constexpr int kPixels = 6;
+// Pixels computed at once: enough independent sums to hide the latency of multiply-adds, and few
+// enough for processors with 16 vector registers.
+constexpr int kStrip = 6;
 
-// Channels from c to `end` of P pixels.
+// Computes channels c to `end` of P pixels.
 template <int P, int Bytes, typename T, typename Acc>
 NASFCOS_INLINE void convolve_channels(
-    const Geometry& g, const T* image, const Acc* weight, int64_t y, int64_t x, int64_t c,
+    const DepthwiseShape& g, const T* image, const Acc* weight, int64_t y, int64_t x, int64_t c,
     int64_t end, T* out) {
   using Vector = Lanes<Acc, Bytes>;
   for (; c + Vector::count <= end; c += Vector::count) {
@@ -92,10 +91,10 @@ NASFCOS_INLINE void convolve_channels(
   for (; c < end; ++c) convolve_pixels<P, Acc>(g, image + c, weight + c, y, x, out + c);
 }
 
-// Row y of the output, `out`, from all of an image.
+// Computes row y of the output, `out`, from an image.
 template <typename T, typename Acc>
 struct Convolution {
-  const Geometry& g;
+  const DepthwiseShape& g;
   const T* image;
   const Acc* weight;
   int64_t y;
@@ -104,33 +103,33 @@ struct Convolution {
 
 template <int Bytes, typename T, typename Acc>
 NASFCOS_INLINE void convolve_row_loop(const Convolution<T, Acc>& a) {
-  // Channels that are read together: whole cache lines of memory and not too many of the cache.
+  // Channels that are processed together: whole cache lines, but not too many of them.
   constexpr int64_t together = 256 / sizeof(Acc);
-  const Geometry& g = a.g;
+  const DepthwiseShape& g = a.g;
   for (int64_t c = 0; c < g.channels; c += together) {
     const int64_t end = std::min(g.channels, c + together);
-    if (g.width < kPixels) {
+    if (g.width < kStrip) {
       for (int64_t x = 0; x < g.width; ++x) {
         convolve_channels<1, Bytes>(
             g, a.image, a.weight, a.y, x, c, end, a.out + x * g.channels);
       }
       continue;
     }
-    for (int64_t next = 0; next < g.width; next += kPixels) {
-      // The last ones of a row may be computed a second time.
-      const int64_t x = std::min(next, g.width - kPixels);
-      convolve_channels<kPixels, Bytes>(
+    for (int64_t next = 0; next < g.width; next += kStrip) {
+      // The last strip of a row may overlap the one before it.
+      const int64_t x = std::min(next, g.width - kStrip);
+      convolve_channels<kStrip, Bytes>(
           g, a.image, a.weight, a.y, x, c, end, a.out + x * g.channels);
     }
   }
 }
 
-// Pixels from `begin` to `end` of a row of the output's gradient with those of the input that one
-// tap takes there, `from`, multiplied and added to `sum`.
+// Adds to `sum` the products of the output's gradient with the input pixels `from` that one tap
+// reads, for pixels `begin` to `end` of a row.
 template <typename Vector, typename T>
 NASFCOS_INLINE void dot_pixels(
     const T* grad, const T* from, int64_t begin, int64_t end, int64_t channels, T* sum) {
-  // Several sums, for a multiply-add waits for the one before it on the same sum.
+  // Several independent sums hide the latency of multiply-adds.
   constexpr int parts = 4;
   Vector sums[parts] = {}, a, b;
   int64_t x = begin;
@@ -154,7 +153,7 @@ NASFCOS_INLINE void dot_pixels(
 
 template <typename Vector, typename T>
 NASFCOS_INLINE void weigh_channels(
-    const Geometry& g, const T* grad, const T* image, int64_t y, T* sums) {
+    const DepthwiseShape& g, const T* grad, const T* image, int64_t y, T* sums) {
   for (int64_t ky = 0; ky < g.kernel; ++ky) {
     const int64_t from_y = y + g.shift(ky);
     if (from_y < 0 || from_y >= g.height) continue;
@@ -169,10 +168,11 @@ NASFCOS_INLINE void weigh_channels(
   }
 }
 
-// Adds to `sums` [taps, C] what row y of the output's gradient, `grad`, adds to the weight's.
+// Adds to `sums` [taps, C] the contribution of row y of the output's gradient, `grad`, to the
+// gradient of the weight.
 template <typename T>
 struct Weighing {
-  const Geometry& g;
+  const DepthwiseShape& g;
   const T *grad, *image;
   int64_t y;
   T* sums;
@@ -202,25 +202,25 @@ void convolve_row(const DoubleConvolution& a) { convolve_row_loop<16>(a); }
 void weigh_row(const Weighing<float>& a) { weigh_float(a); }
 void weigh_row(const Weighing<double>& a) { weigh_row_loop<16>(a); }
 
-// Rows that are worth a thread's while.
-int64_t grain_of(const Geometry& g) {
+// The smallest number of rows that is worth a thread.
+int64_t row_grain(const DepthwiseShape& g) {
   return (int64_t{1} << 17) / std::max<int64_t>(1, g.width * g.channels * g.taps()) + 1;
 }
 
-// [C, 1, k, k] as [taps, C] of the dtype that is computed with.
+// [C, 1, k, k] as [taps, C] in the dtype of the arithmetic.
 Tensor taps_first(const Tensor& weight) {
   return weight.flatten(1).t().to(at::toOpMathType(weight.scalar_type())).contiguous();
 }
 
-// Maps and weight [taps, C] to maps; channels-last.
+// Convolves channels-last maps with weight [taps, C].
 template <typename T>
-void convolve(const Geometry& g, const Tensor& input, const Tensor& weight, Tensor& output) {
+void convolve(const DepthwiseShape& g, const Tensor& input, const Tensor& weight, Tensor& output) {
   using B = Bits<T>;
   const B* in = reinterpret_cast<const B*>(input.const_data_ptr<T>());
   B* out = reinterpret_cast<B*>(output.mutable_data_ptr<T>());
   const auto* taps = weight.const_data_ptr<at::opmath_type<T>>();
   const int64_t row = g.width * g.channels;
-  at::parallel_for(0, g.rows(), grain_of(g), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, g.rows(), row_grain(g), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       convolve_row(Convolution<B, at::opmath_type<T>>{
           g, in + i / g.height * g.height * row, taps, i % g.height, out + i * row});
@@ -228,13 +228,14 @@ void convolve(const Geometry& g, const Tensor& input, const Tensor& weight, Tens
   });
 }
 
+// The gradient [taps, C] of the weight.
 template <typename T>
-Tensor weigh(const Geometry& g, const Tensor& grad, const Tensor& input) {
+Tensor weigh(const DepthwiseShape& g, const Tensor& grad, const Tensor& input) {
   const T* in = input.const_data_ptr<T>();
   const T* out = grad.const_data_ptr<T>();
   const int64_t row = g.width * g.channels;
-  // Each part of the rows has a sum of its own.
-  const int64_t parts = parts_of(g.rows(), grain_of(g)), size = g.taps() * g.channels;
+  // Each part of the rows has its own sums.
+  const int64_t parts = parts_of(g.rows(), row_grain(g)), size = g.taps() * g.channels;
   Tensor sums = at::zeros({parts, g.taps(), g.channels}, input.options());
   T* all = sums.mutable_data_ptr<T>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -250,7 +251,7 @@ Tensor weigh(const Geometry& g, const Tensor& grad, const Tensor& input) {
   return sums.sum(0);
 }
 
-Geometry geometry_of(const Tensor& input, const Tensor& weight, int64_t dilation) {
+DepthwiseShape checked_shape(const Tensor& input, const Tensor& weight, int64_t dilation) {
   const char* op = "depthwise_conv2d: ";
   TORCH_CHECK_VALUE(input.dim() == 4, op, "the input must be [N, C, H, W], not ", input.sizes());
   TORCH_CHECK_VALUE(
@@ -266,7 +267,7 @@ Geometry geometry_of(const Tensor& input, const Tensor& weight, int64_t dilation
 }
 
 Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, int64_t dilation) {
-  const Geometry g = geometry_of(input, weight, dilation);
+  const DepthwiseShape g = checked_shape(input, weight, dilation);
   Tensor output = at::empty(input.sizes(), input.options().memory_format(kLast));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, input.scalar_type(), "depthwise_conv2d", [&] {
     convolve<scalar_t>(g, input.contiguous(kLast), taps_first(weight), output);
@@ -276,7 +277,7 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, int64_t dilat
 
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t dilation) {
-  const Geometry g = geometry_of(input, weight, dilation);
+  const DepthwiseShape g = checked_shape(input, weight, dilation);
   TORCH_CHECK_VALUE(
       grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
       "depthwise_conv2d: the output's gradient must have the input's shape and dtype");
@@ -297,3 +298,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_FN(depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_FN(depthwise_conv2d_backward));
 }
+
+}  // namespace nasfcos

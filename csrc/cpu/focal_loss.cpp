@@ -1,4 +1,4 @@
-// Sigmoid focal loss, forward and backward. The plain version is nasfcos/ops/plain.py.
+// Sigmoid focal loss, forward and backward; the arithmetic is in ../focal.h.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -16,13 +16,12 @@
 #include "../focal.h"
 #include "../macros.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::loss_of;
-using nasfcos::slope_of;
 
-// Over n logits of classes that are not the target's.
+// Loops over n logits of classes other than the target.
 
 template <bool squared, typename T>
 NASFCOS_INLINE T sum_loop(const T* x, int64_t n, T gamma) {
@@ -63,7 +62,7 @@ void slopes(const double* x, int64_t n, double gamma, double weight, double* y) 
   slope_loop<false>(x, n, gamma, weight, y);
 }
 
-// Half types are computed in float, a block at a time.
+// Half-precision types are converted to float, one block at a time.
 template <typename S>
 using Compute = at::opmath_type<S>;
 constexpr int64_t kBlock = 512;
@@ -73,8 +72,8 @@ void to_compute(const S* x, int64_t n, Compute<S>* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Compute<S>>(x[i]);
 }
 
-// Splits rows [begin, end) into runs of logits that are not their row's target, single logits that
-// are, and whole rows to ignore. Background is most of the rows, so the runs are long.
+// Splits rows [begin, end) into runs of logits that are not the target of their row, single logits
+// that are, and whole rows to ignore. Most rows are background, so the runs are long.
 template <typename Run, typename Single, typename Ignored>
 void walk(
     const int64_t* targets, int64_t begin, int64_t end, int64_t classes, const Run& run,
@@ -96,7 +95,7 @@ void walk(
   if (end * classes > start) run(start, end * classes);
 }
 
-// Rows of one unit of work: fixed, so that the sum does not depend on the number of threads.
+// Rows per unit of work. Fixed, so that the sum does not depend on the number of threads.
 int64_t rows_per_part(int64_t classes) {
   return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, classes));
 }
@@ -155,7 +154,7 @@ Tensor sum_impl(
   return result;
 }
 
-// y = scale(i) * (what `negatives` and `positive` give), elementwise.
+// The elementwise result scale(i) * f(logit), f being `positive` for targets, else `negatives`.
 template <typename S, typename Negatives, typename Positive, typename Scale>
 Tensor elementwise_impl(
     const Tensor& logits, const Tensor& targets, const Negatives& negatives,
@@ -245,3 +244,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("sigmoid_focal_loss", TORCH_FN(sigmoid_focal_loss));
   m.impl("sigmoid_focal_loss_backward", TORCH_FN(sigmoid_focal_loss_backward));
 }
+
+}  // namespace nasfcos

@@ -1,6 +1,7 @@
-// Group norm and ReLU of channels-last maps: out = relu(scale * x + shift), scale and shift being
-// those of each sample's channels. Forward reads the maps twice (statistics, output), backward too
-// (sums, gradient). Statistics are sums of doubles. The forward pass takes bfloat16 as well.
+// Group norm and ReLU of channels-last maps: out = relu(scale * x + shift), with scale and shift
+// per sample and channel. The forward pass reads the maps twice (statistics, output), and so does
+// the backward pass (sums, gradient). Statistics are computed in double. The forward pass also
+// takes bfloat16.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -18,10 +19,10 @@
 #include "parts.h"
 #include "values.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using namespace nasfcos;
 
 struct Shape {
   Shape(const Tensor& x, int64_t groups)
@@ -29,7 +30,7 @@ struct Shape {
         width(channels / groups) {}
   Parts parts() const { return Parts(samples, pixels, channels); }
   int64_t samples, channels, pixels, groups;
-  int64_t width;  // channels of a group
+  int64_t width;  // channels per group
 };
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups) {
@@ -48,38 +49,43 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t gr
   }
 }
 
-// Of each sample's channels [samples * channels], from the statistics [samples, groups].
+struct Gradients {
+  Tensor input, weight, bias;
+};
+
+// The terms of the norm per sample and channel, [samples * channels].
 template <typename Acc>
-struct Norm {
-  Norm(
-      const Shape& shape, const Tensor& mean, const Tensor& variance, double eps,
-      const Tensor& weight, const Tensor& bias)
+struct GroupNormTerms {
+  GroupNormTerms(
+      const Shape& shape, const NormParameters& parameters, const Statistics& statistics)
       : means(shape.samples * shape.channels), inverse(means), scale(means), shift(means) {
-    const Acc *m = mean.const_data_ptr<Acc>(), *v = variance.const_data_ptr<Acc>();
-    const Acc *w = weight.const_data_ptr<Acc>(), *b = bias.const_data_ptr<Acc>();
+    const Acc* m = statistics.mean.const_data_ptr<Acc>();
+    const Acc* v = statistics.variance.const_data_ptr<Acc>();
+    const Acc* w = parameters.weight.const_data_ptr<Acc>();
+    const Acc* b = parameters.bias.const_data_ptr<Acc>();
     for (size_t i = 0; i < means.size(); ++i) {
       const int64_t group = i / shape.width, channel = i % shape.channels;
       means[i] = m[group];
-      inverse[i] = static_cast<Acc>(1 / std::sqrt(v[group] + eps));
+      inverse[i] = static_cast<Acc>(1 / std::sqrt(v[group] + parameters.eps));
       scale[i] = w[channel] * inverse[i];
       shift[i] = b[channel] - means[i] * scale[i];
     }
   }
 
-  std::vector<Acc> means, inverse, scale, shift;  // `inverse` of the standard deviations
+  std::vector<Acc> means, inverse, scale, shift;  // inverse standard deviations
 };
 
 template <typename scalar_t>
 void forward_of(
-    const Tensor& maps, const Tensor& weight, const Tensor& bias, const Shape& shape, double eps,
-    Tensor& output, Tensor& mean, Tensor& variance) {
+    const Tensor& maps, const Shape& shape, const NormParameters& parameters, Tensor& output,
+    Statistics& statistics) {
   using B = Bits<scalar_t>;
   using Acc = at::opmath_type<scalar_t>;
   const int64_t n = shape.channels, sample_size = shape.pixels * n;
   const B* x = reinterpret_cast<const B*>(maps.const_data_ptr<scalar_t>());
   B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
   const Parts parts = shape.parts();
-  // The first pixel is near enough to the mean for little to be lost to cancellation.
+  // The first pixel is close enough to the mean to avoid cancellation.
   std::vector<double> origin(shape.samples * n);
   for (int64_t i = 0; i < shape.samples * n; ++i) {
     origin[i] = load(x + i / n * sample_size + i % n);
@@ -90,36 +96,37 @@ void forward_of(
       });
   for (int64_t group = 0; group < shape.samples * shape.groups; ++group) {
     const int64_t first = group * shape.width, sample = first / n;
-    const double* own = sums.data() + sample * 2 * n + first % n;
-    // From the channels' means and variances, so that channels may be far from one another.
+    const double* group_sums = sums.data() + sample * 2 * n + first % n;
+    // From the means and variances of the channels, which may be far from one another.
     double total = 0, within = 0, between = 0;
-    for (int64_t i = 0; i < shape.width; ++i) total += origin[first + i] + own[i] / shape.pixels;
-    const double middle = total / shape.width;
     for (int64_t i = 0; i < shape.width; ++i) {
-      const double distance = own[i] / shape.pixels;
-      within += std::max(own[n + i] / shape.pixels - distance * distance, 0.0);
-      between += std::pow(origin[first + i] + distance - middle, 2.0);
+      total += origin[first + i] + group_sums[i] / shape.pixels;
     }
-    mean.mutable_data_ptr<Acc>()[group] = middle;
-    variance.mutable_data_ptr<Acc>()[group] = (within + between) / shape.width;
+    const double mean = total / shape.width;
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const double distance = group_sums[i] / shape.pixels;
+      within += std::max(group_sums[n + i] / shape.pixels - distance * distance, 0.0);
+      between += std::pow(origin[first + i] + distance - mean, 2.0);
+    }
+    statistics.mean.mutable_data_ptr<Acc>()[group] = mean;
+    statistics.variance.mutable_data_ptr<Acc>()[group] = (within + between) / shape.width;
   }
-  const Norm<Acc> norm(shape, mean, variance, eps, weight, bias);
+  const GroupNormTerms<Acc> norm(shape, parameters, statistics);
   parts.each([&](int64_t, int64_t sample, int64_t begin, int64_t end) {
-    const int64_t place = sample * sample_size + begin * n;
+    const int64_t start = sample * sample_size + begin * n;
     apply(
-        x + place, norm.scale.data() + sample * n, norm.shift.data() + sample * n, end - begin, n,
-        out + place);
+        x + start, norm.scale.data() + sample * n, norm.shift.data() + sample * n, end - begin, n,
+        out + start);
   });
 }
 
 template <typename T>
 void backward_of(
-    const Tensor& grad, const Tensor& maps, const Tensor& weight, const Tensor& bias,
-    const Tensor& mean, const Tensor& variance, const Shape& shape, double eps, Tensor& grad_input,
-    Tensor& grad_weight, Tensor& grad_bias) {
+    const Tensor& grad, const Tensor& maps, const Shape& shape, const NormParameters& parameters,
+    const Statistics& statistics, Gradients& gradients) {
   const int64_t n = shape.channels, sample_size = shape.pixels * n;
   const T *g = grad.const_data_ptr<T>(), *x = maps.const_data_ptr<T>();
-  const Norm<T> norm(shape, mean, variance, eps, weight, bias);
+  const GroupNormTerms<T> norm(shape, parameters, statistics);
   std::vector<T> constant(shape.samples * n), linear(shape.samples * n);
   const auto channels_of = [&](int64_t sample) {
     const int64_t first = sample * n;
@@ -130,21 +137,21 @@ void backward_of(
   const Parts parts = shape.parts();
   const auto sums =
       parts.sums<T>(2 * n, [&](int64_t sample, int64_t first, int64_t count, T* to) {
-        const int64_t place = sample * sample_size + first * n;
-        add_sums(g + place, x + place, channels_of(sample), count, n, to);
+        const int64_t start = sample * sample_size + first * n;
+        add_sums(g + start, x + start, channels_of(sample), count, n, to);
       });
-  std::vector<double> of_weight(n), of_bias(n);
-  const T* w = weight.const_data_ptr<T>();
+  std::vector<double> grad_weight(n), grad_bias(n);
+  const T* w = parameters.weight.const_data_ptr<T>();
   for (int64_t first = 0; first < shape.samples * n; first += shape.width) {
-    const double* own = sums.data() + first / n * 2 * n + first % n;
+    const double* group_sums = sums.data() + first / n * 2 * n + first % n;
     const double inverse = norm.inverse[first];
     double slopes = 0, products = 0;
     for (int64_t i = 0; i < shape.width; ++i) {
       const int64_t channel = first % n + i;
-      slopes += w[channel] * own[i];
-      products += w[channel] * own[n + i];
-      of_weight[channel] += inverse * own[n + i];
-      of_bias[channel] += own[i];
+      slopes += w[channel] * group_sums[i];
+      products += w[channel] * group_sums[n + i];
+      grad_weight[channel] += inverse * group_sums[n + i];
+      grad_bias[channel] += group_sums[i];
     }
     const double count = static_cast<double>(shape.width) * shape.pixels;
     for (int64_t i = first; i < first + shape.width; ++i) {
@@ -152,12 +159,12 @@ void backward_of(
       linear[i] = static_cast<T>(-std::pow(inverse, 3) * products / count);
     }
   }
-  std::copy(of_weight.begin(), of_weight.end(), grad_weight.mutable_data_ptr<T>());
-  std::copy(of_bias.begin(), of_bias.end(), grad_bias.mutable_data_ptr<T>());
-  T* to = grad_input.mutable_data_ptr<T>();
+  std::copy(grad_weight.begin(), grad_weight.end(), gradients.weight.mutable_data_ptr<T>());
+  std::copy(grad_bias.begin(), grad_bias.end(), gradients.bias.mutable_data_ptr<T>());
+  T* to = gradients.input.mutable_data_ptr<T>();
   parts.each([&](int64_t, int64_t sample, int64_t begin, int64_t end) {
-    const int64_t place = sample * sample_size + begin * n;
-    write_grad(g + place, x + place, channels_of(sample), end - begin, n, to + place);
+    const int64_t start = sample * sample_size + begin * n;
+    write_grad(g + start, x + start, channels_of(sample), end - begin, n, to + start);
   });
 }
 
@@ -165,14 +172,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(
     const Tensor& input, const Tensor& weight, const Tensor& bias, int64_t groups, double eps) {
   check(input, weight, bias, groups);
   Tensor output = at::empty(input.sizes(), input.options().memory_format(kLast));
-  Tensor mean = at::empty({input.size(0), groups}, weight.options());
-  Tensor variance = at::empty({input.size(0), groups}, weight.options());
+  Statistics statistics{
+      at::empty({input.size(0), groups}, weight.options()),
+      at::empty({input.size(0), groups}, weight.options())};
+  const NormParameters parameters{weight.contiguous(), bias.contiguous(), eps};
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, input.scalar_type(), "group_norm_relu", [&] {
     forward_of<scalar_t>(
-        input.contiguous(kLast), weight.contiguous(), bias.contiguous(), Shape(input, groups), eps,
-        output, mean, variance);
+        input.contiguous(kLast), Shape(input, groups), parameters, output, statistics);
   });
-  return {output.contiguous(format_of(input)), mean, variance};
+  return {output.contiguous(format_of(input)), statistics.mean, statistics.variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
@@ -187,16 +195,17 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
           grad.scalar_type() == input.scalar_type(),
       "group_norm_relu: the output's gradient and the statistics must be as the forward pass gave "
       "them");
-  const Shape shape(input, mean.size(1));
-  Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(kLast));
-  Tensor grad_weight = at::empty(weight.sizes(), weight.options());
-  Tensor grad_bias = at::empty(bias.sizes(), bias.options());
+  const NormParameters parameters{weight.contiguous(), bias.contiguous(), eps};
+  const Statistics statistics{mean.contiguous(), variance.contiguous()};
+  Gradients gradients{
+      at::empty(input.sizes(), input.options().memory_format(kLast)),
+      at::empty(weight.sizes(), weight.options()), at::empty(bias.sizes(), bias.options())};
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "group_norm_relu_backward", [&] {
     backward_of<scalar_t>(
-        grad.contiguous(kLast), input.contiguous(kLast), weight.contiguous(), bias.contiguous(),
-        mean.contiguous(), variance.contiguous(), shape, eps, grad_input, grad_weight, grad_bias);
+        grad.contiguous(kLast), input.contiguous(kLast), Shape(input, mean.size(1)), parameters,
+        statistics, gradients);
   });
-  return {grad_input.contiguous(format_of(input)), grad_weight, grad_bias};
+  return {gradients.input.contiguous(format_of(input)), gradients.weight, gradients.bias};
 }
 
 }  // namespace
@@ -205,3 +214,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("group_norm_relu", TORCH_FN(group_norm_relu));
   m.impl("group_norm_relu_backward", TORCH_FN(group_norm_relu_backward));
 }
+
+}  // namespace nasfcos

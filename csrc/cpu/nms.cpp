@@ -1,4 +1,4 @@
-// Greedy non-maximum suppression, each class by itself. The plain version is nasfcos/ops/plain.py.
+// Greedy non-maximum suppression, separately for each class.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,8 @@
 #include "../macros.h"
 #include "../nms.h"
 
-// A fused multiply-add rounds once instead of twice, which would decide boxes exactly at the
-// threshold differently on different processors.
+// A fused multiply-add rounds once instead of twice, so processors with and without it would decide
+// boxes exactly at the threshold differently.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #define NASFCOS_NO_FMA
@@ -21,15 +21,12 @@
 #define NASFCOS_NO_FMA __attribute__((optimize("fp-contract=off")))
 #endif
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::Box;
-using nasfcos::exclusive_limit;
-using nasfcos::iou;
-using nasfcos::load_box;
 
-// Structure of arrays, in the order in which boxes are considered.
+// Boxes as a structure of arrays, in the order in which they are considered.
 template <typename T>
 struct Boxes {
   std::vector<T> x0, y0, x1, y1, area;
@@ -37,7 +34,7 @@ struct Boxes {
   explicit Boxes(int64_t n) : x0(n), y0(n), x1(n), y1(n), area(n) {}
 };
 
-// Marks those of the n boxes from `first` on whose IoU with box a is above `limit`.
+// Marks the boxes from `first` to n whose IoU with box a is above `limit`.
 template <typename T>
 NASFCOS_INLINE void suppress_loop(
     int64_t first, int64_t n, Box<T> a, T extra, T limit, const T* x0, const T* y0, const T* x1,
@@ -61,11 +58,11 @@ NASFCOS_NO_FMA void suppress(
   suppress_loop(first, n, a, extra, limit, x0, y0, x1, y1, area, suppressed);
 }
 
-// Which of n boxes [n, 4], by descending score, are kept; labels may be null.
+// Finds which of the boxes [n, 4], sorted by descending score, are kept; labels may be null.
 template <typename T>
 void keep_unsuppressed(
     const T* box, const int64_t* labels, int64_t n, T extra, T limit, bool* keep) {
-  // Positions, brought together by class.
+  // Indices of the boxes, grouped by class.
   std::vector<int64_t> ranks(n);
   for (int64_t i = 0; i < n; ++i) ranks[i] = i;
   std::vector<int64_t> starts{0};
@@ -125,7 +122,7 @@ Tensor keep_mask(
 Tensor nms_mask(
     const Tensor& boxes, const std::optional<Tensor>& labels_,
     const std::optional<Tensor>& counts_, double iou_threshold, bool legacy) {
-  nasfcos::check_nms_mask(boxes, labels_, counts_);
+  check_nms_mask(boxes, labels_, counts_);
   const Tensor labels = labels_ ? labels_->to(at::kLong).contiguous() : Tensor();
   const Tensor counts = counts_ ? counts_->to(at::kLong).contiguous() : Tensor();
   if (boxes.scalar_type() == at::kDouble) {
@@ -138,7 +135,7 @@ Tensor nms_mask(
 Tensor nms(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
     double iou_threshold, bool legacy) {
-  return nasfcos::nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
+  return nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
 }
 
 }  // namespace
@@ -147,3 +144,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("nms", TORCH_FN(nms));
   m.impl("nms_mask", TORCH_FN(nms_mask));
 }
+
+}  // namespace nasfcos

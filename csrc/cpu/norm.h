@@ -1,6 +1,8 @@
-// What norms followed by a ReLU share: loops over the pixels of channels-last maps, each of n
-// channels, out[i] = relu(scale[i] * x[i] + shift[i]).
+// What norms followed by a ReLU share: loops over the pixels of channels-last maps with n channels,
+// out[i] = relu(scale[i] * x[i] + shift[i]).
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
@@ -9,7 +11,18 @@
 
 namespace nasfcos {
 
-// Sums of differences from `origin` [n] and of their squares: [2, n].
+// Contiguous [C] each.
+struct NormParameters {
+  at::Tensor weight, bias;
+  double eps;
+};
+
+// Means and variances, [C] for batch norm and [N, groups] for group norm.
+struct Statistics {
+  at::Tensor mean, variance;
+};
+
+// Adds differences from `origin` [n], and their squares, to sums [2, n].
 template <typename T>
 NASFCOS_INLINE void moments_loop(
     const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {
@@ -34,7 +47,7 @@ NASFCOS_INLINE void relu_loop(
   }
 }
 
-// What the gradient needs to know of each channel, each [n].
+// What the gradient depends on besides the maps, [n] each.
 template <typename T>
 struct Channels {
   const T *mean, *scale, *shift;
@@ -42,8 +55,8 @@ struct Channels {
   const T* factor = nullptr;  // of the searched concatenation
 };
 
-// One value's part of the sums: of the output's gradient where the ReLU lets it pass, and of that
-// times the difference of x from its mean.
+// Adds one value to sums [2, n]: the gradient of the norm's output (that of h where the ReLU passes
+// it, else zero), and its product with the difference of x from its mean.
 template <typename T>
 NASFCOS_INLINE void add_slope(
     T grad, T x, const Channels<T>& of, int64_t i, int64_t n, T* sums) {
@@ -59,7 +72,6 @@ NASFCOS_INLINE T grad_of(T grad, T x, const Channels<T>& of, int64_t i) {
   return of.scale[i] * slope + of.constant[i] + of.linear[i] * (x - of.mean[i]);
 }
 
-// Sums [2, n].
 template <typename T>
 NASFCOS_INLINE void relu_sums_loop(
     const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {
@@ -78,8 +90,7 @@ NASFCOS_INLINE void relu_grad_loop(
   }
 }
 
-// The same for each type, by instruction set.
-#define NASFCOS_FORWARD(CLONES, T, ACC)                                                           \
+#define NASFCOS_RELU_FORWARD(CLONES, T, ACC)                                                      \
   CLONES static void moments(                                                                     \
       const T* x, const double* origin, int64_t pixels, int64_t n, double* sums) {                \
     moments_loop(x, origin, pixels, n, sums);                                                     \
@@ -88,12 +99,9 @@ NASFCOS_INLINE void relu_grad_loop(
       const T* x, const ACC* scale, const ACC* shift, int64_t pixels, int64_t n, T* out) {        \
     relu_loop(x, scale, shift, pixels, n, out);                                                   \
   }
-NASFCOS_FORWARD(NASFCOS_CLONES, float, float)
-NASFCOS_FORWARD(NASFCOS_CLONES, uint16_t, float)
-NASFCOS_FORWARD(, double, double)
-#undef NASFCOS_FORWARD
+NASFCOS_FOR_MAP_TYPES(NASFCOS_RELU_FORWARD)
 
-#define NASFCOS_BACKWARD(CLONES, T)                                                               \
+#define NASFCOS_RELU_BACKWARD(CLONES, T)                                                          \
   CLONES static void add_sums(                                                                    \
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* sums) {     \
     relu_sums_loop(grad, x, of, pixels, n, sums);                                                 \
@@ -102,8 +110,6 @@ NASFCOS_FORWARD(, double, double)
       const T* grad, const T* x, const Channels<T>& of, int64_t pixels, int64_t n, T* grad_x) {   \
     relu_grad_loop(grad, x, of, pixels, n, grad_x);                                               \
   }
-NASFCOS_BACKWARD(NASFCOS_CLONES, float)
-NASFCOS_BACKWARD(, double)
-#undef NASFCOS_BACKWARD
+NASFCOS_FOR_GRAD_TYPES(NASFCOS_RELU_BACKWARD)
 
 }  // namespace nasfcos

@@ -16,7 +16,7 @@ NASFCOS_INLINE void multiply_rows(const Product<T>& p, int64_t first) {
   Vector sums[Rows][vectors] = {}, factors[vectors];
   for (int64_t step = 0; step < p.steps; ++step, a += p.a_step, b += p.b_step) {
     for (int v = 0; v < vectors; ++v) load(b + v * lanes, factors[v]);
-    // Unrolled here and below, all sums stay in registers.
+    // Unrolling, here and below, keeps all sums in registers.
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
       for (int v = 0; v < vectors; ++v) sums[row][v] += a[row * p.a_row] * factors[v];
@@ -30,7 +30,7 @@ NASFCOS_INLINE void multiply_rows(const Product<T>& p, int64_t first) {
   }
 }
 
-// All rows from `first` on: `Rows` at a time, and what is left in smaller numbers.
+// All rows from `first` on, `Rows` at a time, and the rest in smaller groups.
 template <int Rows, typename Vector, typename T>
 NASFCOS_INLINE void multiply_from(const Product<T>& p, int64_t first) {
   for (; first + Rows <= p.rows; first += Rows) multiply_rows<Rows, Vector>(p, first);
@@ -39,7 +39,7 @@ NASFCOS_INLINE void multiply_from(const Product<T>& p, int64_t first) {
 
 template <int Bytes, typename T>
 NASFCOS_INLINE void multiply_loop(const Product<T>& p) {
-  // As many rows as leave no multiply-add waiting for another, and fit the registers.
+  // Enough independent sums to hide the latency of multiply-adds, and no more than fit registers.
   constexpr int vectors = kPanel * sizeof(T) / Bytes;
   constexpr int rows = Bytes == 64 ? 12 : std::max(1, (Bytes == 32 ? 12 : 8) / vectors);
   multiply_from<rows, typename Lanes<T, Bytes>::type>(p, 0);

@@ -1,12 +1,12 @@
-// A matrix product for the inside of an operator. Libraries copy both factors to where they can read
-// them best; operators that use one of them many times lay it out that way once.
+// A matrix product for use inside an operator. Libraries first copy both factors into a layout that
+// suits them; an operator that uses a factor many times puts it into that layout once.
 #pragma once
 
 #include <cstdint>
 
 namespace nasfcos {
 
-// Columns of a matrix product that are computed together.
+// The number of columns that a matrix product computes.
 constexpr int64_t kPanel = 16;
 
 // products[row][column] = sum over the steps of a[row][step] * b[step][column], for kPanel columns.
@@ -21,7 +21,7 @@ struct Product {
   int64_t products_row;
 };
 
-// In vectors, and without a copy of either factor.
+// Computes the product with vectors, without copying a factor.
 void multiply(const Product<float>& product);
 void multiply(const Product<double>& product);
 

@@ -1,8 +1,9 @@
-// The end of the searched concatenation in training: ReLU, and a 1x1 convolution with a group of
-// two input channels for each output channel, with their gradients:
+// The end of the searched concatenation where batch_norm.cpp does not apply (other norms, and batch
+// norm with running statistics): ReLU and a grouped 1x1 convolution with two input channels per
+// output channel, with gradients:
 //   out[c] = weight[2c] * relu(x[2c]) + weight[2c + 1] * relu(x[2c + 1]).
-// Each pass reads and writes every map once, channels-last (see depthwise_conv.cpp for other maps).
-// The forward pass takes bfloat16 as well.
+// Each pass reads and writes every map once, channels-last; maps of other formats are converted,
+// and the result back. The forward pass also takes bfloat16.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -19,12 +20,12 @@
 #include "parts.h"
 #include "values.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::Parts;
 
-// Some pixels, each of n output channels.
+// For maps with n output channels.
 template <typename T, typename Acc>
 NASFCOS_INLINE void forward_loop(
     const T* x, const Acc* weight, int64_t pixels, int64_t n, T* out) {
@@ -37,12 +38,12 @@ NASFCOS_INLINE void forward_loop(
   }
 }
 
-// The gradient of x from that of `out`, and what these pixels add to that of the weight.
+// Writes the gradient of x and adds to that of the weight.
 template <typename T>
 NASFCOS_INLINE void backward_loop(
     const T* grad, const T* x, const T* weight, int64_t pixels, int64_t n, T* grad_x,
     T* grad_weight) {
-  // Gradients are doubled first, for then all else goes from one channel to the next.
+  // Every gradient is written twice first, so that all that follows is elementwise over channels.
   constexpr int64_t block = 64;
   T twice[2 * block];
   for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += n, x += 2 * n, grad_x += 2 * n) {
@@ -63,28 +64,20 @@ NASFCOS_INLINE void backward_loop(
   }
 }
 
-NASFCOS_CLONES void forward_pixels(
-    const float* x, const float* weight, int64_t pixels, int64_t n, float* out) {
-  forward_loop(x, weight, pixels, n, out);
-}
-NASFCOS_CLONES void forward_pixels(
-    const uint16_t* x, const float* weight, int64_t pixels, int64_t n, uint16_t* out) {
-  forward_loop(x, weight, pixels, n, out);
-}
-void forward_pixels(
-    const double* x, const double* weight, int64_t pixels, int64_t n, double* out) {
-  forward_loop(x, weight, pixels, n, out);
-}
-NASFCOS_CLONES void backward_pixels(
-    const float* grad, const float* x, const float* weight, int64_t pixels, int64_t n,
-    float* grad_x, float* grad_weight) {
-  backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);
-}
-void backward_pixels(
-    const double* grad, const double* x, const double* weight, int64_t pixels, int64_t n,
-    double* grad_x, double* grad_weight) {
-  backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);
-}
+#define NASFCOS_FORWARD_PIXELS(CLONES, T, ACC)                                                   \
+  CLONES void forward_pixels(                                                                    \
+      const T* x, const ACC* weight, int64_t pixels, int64_t n, T* out) {                        \
+    forward_loop(x, weight, pixels, n, out);                                                     \
+  }
+NASFCOS_FOR_MAP_TYPES(NASFCOS_FORWARD_PIXELS)
+
+#define NASFCOS_BACKWARD_PIXELS(CLONES, T)                                                       \
+  CLONES void backward_pixels(                                                                   \
+      const T* grad, const T* x, const T* weight, int64_t pixels, int64_t n, T* grad_x,          \
+      T* grad_weight) {                                                                          \
+    backward_loop(grad, x, weight, pixels, n, grad_x, grad_weight);                              \
+  }
+NASFCOS_FOR_GRAD_TYPES(NASFCOS_BACKWARD_PIXELS)
 
 void check(const Tensor& input, const Tensor& weight) {
   TORCH_CHECK_VALUE(
@@ -156,3 +149,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("rectified_pairs", TORCH_FN(rectified_pairs));
   m.impl("rectified_pairs_backward", TORCH_FN(rectified_pairs_backward));
 }
+
+}  // namespace nasfcos

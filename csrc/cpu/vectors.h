@@ -1,4 +1,4 @@
-// Vectors of neighbouring values, for code that says itself what is computed together.
+// Vectors of adjacent values, for code that is vectorised explicitly.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@
 
 namespace nasfcos {
 
-// As many T as fit a vector of so many bytes.
+// A vector of as many T as fit so many bytes.
 template <typename T, int Bytes>
 struct Lanes {
   static constexpr int64_t count = Bytes / sizeof(T);
   typedef T type __attribute__((vector_size(Bytes)));
 };
 
-// Channels from memory to `Vector`, one or several, and back.
+// Load a vector of channels (or a single one) from memory, converting bfloat16, and store it.
 template <typename T, typename Vector>
 NASFCOS_INLINE void load(const T* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
@@ -40,13 +40,12 @@ NASFCOS_INLINE void store(const Vector& from, uint16_t* to) {
   using Wide = typename Lanes<uint32_t, sizeof(Vector)>::type;
   Wide wide;
   std::memcpy(&wide, &from, sizeof(wide));
-  // As `narrow` in values.h.
+  // See `narrow` in values.h.
   wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
   wide = from != from ? Wide{} + 0x7fc0 : wide;
   const Narrow bits = __builtin_convertvector(wide, Narrow);
   std::memcpy(to, &bits, sizeof(bits));
 }
 NASFCOS_INLINE void load(const uint16_t* from, float& to) { to = widen(*from); }
-NASFCOS_INLINE void store(const float& from, uint16_t* to) { *to = narrow(from); }
 
 }  // namespace nasfcos

@@ -1,6 +1,5 @@
-// The weighted sum of the searched necks, out = a * x + b * y with a factor a and b for each
-// channel, and its gradients: each is one pass over channels-last maps. The forward pass takes
-// bfloat16 as well.
+// The weighted sum of the searched necks, out = a * x + b * y with factors a and b per channel, and
+// its gradients, each in one pass over channels-last maps. The forward pass also takes bfloat16.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -17,11 +16,10 @@
 #include "parts.h"
 #include "values.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::grain_of;
-using nasfcos::Parts;
 
 template <typename T, typename Acc>
 NASFCOS_INLINE void sum_loop(
@@ -32,7 +30,7 @@ NASFCOS_INLINE void sum_loop(
   }
 }
 
-// The gradients of x and y, and what these pixels add to those of a and b: sums [2, n].
+// Writes the gradients of x and y, and adds to those of a and b, sums [2, n].
 template <typename T>
 NASFCOS_INLINE void grad_loop(
     const T* grad, const T* x, const T* y, const T* a, const T* b, int64_t pixels, int64_t n,
@@ -49,26 +47,20 @@ NASFCOS_INLINE void grad_loop(
   }
 }
 
-// The same for each type, by instruction set.
-#define NASFCOS_FORWARD(CLONES, T, ACC)                                                          \
+#define NASFCOS_SUM_PIXELS(CLONES, T, ACC)                                                       \
   CLONES void sum_pixels(                                                                        \
       const T* x, const T* y, const ACC* a, const ACC* b, int64_t pixels, int64_t n, T* out) {   \
     sum_loop(x, y, a, b, pixels, n, out);                                                        \
   }
-NASFCOS_FORWARD(NASFCOS_CLONES, float, float)
-NASFCOS_FORWARD(NASFCOS_CLONES, uint16_t, float)
-NASFCOS_FORWARD(, double, double)
-#undef NASFCOS_FORWARD
+NASFCOS_FOR_MAP_TYPES(NASFCOS_SUM_PIXELS)
 
-#define NASFCOS_BACKWARD(CLONES, T)                                                              \
+#define NASFCOS_GRAD_PIXELS(CLONES, T)                                                           \
   CLONES void grad_pixels(                                                                       \
       const T* grad, const T* x, const T* y, const T* a, const T* b, int64_t pixels, int64_t n,  \
       T* grad_x, T* grad_y, T* sums) {                                                           \
     grad_loop(grad, x, y, a, b, pixels, n, grad_x, grad_y, sums);                                \
   }
-NASFCOS_BACKWARD(NASFCOS_CLONES, float)
-NASFCOS_BACKWARD(, double)
-#undef NASFCOS_BACKWARD
+NASFCOS_FOR_GRAD_TYPES(NASFCOS_GRAD_PIXELS)
 
 void check(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b) {
   TORCH_CHECK_VALUE(
@@ -96,9 +88,9 @@ Tensor weighted_sum(const Tensor& x, const Tensor& y, const Tensor& a, const Ten
     const B* from_y = reinterpret_cast<const B*>(y_maps.const_data_ptr<scalar_t>());
     B* out = reinterpret_cast<B*>(output.mutable_data_ptr<scalar_t>());
     const Acc *of_x = a_terms.const_data_ptr<Acc>(), *of_y = b_terms.const_data_ptr<Acc>();
-    at::parallel_for(0, pixels_of(x), grain_of(n), [&](int64_t begin, int64_t end) {
-      const int64_t place = begin * n;
-      sum_pixels(from_x + place, from_y + place, of_x, of_y, end - begin, n, out + place);
+    at::parallel_for(0, pixels_of(x), pixel_grain(n), [&](int64_t begin, int64_t end) {
+      const int64_t start = begin * n;
+      sum_pixels(from_x + start, from_y + start, of_x, of_y, end - begin, n, out + start);
     });
   });
   return output.contiguous(format_of(x));
@@ -127,10 +119,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_sum_backward(
              *to_y = grad_y.mutable_data_ptr<scalar_t>();
     const auto sums = Parts(1, pixels, n).sums<scalar_t>(
         2 * n, [&](int64_t, int64_t first, int64_t count, scalar_t* to) {
-          const int64_t place = first * n;
+          const int64_t start = first * n;
           grad_pixels(
-              g + place, from_x + place, from_y + place, of_x, of_y, count, n, to_x + place,
-              to_y + place, to);
+              g + start, from_x + start, from_y + start, of_x, of_y, count, n, to_x + start,
+              to_y + start, to);
         });
     std::copy(sums.begin(), sums.begin() + n, grad_a.mutable_data_ptr<scalar_t>());
     std::copy(sums.begin() + n, sums.end(), grad_b.mutable_data_ptr<scalar_t>());
@@ -144,3 +136,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CPU, m) {
   m.impl("weighted_sum", TORCH_FN(weighted_sum));
   m.impl("weighted_sum_backward", TORCH_FN(weighted_sum_backward));
 }
+
+}  // namespace nasfcos

@@ -1,8 +1,9 @@
 // Winograd's minimal filtering F(4x4, 3x3): a tile of 4x4 outputs from 6x6 inputs and a 3x3 kernel.
 //
 // Tiles and kernels are evaluated as polynomials at the points 0, 2/3, -2/3, 3/2, -3/2 and infinity
-// along both axes, multiplied point by point, and interpolated. With these points float32 loses less
-// than one bit against the direct sum; with the usual 0, 1, -1, 2, -2 and infinity it loses two.
+// along both axes, multiplied point by point, and interpolated. With these points float32 loses
+// less than one bit of precision compared to direct summation; with the usual points 0, 1, -1, 2,
+// -2 and infinity it loses two bits.
 #pragma once
 
 #include "../macros.h"
@@ -11,8 +12,8 @@ namespace nasfcos {
 
 constexpr int kOut = 4, kIn = 6, kPoints = kIn * kIn;
 
-// The points other than 0 and infinity are a, -a, b and -b, with a * b = 1; these are their powers,
-// and one over the product of a point's distances to the others.
+// The points other than 0 and infinity are a, -a, b and -b, with a * b = 1. These are their powers,
+// and for each the reciprocal of the product of its distances to the other finite points.
 template <typename T>
 struct Points {
   static constexpr T a1 = T(2) / 3, a2 = a1 * a1, a3 = a2 * a1;
@@ -20,9 +21,9 @@ struct Points {
   static constexpr T na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
 };
 
-// Each transform takes `from` values along an axis to `to` values. V is a T, or a vector of T.
+// Each transform maps `from` values along an axis to `to` values. V is T or a vector of T.
 
-// Inputs to points.
+// Evaluates the inputs at the points.
 struct InputToPoints {
   static constexpr int from = kIn, to = kIn;
   template <typename T, typename V>
@@ -40,7 +41,7 @@ struct InputToPoints {
   }
 };
 
-// A kernel to points.
+// Evaluates the kernel at the points.
 struct KernelToPoints {
   static constexpr int from = 3, to = kIn;
   template <typename T, typename V>
@@ -57,7 +58,7 @@ struct KernelToPoints {
   }
 };
 
-// Products at the points to outputs.
+// Interpolates the outputs from the products at the points.
 struct PointsToOutput {
   static constexpr int from = kIn, to = kOut;
   template <typename T, typename V>
@@ -101,7 +102,7 @@ struct PointsToKernel {
   }
 };
 
-// A transform along both axes of a tile: rows of `from` values each to rows of `to`.
+// Applies a transform along both axes of a tile: [from, from] to [to, to].
 template <typename Transform, typename T, typename V>
 NASFCOS_INLINE void transform(const V* tile, V* result) {
   constexpr int from = Transform::from, to = Transform::to;

@@ -1,19 +1,20 @@
 // Modulated deformable convolution on CUDA, forward and backward; where a tap reads is in
 // ../deform_conv.h.
 //
-// The samples of a chunk of the output's pixels, of all images one after the other, are taken into
-// `columns` [pixels, taps, channels], which are then maps of taps * channels channels for a 1x1
-// convolution: the product is PyTorch's own, in the precision that its settings have for
-// convolutions (TF32, cuDNN). Maps are channels-last throughout, those of other layouts are copied.
+// The output pixels of all images, one image after the other, are processed in chunks. The samples
+// of a chunk are taken into `columns` [pixels, taps, channels], which serve as maps with taps *
+// channels channels for a 1x1 convolution: the product is PyTorch's own, in the precision of its
+// settings for convolutions (TF32, cuDNN). Maps are channels-last throughout; other layouts are
+// copied.
 //
-// Samples are numbered as they lie in the columns, by pixel, then tap, then group: number i has the
-// columns' channels from i * group_channels on. The forward pass takes half precision as well:
-// samples are then blended in float32, and stored and multiplied in half precision. Offsets and
-// masks are float32, for pixel positions are too fine for less. The backward pass adds to one pixel
-// of the input's gradient from several samples at once, in no certain order.
+// Samples are numbered in the order of the columns, by pixel, then tap, then group: sample i has
+// the channels from i * group_channels on. The forward pass also takes half precision: samples are
+// then blended in float32, and stored and multiplied in half precision. Offsets and masks are
+// float32, because pixel positions need the precision. In the backward pass several samples add to
+// one pixel of the input's gradient concurrently, so the order of summation is not fixed.
 //
-// No chunk has as many as 2^31 numbers in its columns and no grid as many as 2^31 threads, so that
-// counts of these, even one past the end, fit 32 unsigned bits.
+// No chunk has 2^31 or more values in its columns and no grid 2^31 or more threads, so that these
+// counts, even one step past the end, fit into 32 unsigned bits.
 
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
@@ -38,18 +39,11 @@
 #include "../dispatch.h"
 #include "../memory_format.h"
 
+namespace nasfcos {
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-using nasfcos::Geometry;
-using nasfcos::Maps;
-using nasfcos::PlainDispatch;
-using nasfcos::Sample;
-using nasfcos::flatten_pixels;
-using nasfcos::geometry_of;
-using nasfcos::maps_of;
-using nasfcos::mutable_maps_of;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -59,20 +53,20 @@ constexpr int64_t kColumnBytes = int64_t{1} << 28;
 template <typename T>
 struct Chunk {
   Geometry g;
-  Maps<const T> offset, mask;
+  MapView<const T> offset, mask;
   int64_t image;      // of the first pixel
   uint32_t position;  // of the first pixel, within its image
 };
 
 template <typename T>
-struct Place {
+struct LocatedSample {
   int64_t image;
-  uint32_t group, tap, position;  // tap: among those of all groups
+  uint32_t group, tap, position;  // tap: index over all groups
   Sample<T> sample;
 };
 
 template <typename T>
-__device__ __forceinline__ Place<T> place_of(const Chunk<T>& chunk, uint32_t number) {
+__device__ __forceinline__ LocatedSample<T> locate_sample(const Chunk<T>& chunk, uint32_t number) {
   const Geometry& g = chunk.g;
   const uint32_t groups = static_cast<uint32_t>(g.groups), taps = static_cast<uint32_t>(g.taps());
   const uint32_t positions = static_cast<uint32_t>(g.positions());
@@ -80,28 +74,28 @@ __device__ __forceinline__ Place<T> place_of(const Chunk<T>& chunk, uint32_t num
   const uint32_t kernel_w = static_cast<uint32_t>(g.kernel_w);
   const uint32_t tap = number / groups % taps;
   const uint32_t pixel = chunk.position + number / groups / taps;
-  Place<T> place;
-  place.image = chunk.image + pixel / positions;
-  place.group = number % groups;
-  place.tap = place.group * taps + tap;
-  place.position = pixel % positions;
-  const int64_t y = place.position / out_width * g.stride_h - g.pad_h;
-  const int64_t x = place.position % out_width * g.stride_w - g.pad_w;
-  const auto offset = chunk.offset.at(place.image, 2 * static_cast<int64_t>(place.tap));
-  place.sample = nasfcos::locate(
-      g, static_cast<T>(y + tap / kernel_w * g.dilation_h) + offset(0, place.position),
-      static_cast<T>(x + tap % kernel_w * g.dilation_w) + offset(1, place.position),
-      chunk.mask.at(place.image, place.tap)(0, place.position));
-  return place;
+  LocatedSample<T> located;
+  located.image = chunk.image + pixel / positions;
+  located.group = number % groups;
+  located.tap = located.group * taps + tap;
+  located.position = pixel % positions;
+  const int64_t y = located.position / out_width * g.stride_h - g.pad_h;
+  const int64_t x = located.position % out_width * g.stride_w - g.pad_w;
+  const auto offset = chunk.offset.at(located.image, 2 * static_cast<int64_t>(located.tap));
+  located.sample = locate(
+      g, static_cast<T>(y + tap / kernel_w * g.dilation_h) + offset(0, located.position),
+      static_cast<T>(x + tap % kernel_w * g.dilation_w) + offset(1, located.position),
+      chunk.mask.at(located.image, located.tap)(0, located.position));
+  return located;
 }
 
-// V channels, read and written at once.
+// V channels that are read and written together.
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Run {
   T values[V];
 };
 
-// A thread for each run of channels; `count` runs.
+// One thread per run of channels; `count` runs.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) sample_kernel(
     Chunk<at::opmath_type<T>> chunk, const T* __restrict__ input, uint32_t count,
@@ -110,16 +104,16 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(
   const Geometry& g = chunk.g;
   const uint32_t runs = static_cast<uint32_t>(g.group_channels) / V;
   for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
-    const Place<Acc> place = place_of(chunk, i / runs);
-    const T* from = input + place.image * g.pixels() * g.channels +
-                    place.group * g.group_channels + i % runs * V;
+    const LocatedSample<Acc> located = locate_sample(chunk, i / runs);
+    const T* from = input + located.image * g.pixels() * g.channels +
+                    located.group * g.group_channels + i % runs * V;
     Acc weights[4], sums[V] = {};
-    place.sample.blend(weights);
+    located.sample.blend(weights);
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const int32_t pixel = place.sample.pixel[corner];
-      const Acc weight = weights[corner] * place.sample.mask;
-      Run<T, V> run{};  // outside; times a weight that is not a number it is not one either
+      const int32_t pixel = located.sample.pixel[corner];
+      const Acc weight = weights[corner] * located.sample.mask;
+      Run<T, V> run{};  // zeros outside the image, which a NaN weight still makes NaN
       if (pixel != g.pixels()) {
         run = *reinterpret_cast<const Run<T, V>*>(from + pixel * g.channels);
       }
@@ -133,22 +127,23 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(
   }
 }
 
-// A warp for each of `count` samples. Columns come as gradients and go as samples; a thread reads
-// and writes no others than its own.
+// One warp for each of `count` samples. `columns` holds gradients at first and samples at the end;
+// each thread reads and writes only its own values.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) differentiate_kernel(
     Chunk<T> chunk, const T* __restrict__ input, uint32_t count, T* columns, T* grad_input,
-    Maps<T> grad_offset, Maps<T> grad_mask) {
+    MapView<T> grad_offset, MapView<T> grad_mask) {
   const Geometry& g = chunk.g;
   const uint32_t lane = threadIdx.x % kWarp, warps = kThreads / kWarp;
   const uint32_t n = static_cast<uint32_t>(g.group_channels);
-  // The same for a whole warp, so that its shuffles have all lanes.
+  // `i` is the same for the whole warp, so that all lanes take part in the shuffles.
   for (uint32_t i = blockIdx.x * warps + threadIdx.x / kWarp; i < count; i += gridDim.x * warps) {
-    const Place<T> place = place_of(chunk, i);
-    const Sample<T>& s = place.sample;
-    const int64_t first = place.image * g.pixels() * g.channels + place.group * g.group_channels;
+    const LocatedSample<T> located = locate_sample(chunk, i);
+    const Sample<T>& s = located.sample;
+    const int64_t first =
+        located.image * g.pixels() * g.channels + located.group * g.group_channels;
     T* column = columns + i * g.group_channels;
-    T w[4], d[4] = {};  // weights of the corners; dot products of these with the gradient
+    T w[4], d[4] = {};  // weights of the corners; dot products of their values with the gradient
     s.blend(w);
     for (uint32_t c = lane; c < n; c += kWarp) {
       const T grad = column[c];
@@ -173,10 +168,10 @@ __global__ void __launch_bounds__(kThreads) differentiate_kernel(
       }
     }
     if (lane == 0) {
-      const auto to = grad_offset.at(place.image, 2 * static_cast<int64_t>(place.tap));
-      to(0, place.position) = s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
-      to(1, place.position) = s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
-      grad_mask.at(place.image, place.tap)(0, place.position) =
+      const auto to = grad_offset.at(located.image, 2 * static_cast<int64_t>(located.tap));
+      to(0, located.position) = s.mask * ((1 - s.x) * (d[2] - d[0]) + s.x * (d[3] - d[1]));
+      to(1, located.position) = s.mask * ((1 - s.y) * (d[1] - d[0]) + s.y * (d[3] - d[2]));
+      grad_mask.at(located.image, located.tap)(0, located.position) =
           w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
     }
   }
@@ -187,7 +182,8 @@ unsigned int blocks_for(int64_t threads) {
       std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, kMaxBlocks));
 }
 
-// Calls body(chunk, first, pixels) for equal parts of the output's pixels; there is one at least.
+// Calls body(chunk, first, pixels) for equal parts of the output pixels, of which there must be
+// some.
 template <typename T, typename Body>
 void for_each_chunk(
     const Geometry& g, const Tensor& offset, const Tensor& mask, int64_t pixel_bytes,
@@ -198,7 +194,7 @@ void for_each_chunk(
   const int64_t parts = (total + most - 1) / most, part = (total + parts - 1) / parts;
   for (int64_t first = 0; first < total; first += part) {
     const Chunk<T> chunk{
-        g, maps_of<T>(flat_offset), maps_of<T>(flat_mask), first / g.positions(),
+        g, view_of<T>(flat_offset), view_of<T>(flat_mask), first / g.positions(),
         static_cast<uint32_t>(first % g.positions())};
     body(chunk, first, std::min(part, total - first));
   }
@@ -216,10 +212,10 @@ Tensor maps_from(const Tensor& rows, int64_t images, int64_t height, int64_t wid
   return rows.view({images, height, width, rows.size(1)}).permute({0, 3, 1, 2});
 }
 
-// The same as one image of one row.
+// [pixels, C] as one image with one row, [1, C, 1, pixels].
 Tensor row_from(const Tensor& rows) { return maps_from(rows, 1, 1, rows.size(0)); }
 
-// The weight [Cout, C, kh, kw] for columns, [Cout, taps * C, 1, 1].
+// The weight [Cout, C, kh, kw] as that of the columns, [Cout, taps * C, 1, 1].
 Tensor column_weight(const Geometry& g, const Tensor& weight) {
   return weight.permute({0, 2, 3, 1}).reshape({g.out_channels, g.taps() * g.channels, 1, 1});
 }
@@ -290,7 +286,7 @@ Tensor modulated_deform_conv2d(
   return maps_from(rows, g.images, g.out_height, g.out_width).contiguous(format);
 }
 
-// Adds to grad_input [N, H, W, C] and to grad_weight, which is shaped like weight; writes the other
+// Adds to grad_input [N, H, W, C] and to grad_weight (in the shape of weight), and writes the other
 // gradients.
 template <typename T>
 void differentiate(
@@ -309,7 +305,7 @@ void differentiate(
         differentiate_kernel<T><<<blocks_for(samples * kWarp), kThreads, 0, stream>>>(
             chunk, input.const_data_ptr<T>(), static_cast<uint32_t>(samples),
             columns.mutable_data_ptr<T>(), grad_input.mutable_data_ptr<T>(),
-            mutable_maps_of<T>(grad_offset), mutable_maps_of<T>(grad_mask));
+            mutable_view_of<T>(grad_offset), mutable_view_of<T>(grad_mask));
         C10_CUDA_KERNEL_LAUNCH_CHECK();
         grad_weight.add_(std::get<1>(at::convolution_backward(
             row, row_from(columns), weight, std::nullopt, {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1,
@@ -357,3 +353,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CUDA, m) {
   m.impl("modulated_deform_conv2d", TORCH_FN(modulated_deform_conv2d));
   m.impl("modulated_deform_conv2d_backward", TORCH_FN(modulated_deform_conv2d_backward));
 }
+
+}  // namespace nasfcos

@@ -1,7 +1,7 @@
 // Sigmoid focal loss on CUDA, forward and backward; the arithmetic is in ../focal.h.
 //
-// Targets are checked where they are read, by an assertion on the device as in PyTorch's own losses:
-// checking them before the kernels start would make the host wait for the device.
+// Targets are checked by an assertion on the device, as in PyTorch's losses: checking them before
+// the kernels start would make the host wait for the device.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -18,17 +18,17 @@
 
 #include "../focal.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::loss_of;
-using nasfcos::slope_of;
 
 template <typename S>
 using Compute = at::opmath_type<S>;
 
 constexpr int kThreads = 256;
-// Enough blocks for any device; fixed, so that the order of the sum does not depend on the device.
+// Enough blocks for any device. Fixed, so that the order of summation does not depend on the
+// device.
 constexpr int64_t kMaxBlocks = 4096;
 
 template <typename T>
@@ -51,9 +51,8 @@ __device__ __forceinline__ T weighted_slope(T x, bool positive, const Parameters
   return (positive ? -p.alpha : 1 - p.alpha) * slope;
 }
 
-// Calls body(i, state) for the elements of this thread; state is -1 in an ignored row, 1 where the
-// element is its row's target, else 0. Index is 32 bits wide where that suffices, for a fast
-// division.
+// Calls body(i, state) for the elements of this thread; state is -1 in an ignored row, 1 for the
+// target of a row, and 0 otherwise. Index has 32 bits where that suffices, for a faster division.
 template <typename Index, typename Body>
 __device__ __forceinline__ void for_each_element(
     const int64_t* targets, Index count, Index classes, const Body& body) {
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
   });
 }
 
-// grad is one number (grad_step 0) or of the logits' shape (grad_step 1).
+// grad is a single number (grad_step 0) or has the shape of the logits (grad_step 1).
 template <typename S, typename Index>
 __global__ void __launch_bounds__(kThreads) grad_kernel(
     const Compute<S>* grad, Index grad_step, const S* logits, const int64_t* targets, Index count,
@@ -111,10 +110,10 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(
   });
 }
 
-// Calls launch with an index variable of the type to use.
+// Calls launch with a value of the index type to use.
 template <typename Launch>
 void with_index(int64_t count, const Launch& launch) {
-  // The loop's last step must not overflow either.
+  // Leaves room for the last step of the loop, which goes beyond the count.
   if (count < std::numeric_limits<int32_t>::max() - kMaxBlocks * kThreads) {
     launch(uint32_t{});
   } else {
@@ -123,7 +122,7 @@ void with_index(int64_t count, const Launch& launch) {
 }
 
 unsigned int blocks_for(int64_t count) {
-  // A few elements a thread pay for the sum of a block.
+  // A few elements per thread, to amortise the reduction within a block.
   return static_cast<unsigned int>(
       std::clamp<int64_t>((count + 4 * kThreads - 1) / (4 * kThreads), 1, kMaxBlocks));
 }
@@ -214,3 +213,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CUDA, m) {
   m.impl("sigmoid_focal_loss", TORCH_FN(sigmoid_focal_loss));
   m.impl("sigmoid_focal_loss_backward", TORCH_FN(sigmoid_focal_loss_backward));
 }
+
+}  // namespace nasfcos

@@ -1,6 +1,6 @@
-// Greedy non-maximum suppression on CUDA, in two steps: every pair of an image's boxes is compared
-// at once, each box getting a bit for each later box that it would suppress; then one block for each
-// image walks through the boxes by score and keeps those that no kept box suppresses.
+// Greedy non-maximum suppression on CUDA, in two steps. First, all pairs of an image's boxes are
+// compared in parallel; each box gets a bit for each later box that it would suppress. Then one
+// block per image goes through the boxes by score and keeps those that no kept box suppresses.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,28 +15,25 @@
 #include "../iou.h"
 #include "../nms.h"
 
+namespace nasfcos {
 namespace {
 
 using at::Tensor;
-using nasfcos::Box;
-using nasfcos::exclusive_limit;
-using nasfcos::iou;
-using nasfcos::load_box;
 
-// Boxes are handled by tiles of as many as a word has bits.
+// Boxes per tile: the number of bits in a word.
 constexpr int kTile = 64;
 constexpr int kWalkThreads = 512;
 
-// How many of an image's boxes there are; counts may be null.
+// The number of valid boxes of an image; counts may be null.
 __device__ int64_t present(const int64_t* counts, int64_t image, int64_t most) {
   if (!counts) return most;
   const int64_t count = counts[image];
   return count < 0 ? 0 : count < most ? count : most;
 }
 
-// Boxes (and labels, or null) of each image by descending score, `most` of them. Bit j of
-// hits[(image * most + i) * tiles + column] says that box i suppresses box 64 * column + j. Words
-// left of box i's own tile, and those of boxes beyond the image's count, are not written.
+// Boxes [images, most, 4] and labels [images, most] (or null) are sorted by descending score. Bit j
+// of hits[(image * most + i) * tiles + column] tells whether box i suppresses box 64 * column + j.
+// Words left of box i's own tile, and those of boxes beyond the image's count, are not written.
 template <typename T>
 __global__ void __launch_bounds__(kTile) compare_kernel(
     const T* boxes, const int64_t* labels, const int64_t* counts, int64_t most, int64_t tiles,
@@ -68,9 +65,9 @@ __global__ void __launch_bounds__(kTile) compare_kernel(
   hits[i * tiles + column] = word;
 }
 
-// One block for each image. `removed`, zero at first, collects the bits of the boxes suppressed so
-// far; bits of a tile are final once all tiles before it are done. Boxes beyond the image's count
-// are left as they are: not kept.
+// One block per image. `removed`, initially zero, collects the bits of the boxes suppressed so far;
+// the bits of a tile are final once all tiles before it are done. Boxes beyond the image's count
+// stay as initialised: not kept.
 __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
     const uint64_t* hits, const int64_t* counts, int64_t most, int64_t tiles, uint64_t* removed,
     bool* keep) {
@@ -79,13 +76,13 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
   hits += image * most * tiles;
   removed += image * tiles;
   keep += image * most;
-  __shared__ uint64_t own[kTile];  // what the boxes of the tile suppress within it
+  __shared__ uint64_t own[kTile];  // the boxes that each box of the tile suppresses within it
   __shared__ uint64_t kept;
   for (int64_t tile = 0; tile < last; ++tile) {
     const int64_t first = tile * kTile;
     const int count = static_cast<int>(n - first < kTile ? n - first : kTile);
     if (threadIdx.x < count) own[threadIdx.x] = hits[(first + threadIdx.x) * tiles + tile];
-    __syncthreads();  // also ends the last tile's updates of `removed`
+    __syncthreads();  // also completes the previous tile's updates of `removed`
     if (threadIdx.x == 0) {
       uint64_t gone = removed[tile], alive = 0;
       for (int j = 0; j < count; ++j) {
@@ -107,8 +104,8 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(
       }
       removed[column] = gone;
     }
-    // `own` is overwritten at the next turn only after thread 0 has passed the second barrier,
-    // `kept` only after every thread has passed the next turn's first one.
+    // The next iteration overwrites `own` only after thread 0 has passed the second barrier, and
+    // `kept` only after all threads have passed that iteration's first barrier.
   }
 }
 
@@ -143,7 +140,7 @@ Tensor keep_mask(
 Tensor nms_mask(
     const Tensor& boxes_, const std::optional<Tensor>& labels_,
     const std::optional<Tensor>& counts_, double iou_threshold, bool legacy) {
-  nasfcos::check_nms_mask(boxes_, labels_, counts_);
+  check_nms_mask(boxes_, labels_, counts_);
   const c10::cuda::CUDAGuard guard(boxes_.device());
   const bool wide = boxes_.scalar_type() == at::kDouble;
   const Tensor boxes = boxes_.to(wide ? at::kDouble : at::kFloat).contiguous();
@@ -157,7 +154,7 @@ Tensor nms(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels,
     double iou_threshold, bool legacy) {
   const c10::cuda::CUDAGuard guard(boxes.device());
-  return nasfcos::nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
+  return nms_by_mask(boxes, scores, labels, iou_threshold, legacy, nms_mask);
 }
 
 }  // namespace
@@ -166,3 +163,5 @@ TORCH_LIBRARY_IMPL(nasfcos, CUDA, m) {
   m.impl("nms", TORCH_FN(nms));
   m.impl("nms_mask", TORCH_FN(nms_mask));
 }
+
+}  // namespace nasfcos
