@@ -1,6 +1,6 @@
-"""The models' arithmetic in PyTorch's and torchvision's own operators, as one would write it down.
+"""The arithmetic of the models in PyTorch's and torchvision's own operators.
 
-With two threads it rounds just as the golden values were rounded, where the processor does.
+With two threads it rounds exactly as in the golden values, if the processor does.
 """
 
 import torch
@@ -12,7 +12,7 @@ from nasfcos.ops import reference
 
 
 def use_plain_operators(monkeypatch):
-    """From here on, models compute with no operator of ours."""
+    """Make models compute without our operators for the rest of the test."""
     monkeypatch.setattr(layers, "_OWN_NORMS", False)
     monkeypatch.setattr(layers, "modulated_deform_conv2d", _deform_conv)
     monkeypatch.setattr(layers, "conv3x3", _conv3x3)
@@ -32,7 +32,7 @@ def _deform_conv(input, offset, mask, weight, bias, padding, offset_groups):
 
 
 def plain_focal_loss(logits, labels, gamma, alpha):
-    """Summed; logits [N, C], labels [N] from 0 (background)."""
+    """The sum of the focal losses of logits [N, C] with labels [N], 0 for background."""
     p = logits.sigmoid()
     is_class = labels[:, None] == torch.arange(1, logits.shape[1] + 1)
     is_other = ~is_class & (labels >= 0)[:, None]
@@ -42,7 +42,7 @@ def plain_focal_loss(logits, labels, gamma, alpha):
 
 
 def plain_losses(head, outputs, targets):
-    """Of both heads, level after level, with the places of objects picked out."""
+    """The losses of either head, with the locations of objects picked out of all levels."""
     assignment = head.assign([tuple(x.shape[-2:]) for x in outputs[0]], targets)
     counts = [x[0].numel() // head.num_classes for x in outputs[0]]
     flat = [

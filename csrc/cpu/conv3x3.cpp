@@ -134,8 +134,8 @@ class PointMatrices {
         values_(at::empty({kPoints, apart_}, options)),
         data_(values_.mutable_data_ptr<T>()) {}
 
-  // For rows that are not written to the end: products read the padding too, and denormal numbers
-  // there would slow them down.
+  // For rows that are not written to the end: products read the padding too, and what happens to be
+  // in memory there, such as denormal numbers, might slow them down.
   void zero() { values_.zero_(); }
 
   int64_t stride() const { return stride_; }

@@ -39,8 +39,8 @@ def test_gradient_of_the_relu():
 @needs_compiled("conv3x3")
 @pytest.mark.parametrize("channels", [64, 256])
 def test_rounding_stays_small(channels):
-    """In units of the values' own rounding, since PyTorch's sums differ between processors: its
-    errors are 1 to 6 of them, ours 5 to 11, and those of a tile with the usual points 12 to 17."""
+    """In units of the rounding of the values, because PyTorch's sums differ between processors: its
+    errors are 1 to 6 units, ours 5 to 11, and with the usual points they would be 12 to 17."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, 40, 40, generator=generator).relu()
     weight = torch.randn(64, channels, 3, 3, generator=generator)
@@ -94,7 +94,7 @@ def test_of_some_channels_of_a_map():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_pixels_reach_no_further_than_their_tiles(bad):
     x, weight, _ = OPERATOR.tensors("whole tiles and panels", torch.float32)
-    # The first is inside a tile, the second in its corner, which three others read.
+    # The first pixel is inside a tile, the second in its corner, which three other tiles read.
     for row, column, rows, columns in ((9, 14, (8, 12), (12, 16)), (8, 12, (4, 12), (8, 16))):
         hit = x.clone()
         hit[0, 3, row, column] = bad

@@ -42,20 +42,20 @@ def random_case(name, dtype=torch.float64, spread=2.0, seed=0):
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    """For comparisons on a GPU, which would multiply in TF32."""
+    """A GPU would multiply in TF32, which is too coarse for comparisons."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def half_tolerance(dtype, device):
-    """Compiled for the CPU samples are rounded to bfloat16, for CUDA to either half precision;
-    on the CPU float16 is computed in float32."""
+    """The CPU kernel rounds samples to bfloat16, the CUDA kernel to either half precision. On the
+    CPU, float16 is computed in float32."""
     if dtype == torch.bfloat16:
         return {"rtol": 2e-2, "atol": 2e-2}
     return {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 2e-3, "atol": 2e-3}
 
 
 def operators_of(geometry):
-    """Both operators without their face: output and gradients, the latter in float32."""
+    """Calls the two operators directly: output, and gradients in float32."""
     settings = [geometry[name] for name in ("stride", "padding", "dilation", "offset_groups")]
     operators = torch.ops.nasfcos
 
@@ -106,7 +106,7 @@ def test_no_offset_and_full_mask_is_an_ordinary_convolution():
 
 
 def test_whole_offsets_move_the_taps_of_their_group():
-    # One tap; group 0 reads 2 down and 1 right, group 1 one left: a shift of the channels.
+    # One tap: group 0 reads 2 pixels down and 1 right, group 1 one pixel left.
     x = torch.arange(2 * 5 * 6, dtype=torch.float32).reshape(1, 2, 5, 6)
     offset = torch.tensor([2.0, 1, 0, -1])[None, :, None, None].expand(1, 4, 5, 6)
     mask = torch.tensor([1.0, 0.5])[None, :, None, None].expand(1, 2, 5, 6)
@@ -132,7 +132,7 @@ def test_gradcheck(name, device):
 @pytest.mark.parametrize("version", ["dispatched", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9])
 @pytest.mark.parametrize("device", DEVICES)
-def test_offsets_that_are_not_positions(value, version, device):
+def test_offsets_that_are_no_positions(value, version, device):
     tensors, geometry = random_case("the model's", torch.float32)
     tensors = [t.to(device) for t in tensors]
     x, offset, mask, weight, bias = tensors
@@ -163,7 +163,7 @@ def test_offsets_that_are_not_positions(value, version, device):
     assert grad_mask[~hit.expand_as(grad_mask)].isfinite().all()
     if value == value:
         assert all(grad.isfinite().all() for grad in grads)
-        # a sample that reads nothing is a tap with mask zero
+        # A sample outside the image is like a tap with mask zero.
         shut = mask.clone()
         for tap in (3, 4, 5):
             shut[:, tap : tap + 1].masked_fill_(hit, 0)
@@ -177,7 +177,7 @@ def test_offsets_that_are_not_positions(value, version, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bad_pixels_reach_only_samples_that_touch_them(device):
-    """Samples outside the image must not read the values at its corners instead."""
+    """Samples outside the image do not read the values at its corners."""
     tensors, geometry = random_case("the model's", torch.float32)
     x, offset, mask, weight, bias = (t.to(device) for t in tensors)
     x[:, :, 0, 0] = x[:, :, -1, -1] = torch.nan
@@ -252,10 +252,10 @@ def test_without_bias_and_with_frozen_arguments():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_bfloat16_keeps_what_is_not_a_number(device):
+def test_bfloat16_keeps_nan_and_infinity(device):
     tensors, geometry = random_case("the model's", torch.bfloat16)
     x, offset, mask, weight, bias = (t.to(device) for t in tensors)
-    # All bits of the fraction: rounding must not carry this into another number.
+    # A NaN with all bits of the fraction set, which rounding must not carry into another number.
     x[0, 3, 5, 5] = torch.tensor([0x7FFF], dtype=torch.int16).view(torch.bfloat16)
     x[0, 4, 9, 9] = torch.inf
     got = modulated_deform_conv2d(x, 0 * offset, mask, weight, bias, **geometry)
@@ -306,13 +306,13 @@ def test_half_types_and_their_gradients(name, format, dtype, device):
     assert all(t.dtype == dtype for t in got)
     tolerance = half_tolerance(dtype, device)
     torch.testing.assert_close(got[0], want[0].to(dtype), **tolerance)
-    # The gradients are those of float32 for an output's gradient that was rounded.
+    # The gradients are computed in float32 from a rounded gradient of the output.
     check_close([t.float() for t in got[1:]], want[1:], 2e-2)
 
 
 @pytest.mark.gpu
 def test_works_on_the_current_stream():
-    """The tensors are late, so that a kernel on another stream would not see them yet."""
+    """The tensors are written late, so a kernel on another stream would read the old values."""
     tensors, geometry = random_case("the model's", torch.float32)
     tensors = [t.cuda() for t in tensors]
     function = operators_of(geometry)
@@ -335,7 +335,7 @@ def test_works_on_the_current_stream():
 def test_replays_in_a_cuda_graph(dtype):
     def arguments(seed):
         (x, *positions, weight, bias), _ = random_case("the model's", torch.float32, seed=seed)
-        # 32 channels in and out: the input will do as the output's gradient.
+        # With 32 channels in and out, the input can serve as the output's gradient.
         tensors = [x, x.to(dtype), *positions, weight.to(dtype), bias.to(dtype)]
         return [t.cuda() for t in tensors]
 
@@ -343,7 +343,7 @@ def test_replays_in_a_cuda_graph(dtype):
     still = arguments(0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries make themselves ready at their first use
+    with torch.cuda.stream(stream):  # a first call, which initialises the libraries
         function(*still)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -360,7 +360,7 @@ def test_replays_in_a_cuda_graph(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
 def test_columns_of_several_chunks(format):
-    """2 * 130 * 131 pixels of 9 * 256 float32 are more than the kernel takes at a time."""
+    """2 * 130 * 131 pixels with 9 * 256 float32 values each are too many for one chunk."""
     generator = torch.Generator().manual_seed(0)
     x, offset, mask, weight, bias = (
         torch.randn(size, generator=generator)
@@ -406,7 +406,7 @@ def test_shapes_that_do_not_fit():
         modulated_deform_conv2d(x, offset, mask, weight, bias, padding=1, offset_groups=3)
     with pytest.raises(ValueError, match="2x2 input is too small for the 3x3 kernel"):
         modulated_deform_conv2d(x[:, :, :2, :2], offset, mask, weight, bias, offset_groups=2)
-    # the operator itself, without its face, must not read out of bounds either
+    # The operator called directly must not read out of bounds either.
     with pytest.raises((ValueError, RuntimeError)):
         torch.ops.nasfcos.modulated_deform_conv2d(
             x, offset[:, :18], mask, weight, bias, [1, 1], [1, 1], [1, 1], 2

@@ -21,7 +21,7 @@ def random_case(rows, classes, scale=3.0, dtype=torch.float32, seed=0):
 
 
 def by_definition(logits, targets, gamma=2.0, alpha=0.25):
-    """Equation 5 of the paper by one-hot targets, in float64; [N, C]."""
+    """Equation 5 of the paper with one-hot targets, in float64; [N, C]."""
     logits = logits.double()
     one_hot = F.one_hot(targets.clamp(min=0), logits.shape[1] + 1)[:, 1:].double()
     p = logits.sigmoid()
@@ -74,7 +74,7 @@ def test_dtype_of_the_result(dtype):
     total = sigmoid_focal_loss(logits, targets)
     assert total.dtype == torch.promote_types(dtype, torch.float32)
     assert sigmoid_focal_loss(logits, targets, reduction="none").dtype == dtype
-    # half types lose nothing but their logits' rounding
+    # Half types lose only the rounding of the logits.
     want = by_definition(logits, targets).sum()
     torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=0)
 

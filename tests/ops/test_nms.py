@@ -7,7 +7,8 @@ from tests.operators import DEVICES
 
 
 def random_boxes(n, seed=0, grid=None, dtype=torch.float32):
-    """Boxes that overlap a lot; with ``grid``, rounded, so that many IoUs and scores are equal."""
+    """Boxes that overlap a lot; rounded to `grid`, if given, so that many IoUs and scores are
+    equal."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(n, 2, generator=generator) * 100
     size = torch.rand(n, 2, generator=generator) * 60
@@ -68,7 +69,7 @@ def test_ordinary_convention_is_torchvisions(seed):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_batched_is_one_nms_a_class(legacy):
-    # Coordinates so large that shifting classes apart in float32 would move boxes by whole pixels.
+    # With such coordinates, shifting classes apart in float32 would move boxes by whole pixels.
     boxes, scores, labels = random_boxes(400, seed=3)
     boxes = boxes + 2.0**20
     labels = labels * 10_000_000 - 3
@@ -85,14 +86,14 @@ def test_batched_is_one_nms_a_class(legacy):
 @pytest.mark.parametrize("device", DEVICES)
 def test_threshold_is_inclusive_only_in_the_legacy_convention(device):
     scores = torch.tensor([0.9, 0.8], device=device)
-    # IoU exactly 1/2 by widths of 10 and 5, in either convention
+    # The IoU is exactly 1/2, with heights of 10 and 5 in either convention.
     ordinary = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]], device=device)
     legacy = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 4]], device=device)
     assert nms(ordinary, scores, 0.5).tolist() == [0, 1]
     assert nms(ordinary, scores, 0.4999).tolist() == [0]
     assert nms(legacy, scores, 0.5, legacy=True).tolist() == [0]
     assert nms(legacy, scores, 0.5001, legacy=True).tolist() == [0, 1]
-    # 0.6 is no binary number; the legacy comparison happens in the boxes' own precision
+    # 0.6 has no exact binary form; the legacy comparison rounds it to the boxes' precision.
     third = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 5]], device=device)
     assert nms(third, scores, 0.6, legacy=True).tolist() == [0]
 
@@ -111,7 +112,7 @@ def test_boxes_without_area_and_nan_do_not_suppress():
     boxes = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [float("nan")] * 4, [0, 0, 10, 10]])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
     assert nms(boxes, scores, 0.5).tolist() == [0, 1, 2, 3]
-    # a point is one pixel in the legacy convention, so the second one is a duplicate
+    # In the legacy convention a point is a pixel, so the second point is a duplicate.
     assert nms(boxes, scores, 0.5, legacy=True).tolist() == [0, 2, 3]
 
 
