@@ -204,6 +204,8 @@ def modulated_deform_conv2d(
     offset_groups: int,
 ) -> Tensor:
     """Maps [N, C, H, W] to [N, Cout, Ho, Wo]; see `nasfcos.ops`."""
+    if min(*stride, *dilation) < 1:  # torchvision divides by them
+        raise ValueError("modulated_deform_conv2d: strides and dilations must be positive")
     offset, mask = _finite(offset, mask)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
