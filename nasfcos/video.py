@@ -11,8 +11,8 @@ import numpy as np
 from .data.records import UnreadableImage
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
-# Frames a second that no camera is above and an MP4 file can have.
-FASTEST = 10_000
+# Frames per second that no camera exceeds and an MP4 file can still have.
+MAX_RATE = 10_000
 
 
 class VideoReader:
@@ -36,7 +36,7 @@ class VideoReader:
         self._file = file
         self._capture = cv2.VideoCapture(str(file))
         rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if 0 < rate <= FASTEST else 25.0
+        self.rate = rate if 0 < rate <= MAX_RATE else 25.0
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def __enter__(self) -> VideoReader:

@@ -50,7 +50,7 @@ def plain_losses(head, outputs, targets):
         for maps, width in zip(outputs, (head.num_classes, 4, 1), strict=False)
     ]
     labels = torch.cat([x.flatten() for x in assignment.labels.split(counts, 1)])
-    wanted = torch.cat([x.flatten(0, 1) for x in assignment.wanted.split(counts, 1)])
+    wanted = torch.cat([x.flatten(0, 1) for x in assignment.box_targets.split(counts, 1)])
     positive = labels > 0
     count = positive.sum().item()
     predicted, wanted = flat[1][positive], wanted[positive].to(flat[1].dtype)

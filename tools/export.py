@@ -21,7 +21,7 @@ import nasfcos
 from nasfcos.config import ConfigError, load_config
 from nasfcos.engine.launch import argument_parser, run
 from nasfcos.files import replacing
-from nasfcos.models.export import LEAST_SIDE
+from nasfcos.models.export import MIN_SIDE
 from nasfcos.models.onnx import check_onnx
 
 logger = logging.getLogger("nasfcos.export")
@@ -38,7 +38,7 @@ def main() -> int:
         "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
         help="fix the size of the canvas on which images are placed, in pixels; best when images "
         "nearly fill it (default: any size from "
-        f"{LEAST_SIDE} x {LEAST_SIDE} pixels up)",
+        f"{MIN_SIDE} x {MIN_SIDE} pixels up)",
     )  # fmt: skip
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images per call (default: %(default)s)"
@@ -69,7 +69,7 @@ def main() -> int:
         dtype = torch.uint8 if args.uint8 else torch.float32
         # All pixels share one element of memory: only shape, type and device matter.
         images = torch.zeros((), dtype=dtype, device=predictor.device)
-        images = images.expand(args.batch, 3, *(args.size or (LEAST_SIDE, LEAST_SIDE)))
+        images = images.expand(args.batch, 3, *(args.size or (MIN_SIDE, MIN_SIDE)))
         program = nasfcos.export_detector(predictor.model, images, any_size=not args.size)
         if is_onnx:
             nasfcos.export_onnx(program, args.output, predictor.class_names)

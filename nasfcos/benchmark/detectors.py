@@ -26,8 +26,8 @@ from ..config import load_config
 from ..engine.solver import build_optimizer
 from ..engine.step import forward_backward, update
 from ..models import Detector, build_detector, optimize_for_inference
-from ..models.heads.cells import STRIDES
 from ..models.heads.fcos import FCOSHead
+from ..models.heads.locations import STRIDES
 from .inputs import NUM_CLASSES, smooth_image
 from .lifelike import set_candidates, settle
 from .measure import Skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.heads.cells import STRIDES
+from ..models.heads.locations import STRIDES
 
 NUM_CLASSES = 80
 OBJECTS = 10

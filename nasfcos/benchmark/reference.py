@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..boxes import clip_boxes
-from ..models.heads.cells import STRIDES
+from ..models.heads.anchors import decode_boxes
+from ..models.heads.locations import STRIDES
 from ..models.heads.post_process import Detections, PostProcess
-from ..models.heads.retinanet import RetinaNetHead, decode
+from ..models.heads.retinanet import RetinaNetHead
 from ..ops import nms
 
 
@@ -61,7 +62,7 @@ def retinanet_detections(
             code = code[image].permute(1, 2, 0).reshape(-1, 4)
 
             def boxes_at(place: Tensor, code=code, anchor=anchor) -> Tensor:
-                return decode(code[place], anchor[place])
+                return decode_boxes(code[place], anchor[place])
 
             found.append(_level(probability, None, boxes_at, head.post_process))
         detections.append(_image(found, size, head.post_process))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..genotype import FPN_OPS, NUM_INPUTS, Genotype, node_names
-from ..models.heads.cells import STRIDES as LEVEL_STRIDES
+from ..models.heads.locations import STRIDES as LEVEL_STRIDES
 from .canvas import EXTRA, MARGIN, WIRE, operation_color
 
 BACKBONE_STRIDES = (LEVEL_STRIDES[0] // 2, *LEVEL_STRIDES[:3])

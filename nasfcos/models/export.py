@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from ..transfer import to_device
 from .detector import check_image
-from .heads.cells import STRIDES
-from .heads.post_process import MOST_IN_NMS
+from .heads import static
+from .heads.locations import STRIDES
 from .inference import InferenceDetector
 
-LEAST_SIDE = 129
+MIN_SIDE = 129
 """Of what a program for any size takes, in pixels: then the smallest maps have two rows and two
 columns, and differ in no way from larger ones."""
 
@@ -37,7 +37,7 @@ def export_detector(
         model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
         images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type of the canvases that
             the program will be given. The values do not matter.
-        any_size: the program takes canvases of any height and width from `LEAST_SIDE` up, so that
+        any_size: the program takes canvases of any height and width from `MIN_SIDE` up, so that
             an image can be its own; N is fixed.
 
     Raises:
@@ -56,12 +56,12 @@ def export_detector(
     if len(shape) != 4 or shape[0] == 0:
         raise ValueError(f"images must be a tensor [N, 3, H, W] of one or more, not {shape}")
     check_image(images[0], 0)
-    most = MOST_IN_NMS // len(STRIDES)
+    most = static.MAX_NMS_BOXES // len(STRIDES)
     if model.head.post_process.pre_nms_top_n > most:
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
     dynamic = None
     if any_size:
-        shape[2:] = LEAST_SIDE + 61, LEAST_SIDE + 38  # unlike each other and the least
+        shape[2:] = MIN_SIDE + 61, MIN_SIDE + 38  # unlike each other and the least
         dynamic = {"images": dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC), "sizes": None}
     # A file of the program has these as an example: one value, not a picture.
     images = images.new_zeros(()).expand(shape)
@@ -86,8 +86,8 @@ class _Program(nn.Module):
         batch = model.preprocess.canvases(images, sizes)
         batch = batch.to(dtype=model.dtype, memory_format=torch.channels_last)
         outputs = model.head(model.neck(model.backbone(batch)))
-        ranked = model.head.rank(outputs, sizes)
-        boxes, scores, labels, kept = ranked.first(model.head.post_process.detections_per_image)
+        found = static.detect(model.head, outputs, sizes)
+        boxes, scores, labels, kept = found.top(model.head.post_process.detections_per_image)
         return {
             "boxes": torch.where(kept[..., None], boxes, 0),
             "scores": torch.where(kept, scores, 0),

@@ -12,8 +12,8 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from ..config.tree import with_settings
-from ..models.heads.cells import STRIDES
 from ..models.heads.dense import Assignment, DenseHead
+from ..models.heads.locations import STRIDES
 from ..transfer import to_device
 from .cache import FeatureCache
 from .decoder import build_decoder
@@ -43,7 +43,7 @@ class Examples:
             one = head.assign(shapes, [target])
             positive = (one.labels[0] > 0).nonzero().squeeze(1)
             # Half a million labels an image (RetinaNet at 800 pixels) deserve less than int64.
-            assigned.append((one.labels.to(torch.int16), positive, one.wanted[0, positive]))
+            assigned.append((one.labels.to(torch.int16), positive, one.box_targets[0, positive]))
         labels, positive, wanted = zip(*assigned, strict=True)
         self._labels = torch.cat(labels)
         self._positive, self._wanted = list(positive), list(wanted)

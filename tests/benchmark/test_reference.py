@@ -12,7 +12,7 @@ from nasfcos.benchmark.parts import (
     their_head,
 )
 from nasfcos.benchmark.reference import fcos_detections, retinanet_detections
-from nasfcos.models.heads.cells import flatten_map
+from nasfcos.models.heads.locations import flatten_map
 
 CPU = torch.device("cpu")
 SIZES = [(192, 256), (180, 240)]

@@ -19,18 +19,19 @@ from nasfcos.config import ConfigError
 from nasfcos.genotype import FPN_OPS, HEAD_OPS, Genotype
 from nasfcos.models import build_detector
 from nasfcos.models.detector import Detector
-from nasfcos.models.heads import post_process, retinanet
-from nasfcos.models.heads.cells import STRIDES
-from nasfcos.models.heads.fcos import WORD, assign_fcos
-from nasfcos.models.heads.post_process import Candidates, PostProcess, threshold_logit
-from nasfcos.models.heads.retinanet import (
-    BACKGROUND,
-    BETWEEN,
-    cell_anchors,
-    decode,
-    encode,
+from nasfcos.models.heads import anchors as anchors_module
+from nasfcos.models.heads import sparse, static
+from nasfcos.models.heads.anchors import (
+    AMBIGUOUS,
+    UNMATCHED,
+    base_anchors,
+    decode_boxes,
+    encode_boxes,
     match_anchors,
 )
+from nasfcos.models.heads.fcos_assignment import WORD, assign_fcos
+from nasfcos.models.heads.locations import STRIDES
+from nasfcos.models.heads.post_process import PostProcess, threshold_logit
 from nasfcos.models.layers import FrozenBatchNorm2d, group_norm
 from nasfcos.models.necks.nas_fpn import NASFPN
 from nasfcos.ops import nms, nms_mask
@@ -70,7 +71,7 @@ def as_on_a_cpu(head, outputs, sizes):
 
 
 def as_on_a_gpu(head, outputs, sizes):
-    return head.rank(outputs, torch.tensor(sizes)).detections()
+    return static.detect(head, outputs, torch.tensor(sizes)).to_list()
 
 
 both_ways = pytest.mark.parametrize("detect", [as_on_a_cpu, as_on_a_gpu])
@@ -364,7 +365,7 @@ def test_fcos_assignment_against_a_plain_loop():
     indices = assign_fcos(shapes, ranges, targets[0]["boxes"][None])[0]
     assert 2 in indices and 3 not in indices
     positives = 0
-    for target, got_labels, got_distances in zip(targets, got.labels, got.wanted, strict=True):
+    for target, got_labels, got_distances in zip(targets, got.labels, got.box_targets, strict=True):
         index = 0
         for (rows, columns), stride, (low, high) in zip(shapes, STRIDES, ranges, strict=True):
             for y, x in itertools.product(range(rows), range(columns)):
@@ -398,11 +399,11 @@ def test_assignment_of_a_batch_is_that_of_each_image(head):
         assert torch.equal(together.labels[index], alone.labels[0])
         positive = alone.labels[0] > 0
         assert positive.any() == (index != 1)
-        assert torch.equal(together.wanted[index][positive], alone.wanted[0][positive])
+        assert torch.equal(together.box_targets[index][positive], alone.box_targets[0][positive])
         if head.box_pred.out_channels > 4:
             anchors = torch.cat(head.anchors(SHAPES))[positive]
             match = match_anchors(torch.cat(head.anchors(SHAPES)), target["boxes"], 0.5, 0.4)
-            boxes = decode(alone.wanted[0][positive], anchors)
+            boxes = decode_boxes(alone.box_targets[0][positive], anchors)
             wanted = target["boxes"][match[positive]]
             torch.testing.assert_close(boxes, wanted, rtol=1e-4, atol=1e-2)
 
@@ -431,16 +432,16 @@ def test_anchor_matching_against_a_plain_loop():
         if best >= 0.5 or attains:
             expected.append(own)
         else:
-            expected.append(BACKGROUND if best < 0.4 else BETWEEN)
+            expected.append(UNMATCHED if best < 0.4 else AMBIGUOUS)
     got = match_anchors(anchors, boxes, 0.5, 0.4).tolist()
     assert got == expected
-    assert {BACKGROUND, BETWEEN} < set(got)
+    assert {UNMATCHED, AMBIGUOUS} < set(got)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 64])
 def test_anchor_matching_with_ties_however_many_boxes_at_once(at_once, monkeypatch):
     """Boxes and anchors that there are twice, boxes that are anchors, and one far from all."""
-    monkeypatch.setattr(retinanet, "BOXES_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(anchors_module, "BOXES_AT_ONCE_ON_CPU", at_once)
     generator = torch.Generator().manual_seed(5)
     anchors, boxes = random_boxes(400, generator), random_boxes(70, generator)
     anchors[200:220] = anchors[100:120]
@@ -455,10 +456,10 @@ def test_anchor_matching_with_ties_however_many_boxes_at_once(at_once, monkeypat
         if any(iou == top > 0 for iou, top in zip(column, table.amax(1).tolist(), strict=True)):
             expected.append(own)
         else:
-            expected.append(own if best >= 0.7 else BACKGROUND if best < 0.5 else BETWEEN)
+            expected.append(own if best >= 0.7 else UNMATCHED if best < 0.5 else AMBIGUOUS)
     got = match_anchors(anchors, boxes, 0.7, 0.5).tolist()
     assert got == expected
-    assert {BACKGROUND, BETWEEN, 3, 8, 20} < set(got) and not {9, 11, 40, 69} & set(got)
+    assert {UNMATCHED, AMBIGUOUS, 3, 8, 20} < set(got) and not {9, 11, 40, 69} & set(got)
 
 
 def test_anchor_matching_takes_a_gpu_few_steps():
@@ -479,7 +480,7 @@ def test_anchor_matching_takes_a_gpu_few_steps():
 
 def test_anchors():
     """P3's anchors: base windows 11 x 6, 8 x 8 and 6 x 12 about (3.5, 3.5), scaled."""
-    anchors = cell_anchors(8, [32 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
+    anchors = base_anchors(8, [32 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
     assert anchors.shape == (9, 4)
     widths, heights = legacy_sizes(anchors)
     scale = 4 * 2 ** (torch.arange(3) / 3)
@@ -492,14 +493,14 @@ def test_anchors():
     shifted = levels[0].reshape(*SHAPES[0], 9, 4)
     torch.testing.assert_close(shifted[1, 2], anchors + torch.tensor([16.0, 8, 16, 8]))
     torch.testing.assert_close(
-        levels[1][-9:], cell_anchors(16, [64 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
+        levels[1][-9:], base_anchors(16, [64 * 2 ** (k / 3) for k in range(3)], (0.5, 1.0, 2.0))
         + torch.tensor([80.0, 64, 80, 64]),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_losses_against_places_picked_out(head, layout):
+def test_losses_against_positives_picked_out(head, layout):
     head = tiny("MODEL.HEAD.NAME", head).head
     outputs = [[x.requires_grad_() for x in maps] for maps in known_outputs(head, layout)]
     maps = [x for level in outputs for x in level]
@@ -521,8 +522,9 @@ def test_box_code_round_trip():
     generator = torch.Generator().manual_seed(3)
     anchors, boxes = random_boxes(50, generator), random_boxes(50, generator)
     anchors[:, 2:] += 8  # sizes grow at most 62.5-fold
-    torch.testing.assert_close(decode(encode(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-3)
-    huge = decode(torch.full((1, 4), 1e3), torch.tensor([[0.0, 0, 15, 15]]))
+    decoded = decode_boxes(encode_boxes(boxes, anchors), anchors)
+    torch.testing.assert_close(decoded, boxes, rtol=1e-4, atol=1e-3)
+    huge = decode_boxes(torch.full((1, 4), 1e3), torch.tensor([[0.0, 0, 15, 15]]))
     assert (huge[:, 2:] - huge[:, :2] + 1).tolist() == [[pytest.approx(1000, rel=1e-3)] * 2]
 
 
@@ -565,11 +567,11 @@ def plain_detections(head, outputs, sizes):
                 factor = maps[2].reshape(-1).sigmoid()
             else:
                 anchors = head.anchors(shapes)[level]
-                boxes, factor = decode(predicted, anchors), torch.ones(len(anchors))
+                boxes, factor = decode_boxes(predicted, anchors), torch.ones(len(anchors))
             found = [
-                (probability * factor[place], class_, boxes[place])
+                (probability * factor[prior], class_, boxes[prior])
                 for class_, column in enumerate(probabilities.unbind(1), 1)
-                for place, probability in enumerate(column)
+                for prior, probability in enumerate(column)
                 if probability > post.score_threshold
             ]
             found.sort(key=lambda candidate: -candidate[0])
@@ -659,14 +661,14 @@ def test_ties_with_the_last_kept_detection_stay():
     boxes = torch.arange(5.0)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9])
     scores = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.1])
     same = torch.ones(5, dtype=torch.int64)
-    two = Candidates(*(torch.cat((x, x)) for x in (same, boxes, scores, same)))
+    two = sparse.Candidates(*(torch.cat((x, x)) for x in (same, boxes, scores, same)))
     two.image[:5] = 0
-    post_process = PostProcess(0.05, 1000, nms_iou=0.6, detections_per_image=2)
+    settings = PostProcess(0.05, 1000, nms_iou=0.6, detections_per_image=2)
     sizes = torch.tensor([[200, 200]] * 2)
     mixed = [torch.stack((x[[4, 1, 0, 2, 3]], x)) for x in (boxes, scores, same)]
     for found in (
-        *post_process.finish(two, sizes.tolist()),
-        *post_process.rank(*mixed, sizes).detections(),
+        *sparse.suppress(two, sizes.tolist(), settings),
+        *static.suppress(*mixed, sizes, settings).to_list(),
     ):
         assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.5])
         assert found["boxes"][:, 0].tolist() == [0, 20, 40, 60]
@@ -687,9 +689,9 @@ def test_many_predictions_are_counted_before_nms(monkeypatch):
     outputs = known_outputs(head)
     expected = as_on_a_gpu(head, outputs, SIZES)
     given = []
-    monkeypatch.setattr(post_process, "MOST_IN_NMS", 100)
+    monkeypatch.setattr(static, "MAX_NMS_BOXES", 100)
     monkeypatch.setattr(
-        post_process, "nms_mask", lambda boxes, *rest, **to: given.append(boxes.shape[1])
+        static, "nms_mask", lambda boxes, *rest, **to: given.append(boxes.shape[1])
         or nms_mask(boxes, *rest, **to),
     )  # fmt: skip
     for found, wanted in zip(as_on_a_gpu(head, outputs, SIZES), expected, strict=True):
@@ -701,7 +703,7 @@ def test_many_predictions_are_counted_before_nms(monkeypatch):
 
 @both_ways
 def test_no_prediction_above_the_threshold_of_many(detect, monkeypatch):
-    monkeypatch.setattr(post_process, "MOST_IN_NMS", 100)
+    monkeypatch.setattr(static, "MAX_NMS_BOXES", 100)
     head = tiny().head
     logits, *others = known_outputs(head)
     for found in detect(head, ([x.fill_(-20) for x in logits], *others), SIZES):

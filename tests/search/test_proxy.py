@@ -12,7 +12,7 @@ import torch
 from nasfcos.config import ConfigError, get_defaults
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.genotype import Genotype, GenotypeError
-from nasfcos.models.heads.cells import STRIDES
+from nasfcos.models.heads.locations import STRIDES
 from nasfcos.search.cache import FeatureCache
 from nasfcos.search.decoder import build_decoder, proxy_config, stage_config, weight_seed
 from nasfcos.search.examples import Examples, open_examples

@@ -1,8 +1,9 @@
-"""What dense heads share: prediction layers, the classification loss, and how they detect."""
+"""Base of the dense heads: their interface, prediction layers and classification loss."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,65 +14,60 @@ from torch import Tensor, nn
 from ...ops import sigmoid_focal_loss
 from ...transfer import to_device
 from ..layers import Conv3x3
-from .cells import (
-    Cells,
-    all_cells,
-    cells_above,
-    flatten_levels,
-    flatten_map,
-    nonzero,
-    read_cells,
-    take,
-)
-from .post_process import Candidates, Detections, PostProcess, Ranked
+from . import sparse, static
+from .locations import Locations, flatten_levels, flatten_map
+from .post_process import Detections, PostProcess
 
 Targets = Sequence[dict[str, Tensor]]
-"""For each image ``boxes`` [N, 4] legacy xyxy in pixels and ``labels`` [N] int64 from 1."""
+"""Each image's ``boxes`` [N, 4] legacy xyxy in pixels and ``labels`` [N] int64 from 1."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a head should predict for N images, at the L places of all their levels.
+    """What a head should predict for N images, at the L priors of all levels.
 
     Attributes:
-        labels: [N, L] int64, 0 background, -1 ignored.
-        wanted: [N, L, 4] what the head should predict of the boxes; means nothing but where there
-            is an object.
+        labels: [N, L] int64; 0 is background, -1 is ignored.
+        box_targets: [N, L, 4], the values that the box branch should predict; undefined where the
+            label is not positive.
     """
 
     labels: Tensor
-    wanted: Tensor
+    box_targets: Tensor
 
-    def pairs(self, maps: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor]:
-        """What all levels' maps [N, places * 4, H, W] predict of the boxes, and what is wanted,
-        [N, L, 4] each, in single precision or double.
+    def box_pairs(self, maps: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor]:
+        """Box predictions and targets, [N, L, 4] each, at least float32.
 
-        Places without an object hold `fill` in both: all take part, since how many have one, and
-        which, only the device knows.
+        Entries that are not positive are `fill` in both, so they add nothing to a loss; a boolean
+        mask would make the host wait for a GPU.
+
+        Args:
+            maps: predictions [N, A * 4, H, W] of each level, for A priors per location.
+            fill: a value at which the loss of equal boxes is zero.
         """
         positive = (self.labels > 0)[..., None]
         predicted = at_least_single(flatten_levels(maps, 4))
-        wanted = self.wanted.to(predicted.dtype)
-        return torch.where(positive, predicted, fill), torch.where(positive, wanted, fill)
+        targets = self.box_targets.to(predicted.dtype)
+        return torch.where(positive, predicted, fill), torch.where(positive, targets, fill)
 
 
 class LossTerm(NamedTuple):
-    """A loss of a batch, and what its sum over the batch was divided by (0: it has no places).
+    """A loss of a batch, and the divisor that normalised it (0 where nothing contributes).
 
-    The term of several batches as one is the mean of theirs with these weights.
+    The loss of several batches as one is the mean of their losses, weighted by `weight`.
     """
 
     loss: Tensor
     weight: Tensor
 
 
-class DenseHead(nn.Module):
+class DenseHead(nn.Module, ABC):
     """Base of the heads: `forward` gives raw outputs, `losses` and `detect` use them.
 
     Args:
-        num_classes: object classes, background not counted.
-        focal_gamma, focal_alpha: of the classification loss.
-        post_process: how predictions become detections.
+        num_classes: number of object classes, without background.
+        focal_gamma, focal_alpha: parameters of the focal loss (Lin et al., 2017, equation 5).
+        post_process: settings of post-processing.
     """
 
     def __init__(
@@ -83,35 +79,42 @@ class DenseHead(nn.Module):
         self.focal_alpha = focal_alpha
         self.post_process = post_process
 
+    @abstractmethod
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        """The raw outputs, each a list over the levels P3..P7: the class logits
-        [N, places * classes, H, W], what the boxes are decoded from [N, places * 4, H, W], and
-        perhaps the logits of a factor of the scores [N, places, H, W]."""
-        raise NotImplementedError
+        """The raw outputs for P3..P7 [N, C, H, W], with A priors per location.
 
-    def places(self, cells: Cells) -> Tensor:
-        """What boxes are decoded with, [K * places, D], of K cells."""
-        raise NotImplementedError
+        Returns:
+            lists over the levels: class logits [N, A * classes, H, W], box predictions
+            [N, A * 4, H, W] (see `decode`) and, optionally, logits of a factor of the scores
+            [N, A, H, W].
+        """
 
-    def decode(self, predictions: Tensor, places: Tensor) -> Tensor:
-        """The boxes [P, 4] that are predicted [P, 4] at places [P, D]."""
-        raise NotImplementedError
+    @abstractmethod
+    def priors(self, locations: Locations) -> Tensor:
+        """The priors [K * A, D] of K locations: what their predictions are relative to."""
 
+    @abstractmethod
+    def decode(self, predictions: Tensor, priors: Tensor) -> Tensor:
+        """Legacy boxes [..., 4] from predictions [..., 4] and their priors [..., D]."""
+
+    @abstractmethod
     def assign(self, shapes: Sequence[tuple[int, int]], targets: Targets) -> Assignment:
-        """What to predict on maps of these (height, width). Nothing waits for a GPU."""
-        raise NotImplementedError
+        """What to predict on maps with the given (height, width). Does not wait for a GPU."""
 
+    @abstractmethod
     def loss_terms(
         self, outputs: tuple[list[Tensor], ...], assignment: Assignment
     ) -> dict[str, LossTerm]:
         """The named loss terms of a batch, normalised over this process's images."""
-        raise NotImplementedError
 
     def class_loss(self, logits: Sequence[Tensor], labels: Tensor) -> LossTerm:
-        """The focal loss of all levels' logits, over positives + images.
+        """The focal loss over all levels, divided by the number of positives plus images.
 
-        Level by level, so that maps that lie channels last are not copied.
+        Args:
+            logits: [N, A * classes, H, W] of each level.
+            labels: [N, L] as in `Assignment`.
         """
+        # Level by level, so that channels-last maps need no copy.
         parts = labels.split([x[0].numel() // self.num_classes for x in logits], dim=1)
         total = sum(
             sigmoid_focal_loss(
@@ -126,7 +129,7 @@ class DenseHead(nn.Module):
         return LossTerm(total / examples, examples)
 
     def losses(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> dict[str, Tensor]:
-        """The named losses (scalars) of a batch: its `loss_terms` for what `assign` says."""
+        """The named losses (scalars) of a batch, from the raw outputs."""
         shapes = [tuple(x.shape[-2:]) for x in outputs[0]]
         terms = self.loss_terms(outputs, self.assign(shapes, targets))
         return {name: term.loss for name, term in terms.items()}
@@ -134,59 +137,24 @@ class DenseHead(nn.Module):
     def detect(
         self, outputs: tuple[list[Tensor], ...], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Each image's detections; `sizes` are (height, width) before padding. A GPU is waited for
-        once."""
+        """Each image's detections, from the raw outputs. The host waits for a GPU once.
+
+        Args:
+            outputs: as `forward` returns them.
+            sizes: (height, width) of the images before padding.
+        """
         device = outputs[0][0].device
         if device.type == "cpu":
-            return self.post_process.finish(self.candidates(outputs, len(sizes)), sizes)
-        return self.rank(outputs, to_device(torch.tensor(sizes), device)).detections()
-
-    def candidates(self, outputs: tuple[list[Tensor], ...], images: int) -> Candidates:
-        """What may become detections, from outputs on the CPU.
-
-        The maps are read once and as they lie, channels last or not: most cells have no class
-        above the threshold, and only the others are looked at closer.
-        """
-        logits, box_maps, *factor_maps = outputs
-        limit = self.post_process.limit
-        cells = cells_above(logits, limit)
-        classes = read_cells(logits, cells, self.num_classes)
-        found = nonzero((classes > limit).flatten())
-        row, label = found // self.num_classes, found % self.num_classes
-        scores = classes.flatten()[found].sigmoid()
-        for maps in factor_maps:
-            scores = scores * read_cells(maps, cells, 1).flatten()[row].sigmoid()
-        numbers = nonzero(scores >= 0)
-        if len(numbers) < len(scores):  # a factor is NaN
-            row, label, scores = (x[numbers] for x in (row, label, scores))
-        cell = row // (logits[0].shape[1] // self.num_classes)
-        image, level = cells.image[cell], cells.level[cell]
-        selected = self.post_process.select(scores, level * images + image, len(logits) * images)
-        if selected is not None:
-            image, row, label, scores = (x[selected] for x in (image, row, label, scores))
-        boxes = self.decode(read_cells(box_maps, cells, 4)[row], self.places(cells)[row])
-        return Candidates(image, boxes, scores, label + 1)
-
-    def rank(self, outputs: tuple[list[Tensor], ...], sizes: Tensor) -> Ranked:
-        """What may become detections, and which do: the same as of `candidates`, but in shapes that
-        do not depend on values, so that nothing waits for a GPU. `sizes` [N, 2] are as in
-        `detect`."""
-        logits, box_maps, *factor_maps = outputs
-        counts = [x[0].numel() // self.num_classes for x in logits]
-        flat = flatten_levels(logits, self.num_classes)
-        factor = torch.ones_like(flat[..., 0], dtype=torch.float32)
-        for maps in factor_maps:
-            factor = factor * flatten_levels(maps, 1).squeeze(2).float().sigmoid()
-        place, label, scores = self.post_process.best_of_levels(flat, factor, counts)
-        predictions = take(flatten_levels(box_maps, 4), place)
-        places = self.places(all_cells([tuple(x.shape[-2:]) for x in logits], place.device))
-        boxes = self.decode(predictions.float(), places[place])
-        return self.post_process.rank(boxes, scores, label + 1, sizes)
+            return sparse.detect(self, outputs, sizes)
+        return static.detect(self, outputs, to_device(torch.tensor(sizes), device)).to_list()
 
 
 def padded_targets(targets: Targets, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The boxes [N, M, 4] and labels [N, M] of all images, M the most of any (at least one): empty
-    boxes of label 0, which hold no place and overlap with nothing, make up the rest."""
+    """The boxes [N, M, 4] and labels [N, M] of all images on `device`.
+
+    M is the largest number of boxes of an image, at least one. Padding has label 0 and empty boxes,
+    which contain no location and overlap nothing.
+    """
     most = max(1, *(len(target["boxes"]) for target in targets))
     source = targets[0]["boxes"].device
     boxes = torch.zeros(len(targets), most, 4, device=source)
@@ -199,7 +167,7 @@ def padded_targets(targets: Targets, device: torch.device) -> tuple[Tensor, Tens
 
 
 def prediction_layer(in_channels: int, out_channels: int, bias: float = 0.0) -> Conv3x3:
-    """A 3x3 conv that starts by predicting `bias` nearly everywhere."""
+    """A 3x3 conv [N, C, H, W] to [N, C', H, W] whose initial outputs are close to `bias`."""
     conv = Conv3x3(in_channels, out_channels)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, bias)
@@ -212,5 +180,5 @@ def prior_bias(probability: float) -> float:
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """In float32 where the precision is lower: boxes and losses need it."""
+    """`x` in float32 if its precision is lower: boxes and losses need it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,11 +9,15 @@ from yacs.config import CfgNode
 
 from ...genotype import HEAD_OPS, Genotype
 from ..layers import OPERATIONS, ConvNormAct, Norm, group_norm
-from .cells import STRIDES
+from .locations import STRIDES
 
 
 class PerLevel(nn.Module):
-    """A layer with weights of its own for each pyramid level."""
+    """A layer with separate weights for each pyramid level.
+
+    Args:
+        make: creates the layer of one level.
+    """
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -21,16 +25,14 @@ class PerLevel(nn.Module):
 
 
 class Tower(nn.Module):
-    """Layers in sequence, each shared by all levels or (`PerLevel`) not.
-
-    `forward` takes and gives a list of maps [N, C, H, W], P3 first.
-    """
+    """Layers in sequence, each shared by all levels unless it is a `PerLevel`."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [N, C, H, W] of P3..P7 to maps of the same shapes."""
         maps = list(pyramid)
         for layer in self.layers:
             at_level = layer.levels if isinstance(layer, PerLevel) else [layer] * len(maps)
@@ -39,7 +41,7 @@ class Tower(nn.Module):
 
 
 def plain_tower(channels: int, num_convs: int, norm: Norm | None) -> Tower:
-    """3x3 convs with bias, optional norm, ReLU."""
+    """`num_convs` times a 3x3 conv with bias, an optional norm and ReLU."""
     layers = [ConvNormAct(channels, channels, 3, norm, bias=True) for _ in range(num_convs)]
     for layer in layers:
         nn.init.normal_(layer.conv.weight, std=0.01)
@@ -58,10 +60,11 @@ def searched_tower(channels: int, genotype: Genotype) -> Tower:
 
 
 def build_towers(cfg: CfgNode, plain_norm: Norm | None) -> tuple[Tower, Tower]:
-    """A classification and a box tower of one structure and separate weights.
+    """A classification and a box tower with the same structure and separate weights.
 
     Args:
-        plain_norm: the norm of plain towers; searched ones have GroupNorm.
+        cfg: the config tree.
+        plain_norm: norm of plain towers; searched ones have GroupNorm.
     """
     channels = cfg.MODEL.NECK.CHANNELS
     if cfg.MODEL.HEAD.TOWER == "plain":
