@@ -8,8 +8,8 @@
 
 from yacs.config import CfgNode
 
+from . import models
 from .config import ConfigError, load_config
-from .engine import build_model
 from .engine.distributed import resolve_device
 from .models import (
     Detector,
@@ -33,12 +33,14 @@ __all__ = [
 
 
 def build_detector(cfg: CfgNode) -> Detector:
-    """The detector that a config describes, freshly initialised, on its MODEL.DEVICE.
+    """The detector that a config describes, freshly initialised, on MODEL.DEVICE, in training mode.
 
     Where MODEL.NUM_CLASSES is 0, the number of classes follows from DATASETS.TRAIN. Weights are not
-    read: see `load_weights`.
+    loaded: see `load_weights`.
 
     Raises:
-        ConfigError: a part or a data set that does not exist, a device that is not there.
+        ConfigError: a part, a data set or the device does not exist.
+        DataError: the classes of the training data cannot be read.
     """
-    return build_model(cfg, resolve_device(cfg.MODEL.DEVICE))
+    device = resolve_device(cfg.MODEL.DEVICE)
+    return models.build_detector(cfg).to(device)

@@ -24,7 +24,8 @@ from .data.images import find_size, image_suffixes
 from .data.records import UnreadableImage
 from .engine.logging import on_terminal
 from .files import replacing
-from .predictor import Detections, Predictor, open_picture
+from .models.heads.post_process import Detections
+from .predictor import Predictor, open_picture
 from .signals import signals_deferred
 from .visualize import image_grid
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from yacs.config import CfgNode
 
 from .config import ConfigError
@@ -21,13 +20,12 @@ from .data.transforms import resize, to_uint8_tensor
 from .engine.distributed import resolve_device
 from .engine.test import build_trained, inference_form, to_original_size
 from .engine.weights import NEEDS_DETECTOR, find_weights
+from .models.heads.post_process import Detections
 from .models.weights import Weights, WeightsError, read_weights
 from .transfer import to_cpu
 from .visualize import AnyImage, draw_detections, to_picture
 
 logger = logging.getLogger(__name__)
-
-Detections = dict[str, Tensor]
 
 
 class Predictor:

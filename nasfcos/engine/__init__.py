@@ -2,11 +2,10 @@
 
 from .solver import build_lr_scheduler, build_optimizer
 from .test import load_test_model, test, test_sets
-from .train import build_model, train
+from .train import train
 
 __all__ = [
     "build_lr_scheduler",
-    "build_model",
     "build_optimizer",
     "load_test_model",
     "test",

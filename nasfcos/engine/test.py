@@ -20,6 +20,7 @@ from ..data.transforms import scale_boxes
 from ..download import local_path
 from ..evaluation import evaluate, format_metrics
 from ..models import Detector, build_detector, load_weights, optimize_for_inference
+from ..models.heads.post_process import Detections
 from ..models.inference import InferenceDetector
 from ..models.weights import Weights, read_weights
 from ..transfer import to_cpu
@@ -31,7 +32,7 @@ from .weights import find_weights
 
 logger = logging.getLogger(__name__)
 
-Detections = dict[int, dict[str, Tensor]]
+DetectionsByImage = dict[int, Detections]
 
 
 def test_sets(cfg: CfgNode, classes: Sequence[str] | None = None) -> dict[str, DetectionDataset]:
@@ -169,7 +170,7 @@ def _check_classes(cfg: CfgNode, weights: Weights) -> None:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> Detections:
+def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> DetectionsByImage:
     """Detect objects in all images of `loader`.
 
     Args:
@@ -182,7 +183,7 @@ def detect(model: nn.Module, loader: BatchLoader, total: int, title: str) -> Det
         The detections by image id, on the CPU. Boxes are in pixels of the images before the loader
         resized them, clipped to [0, w-1] x [0, h-1].
     """
-    found: Detections = {}
+    found: DetectionsByImage = {}
     processes = distributed.world_size()
     for images, targets in progress(
         loader, total, title, "images", lambda batch: len(batch[0]) * processes
@@ -201,13 +202,13 @@ def to_original_size(boxes: Tensor, size: tuple[int, int], original: tuple[int, 
     return clip_boxes(scale_boxes(boxes, size, original), *original)
 
 
-def merge(shares: list[Detections]) -> Detections:
+def merge(shares: list[DetectionsByImage]) -> DetectionsByImage:
     """Join the detections of all processes.
 
     Raises:
         RuntimeError: two processes tested the same image.
     """
-    merged: Detections = {}
+    merged: DetectionsByImage = {}
     for share in shares:
         if twice := merged.keys() & share.keys():
             raise RuntimeError(f"images {sorted(twice)[:5]} were tested by two processes")

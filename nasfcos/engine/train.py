@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..config.run_file import check_run_config, write_run_config
-from ..data import build_train_loader, class_names, num_classes
+from ..data import build_train_loader, class_names
 from ..locks import only_one
 from ..models import build_detector, load_weights
 from ..models.build import find_parts
@@ -41,11 +40,6 @@ logger = logging.getLogger(__name__)
 # In OUTPUT_DIR. After a run was killed, its loader's workers hold the lock for some seconds more.
 LOCK_FILE = "train.lock"
 LOCK_TIMEOUT = 15.0  # seconds
-
-
-def build_model(cfg: CfgNode, device: torch.device) -> nn.Module:
-    """The config's detector, freshly initialised, on `device`; classes follow from the data."""
-    return build_detector(cfg, num_classes(cfg)).to(device)
 
 
 def train(
@@ -156,7 +150,7 @@ def _build_run(cfg: CfgNode, device: torch.device, pretrained: bool) -> Run:
     """
     _seed_everything(cfg.SEED)
     # Convolutions are faster on channels-last maps, which follow from channels-last weights.
-    model = build_model(cfg, device).to(memory_format=torch.channels_last)
+    model = build_detector(cfg).to(device, memory_format=torch.channels_last)
     if cfg.MODEL.WEIGHT and pretrained:
         with distributed.first_on_machine():
             load_weights(model, cfg.MODEL.WEIGHT, strict=False)

@@ -21,8 +21,8 @@ from ..engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from ..engine.train import build_model, train
-from ..models import Detector, load_weights
+from ..engine.train import train
+from ..models import Detector, build_detector, load_weights
 from .split import without_paths
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def prepare_backbone(cfg: CfgNode, device: torch.device, folder: Path) -> Detect
             logger.info("fine-tuning the backbone with the plain detector in %s", folder)
             train(plain, device, resume=same, skip_test=True)
         source = str(final)
-    model = build_model(plain, device)
+    model = build_detector(plain).to(device)
     report = load_weights(model, source, strict=False)
     absent = [name for name in report.missing + report.misshapen if name.startswith("backbone.")]
     if absent:

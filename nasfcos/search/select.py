@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..config.tree import get_setting, with_settings
-from ..data import build_dataset, build_train_loader, num_classes
+from ..data import build_dataset, build_train_loader
 from ..data.catalog import find_dataset
 from ..data.voc import voc_names
 from ..download import local_path, sha256
@@ -131,7 +131,7 @@ def check_full_training(cfg: CfgNode, device: torch.device, weights: bool = True
             )
     check_training(cfg, device, tests=True)
     build_train_loader(with_settings(cfg, {"SEED": max(0, cfg.SEED)}))
-    build_detector(cfg, num_classes(cfg))
+    build_detector(cfg)
     source = local_path(cfg.MODEL.WEIGHT) if weights and cfg.MODEL.WEIGHT else None
     if source is not None and not source.is_file():
         raise ConfigError(f"the weight file {source} does not exist (MODEL.WEIGHT)")

@@ -12,7 +12,7 @@ from nasfcos.config import load_config
 from nasfcos.data import build_train_loader
 from nasfcos.engine.monitor import StepMonitor
 from nasfcos.engine.step import forward_backward, update
-from nasfcos.engine.train import build_model
+from nasfcos.models import build_detector
 from nasfcos.transfer import to_device
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_training_starts_as_on_the_cpu_and_ends(config_file, tmp_path, amp, tole
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_a_step_never_waits_for_the_gpu(config_file, head):
     cfg = load_config(config_file, ["MODEL.DEVICE", "cuda", "MODEL.HEAD.NAME", head])
-    model = build_model(cfg, GPU).to(memory_format=torch.channels_last).train()
+    model = build_detector(cfg).to(GPU, memory_format=torch.channels_last).train()
     optimizer = engine.build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     monitor = StepMonitor()

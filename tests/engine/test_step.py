@@ -5,7 +5,7 @@ import torch
 
 from nasfcos.data import build_train_loader
 from nasfcos.engine.step import forward_backward, update
-from nasfcos.engine.train import build_model
+from nasfcos.models import build_detector
 
 CPU = torch.device("cpu")
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
@@ -22,7 +22,7 @@ def gradients(model, images, targets, parts):
 def without_batch_norm(config):
     cfg = config("MODEL.NECK.NAME", "fpn", "MODEL.GENOTYPE", "[]", "MODEL.RESNET.NORM", "frozen_bn")
     torch.manual_seed(0)
-    return build_model(cfg, CPU).train(), *next(iter(build_train_loader(cfg)))
+    return build_detector(cfg).train(), *next(iter(build_train_loader(cfg)))
 
 
 def test_parts_give_the_mean_of_their_gradients(config):

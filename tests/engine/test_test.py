@@ -9,8 +9,8 @@ from nasfcos.data import DataError, build_dataset
 from nasfcos.engine import load_test_model
 from nasfcos.engine.checkpoint import CONTENT, FINAL, CheckpointError, save_checkpoint
 from nasfcos.engine.test import merge, to_original_size
-from nasfcos.engine.train import build_model
 from nasfcos.engine.weights import newest_weights
+from nasfcos.models import build_detector
 from nasfcos.models.weights import WeightsError
 from nasfcos.predictor import Predictor
 
@@ -34,7 +34,7 @@ def test_which_weights_are_tested(config_file, tmp_path):
     def config(*overrides):
         return load_config(config_file, ["OUTPUT_DIR", str(tmp_path / "out"), *overrides])
 
-    model = build_model(config(), CPU)
+    model = build_detector(config())
     probe = model.head.box_pred.bias
 
     def in_a_file(weight):
@@ -79,7 +79,7 @@ def trained(config_file, tmp_path):
     """The tiny job's config; its OUTPUT_DIR has a checkpoint for the classes "white" and "red"."""
     cfg = load_config(config_file, [])
     state = dict.fromkeys(CONTENT) | {"iteration": 1, "classes": ["white", "red"]}
-    state["model"] = build_model(cfg, CPU).state_dict()
+    state["model"] = build_detector(cfg).state_dict()
     save_checkpoint(state, tmp_path / "out" / FINAL)
     return cfg
 
@@ -106,7 +106,7 @@ def test_without_the_training_annotations_the_weights_say_which_classes(
     (tmp_path / "data" / "val" / "images").symlink_to(data_root / "val" / "images")
     cfg = load_config(config_file, ["DATASETS.ROOT", str(tmp_path / "data")])
     with pytest.raises(DataError, match="train"):
-        build_model(cfg, CPU)
+        build_detector(cfg)
 
     model, classes = load_test_model(cfg, CPU)
     assert classes == ["white", "red"] and model.head.cls_logits.out_channels == 2

@@ -14,7 +14,7 @@ import torch
 
 from nasfcos.config import load_config
 from nasfcos.engine.checkpoint import CONTENT, load_checkpoint, save_checkpoint
-from nasfcos.engine.train import build_model
+from nasfcos.models import build_detector
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (sys.executable,)
@@ -82,7 +82,7 @@ def weights(folder, name="model_final.pth"):
 
 def save_untrained(config_file, path):
     """Save a checkpoint of the tiny config's detector before any training."""
-    model = build_model(load_config(config_file), torch.device("cpu"))
+    model = build_detector(load_config(config_file))
     state = dict.fromkeys(CONTENT) | {"model": model.state_dict(), "iteration": 1}
     save_checkpoint(state, path)
 

@@ -20,8 +20,8 @@ from nasfcos.engine.checkpoint import CheckpointError, load_checkpoint
 from nasfcos.engine.monitor import NonFiniteLossError, StepMonitor
 from nasfcos.engine.run import Run, save_run
 from nasfcos.engine.step import forward_backward, update
-from nasfcos.engine.train import build_model
 from nasfcos.locks import only_one
+from nasfcos.models import build_detector
 from nasfcos.models.weights import WeightsError
 from nasfcos.signals import Interrupted
 
@@ -462,7 +462,7 @@ def test_fine_tuning_starts_at_zero_with_a_fresh_optimizer(config):
     trained, tuned = final_weights(first), state["model"]
     assert all(torch.equal(trained[k], tuned[k]) for k in trained if k.endswith("weight"))
     # The moments are those of one step: the gradients alone.
-    model = build_model(second, CPU).to(memory_format=torch.channels_last)
+    model = build_detector(second).to(memory_format=torch.channels_last)
     model.load_state_dict(trained)
     images, targets = next(iter(build_train_loader(second)))
     forward_backward(model.train(), images, targets, NO_SCALING)
@@ -519,7 +519,7 @@ def test_a_non_finite_loss_names_iteration_images_and_checkpoint():
 
 def test_weights_that_are_not_finite_are_never_saved(config, tmp_path):
     cfg = config()
-    model = build_model(cfg, CPU)
+    model = build_detector(cfg)
     optimizer = engine.build_optimizer(cfg, model)
     scheduler = engine.build_lr_scheduler(cfg, optimizer)
     run = Run(model, optimizer, scheduler, NO_SCALING, ["white", "red"], iteration=4)

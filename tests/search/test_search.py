@@ -28,8 +28,8 @@ from nasfcos.config import ConfigError, load_config  # noqa: E402
 from nasfcos.config.inheritance import copy_with_bases  # noqa: E402
 from nasfcos.engine.launch import USER_ERRORS  # noqa: E402
 from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
-from nasfcos.engine.train import build_model  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
+from nasfcos.models import build_detector  # noqa: E402
 from nasfcos.search import select  # noqa: E402
 from nasfcos.search.agreement import check_repeats  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
@@ -501,7 +501,7 @@ def test_other_weights_are_refused_before_they_are_cached(search_file, tmp_path,
     given = (search_file, "SEARCH.PREPARE.WEIGHT", str(weights), "SEARCH.STAGES", "('fpn',)",
              "SEARCH.TRIALS.FPN", 2)  # fmt: skip
     plain = prepare_config(load_config(search_file, given[1:]), out)
-    model = build_model(plain, torch.device("cpu"))
+    model = build_detector(plain)
     torch.save({"model": model.state_dict()}, weights)
     go_on(*given)
     content = contents(out)

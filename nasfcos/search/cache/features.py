@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ...data import DataError
+from ...models.heads.dense import Targets
 from ...transfer import free_gpu_memory, to_device
 
 logger = logging.getLogger(__name__)
-
-Targets = list[dict[str, Tensor]]
 
 VERSION = 3  # of the crops and of the files; raise it whenever they change
 META, TARGETS = "cache.json", "targets.npz"
