@@ -13,7 +13,7 @@ from nasfcos.ops import reference
 
 def use_plain_operators(monkeypatch):
     """Make models compute without our operators for the rest of the test."""
-    monkeypatch.setattr(layers, "_OWN_NORMS", False)
+    monkeypatch.setattr(layers, "_FUSED_NORMS", False)
     monkeypatch.setattr(layers, "modulated_deform_conv2d", _deform_conv)
     monkeypatch.setattr(layers, "conv3x3", _conv3x3)
     monkeypatch.setattr(layers, "depthwise_conv2d", reference.depthwise_conv2d)

@@ -15,20 +15,25 @@ from .heads.dense import DenseHead, Targets
 from .heads.post_process import Detections
 
 CAFFE2_MEAN = (122.7717, 115.9465, 102.9801)
-"""Mean of the images that the Caffe2 backbones (and the released models) were trained on, RGB in
-0..255; those models divide by nothing."""
+"""Pixel mean (RGB in 0..255) that the Caffe2 backbones and the released models were trained with;
+they do not divide by a deviation."""
 
 C5_STRIDE = 32
-"""Pixels a side that one position of C5 stands for."""
+"""Stride of C5 in pixels."""
 
 
 class Preprocess(nn.Module):
-    """Images to one normalised batch: channels reversed to BGR, mean taken off, divided by the
-    deviation, then padded with zeros on the right and bottom to the largest size of the batch,
-    rounded up to a multiple of `size_divisibility`.
+    """Turns images into one normalised batch.
 
-    The mean and deviation (RGB, in 0..255) are buffers, since they belong to the weights:
-    `nasfcos.models.weights` sets them for backbones trained on other images.
+    Channels are reversed to BGR, the mean is subtracted, and the result is divided by the
+    deviation. Images are then padded with zeros on the right and bottom to the largest height and
+    width of the batch, rounded up to a multiple of `size_divisibility`.
+
+    The mean and deviation (RGB, in 0..255) are buffers because they belong to the weights:
+    `nasfcos.models.weights` sets those of the backbone that it loads.
+
+    Args:
+        size_divisibility: the batch's height and width are multiples of it, in pixels.
     """
 
     def __init__(self, size_divisibility: int) -> None:
@@ -38,13 +43,16 @@ class Preprocess(nn.Module):
         self.register_buffer("std", torch.ones(3))
 
     def forward(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Images [3, H, W], RGB, float in 0..1 or uint8 in 0..255, of any sizes.
+        """Normalise and pad images.
+
+        Args:
+            images: [3, H, W] each, RGB, float in 0..1 or uint8 in 0..255, of any sizes.
 
         Returns:
             the batch [N, 3, H', W'] float32 on this module's device, and each image's (H, W).
 
         Raises:
-            ValueError: an image of another shape or type.
+            ValueError: an image has another shape or type.
         """
         for index, image in enumerate(images):
             check_image(image, index)
@@ -56,10 +64,10 @@ class Preprocess(nn.Module):
         batch = self.mean.new_empty(len(images), 3, height, width)
         mean, std = (x.flip(0)[:, None, None] for x in (self.mean, self.std))
         for index, image in enumerate(images):
-            # Small on its way to the device, and then written once and changed in place.
+            # Transferred as it is (uint8 is small), then written once and changed in place.
             image = to_device(image, batch.device)
             _, h, w = image.shape
-            padded = batch[index]  # not by iteration: gradients do not pass through such views
+            padded = batch[index]  # not by iteration: autograd refuses in-place changes then
             pixels = padded[:, :h, :w].copy_(image.flip(0))
             if image.is_floating_point():
                 pixels *= 255
@@ -69,13 +77,17 @@ class Preprocess(nn.Module):
         return batch, sizes
 
     def canvases(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """The same batch of images that lie in the upper left corners of canvases of one size, in
-        operations that do not depend on the images' own.
+        """As `forward`, for images in the upper left corners of canvases of one size.
+
+        The operations do not depend on the images' own sizes, as an export needs it.
 
         Args:
             images: [N, 3, H, W], RGB, float in 0..1 or uint8 in 0..255, on this module's device.
-            sizes: [N, 2] int64, there too: each image's (height, width). What lies outside has no
-                effect.
+            sizes: [N, 2] int64 on the same device, each image's (height, width). The pixels
+                outside have no effect.
+
+        Returns:
+            the batch [N, 3, H', W'] float32.
         """
         row, column = (torch.arange(side, device=sizes.device) for side in images.shape[-2:])
         height, width = sizes[:, :, None, None].unbind(1)
@@ -92,9 +104,14 @@ class Preprocess(nn.Module):
 class Detector(nn.Module):
     """A one-stage detector.
 
-    In training, ``model(images, targets)`` gives the loss terms; in evaluation, ``model(images)``
-    gives each image's detections in its own pixels. Images are tensors [3, H, W], RGB, float in
-    0..1 (or uint8); a target has ``boxes`` [N, 4] float xyxy and ``labels`` [N] int64 from 1.
+    In training mode ``model(images, targets)`` returns the losses; in evaluation mode
+    ``model(images)`` returns each image's detections in the pixels of that image.
+
+    Args:
+        preprocess: turns images into a batch.
+        backbone: batch to C2..C5.
+        neck: C2..C5 to P3..P7.
+        head: P3..P7 to raw outputs.
     """
 
     def __init__(
@@ -111,10 +128,15 @@ class Detector(nn.Module):
     ) -> dict[str, Tensor] | list[Detections]:
         """Losses (training mode) or detections (evaluation mode).
 
+        Args:
+            images: tensors [3, H, W] each, RGB, float in 0..1 or uint8 in 0..255.
+            targets: in training mode, each image's ``boxes`` [N, 4] float legacy xyxy in pixels
+                and ``labels`` [N] int64 from 1.
+
         Raises:
-            ValueError: no images, an image or a target of the wrong shape or type, in training a
-                missing target, a box without area or a label out of range, or (ConfigError) a batch
-                too small for batch norms.
+            ValueError: no images, or an image or target of the wrong shape or type; in training
+                also a missing target, a box that is not finite or ends before it begins, a label
+                out of range, or (ConfigError) a batch that is too small for batch norms.
         """
         if len(images) == 0:
             raise ValueError("the list of images is empty")
@@ -131,7 +153,8 @@ class Detector(nn.Module):
     def _checked_targets(
         self, images: Sequence[Tensor], targets: Targets | None
     ) -> list[dict[str, Tensor]]:
-        """The targets, where they lie; values are checked where that costs no waiting."""
+        """The targets, on their own device. Values are only checked on the CPU: reading those on a
+        GPU would make the host wait."""
         if targets is None or len(targets) != len(images):
             given = "none" if targets is None else len(targets)
             raise ValueError(
@@ -156,7 +179,7 @@ class Detector(nn.Module):
         return checked
 
     def _check_batch(self, batch: Tensor) -> None:
-        """Refuse a batch whose C5 is one value: a batch norm takes its deviation."""
+        """Refuse a batch whose C5 is a single position: a batch norm needs their deviation."""
         if len(batch) > 1 or max(batch.shape[-2:]) > C5_STRIDE:
             return
         if any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.modules()):
@@ -180,11 +203,14 @@ class Detector(nn.Module):
 
 
 def check_image(image: Tensor, index: int) -> None:
-    """Refuse what is no image [3, H, W], RGB, float in 0..1 or uint8; `index` is its place in the
-    batch.
+    """Check that an image is a tensor [3, H, W], float or uint8.
+
+    Args:
+        image: the image, RGB.
+        index: its index in the batch, for messages.
 
     Raises:
-        ValueError: its shape or type.
+        ValueError: it has another shape or type.
     """
     is_image = isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
     if not is_image or 0 in image.shape:

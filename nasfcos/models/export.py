@@ -1,4 +1,4 @@
-"""A detector as one program of tensors, for where it is used without its config."""
+"""A detector as one tensor program (`torch.export`), to be used without its config."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from .heads.locations import STRIDES
 from .inference import InferenceDetector
 
 MIN_SIDE = 129
-"""Of what a program for any size takes, in pixels: then the smallest maps have two rows and two
-columns, and differ in no way from larger ones."""
+"""Smallest height and width, in pixels, that a program for any size accepts: from here on P7 has
+two rows and columns, and is treated like larger maps."""
 
 
 def export_detector(
     model: InferenceDetector, images: Tensor, any_size: bool = False
 ) -> torch.export.ExportedProgram:
-    """The whole way from images to detections as a program.
+    """Export everything from images to detections as one program.
 
-    The program is called with ``images``, canvases like those given here, and ``sizes`` [N, 2]
-    int64: the height and width of the image that lies in the upper left corner of each. What is in
-    the rest has no effect, but that there is a rest has some, as in a batch with larger images:
-    group norms take the mean of a whole map. So let images nearly fill their canvas.
+    The program takes ``images``, canvases like those given here, and ``sizes`` [N, 2] int64, the
+    height and width of the image in the upper left corner of each canvas. The pixels outside the
+    image have no effect, but the size of the canvas has a small one, as in a batch with larger
+    images: group norms average over the whole map. So images should nearly fill their canvas.
 
-    It returns ``boxes`` [N, D, 4] float32 (legacy xyxy in pixels), ``scores`` [N, D] float32 and
-    ``labels`` [N, D] int64 from 1, best first, and ``counts`` [N] int64 of each image's detections;
-    behind these all is 0. D is TEST.DETECTIONS_PER_IMAGE (no ties beyond it), or less where the
-    maps of a fixed size hold fewer predictions. `torch.export.save` writes it, and it is loaded
-    where this package was imported, which brings the operators; `export_onnx` writes a file that
-    does without.
+    The program returns ``boxes`` [N, D, 4] float32 (legacy xyxy in pixels), ``scores`` [N, D]
+    float32 and ``labels`` [N, D] int64 from 1, by descending score, and ``counts`` [N] int64, the
+    number of detections of each image; entries beyond it are 0. D is TEST.DETECTIONS_PER_IMAGE
+    (without ties beyond it), or less where maps of a fixed size hold fewer predictions.
+
+    `torch.export.save` writes the program. To load it, import this package first, for its
+    operators; a file of `export_onnx` does not need the package.
 
     Args:
-        model: a detector of `optimize_for_inference`; whether it is compiled does not matter.
-        images: [N, 3, H, W] RGB, float in 0..1 or uint8, of the size and type of the canvases that
-            the program will be given. The values do not matter.
+        model: a detector of `optimize_for_inference`, compiled or not.
+        images: [N, 3, H, W] RGB, float in 0..1 or uint8, with the size and type of the canvases
+            that the program will be given. The values do not matter.
         any_size: the program takes canvases of any height and width from `MIN_SIDE` up, so that
-            an image can be its own; N is fixed.
+            an image can be its own canvas; N is fixed.
 
     Raises:
-        TypeError: another model, or images in a list.
-        ValueError: `images` is no such batch, or TEST.PRE_NMS_TOP_N is too large for NMS in fixed
-            shapes.
+        TypeError: `model` is another model, or `images` is a list.
+        ValueError: `images` is not such a batch, or TEST.PRE_NMS_TOP_N is too large for NMS in
+            fixed shapes.
     """
     if not isinstance(model, InferenceDetector):
         raise TypeError(
@@ -61,9 +62,9 @@ def export_detector(
         raise ValueError(f"a detector with TEST.PRE_NMS_TOP_N above {most} cannot be exported")
     dynamic = None
     if any_size:
-        shape[2:] = MIN_SIDE + 61, MIN_SIDE + 38  # unlike each other and the least
+        shape[2:] = MIN_SIDE + 61, MIN_SIDE + 38  # different from each other and from the minimum
         dynamic = {"images": dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC), "sizes": None}
-    # A file of the program has these as an example: one value, not a picture.
+    # The saved program contains this example input: expanded, it is stored as one value.
     images = images.new_zeros(()).expand(shape)
     sizes = torch.tensor([shape[2:]] * shape[0], device=images.device)
     with torch.no_grad():
@@ -73,7 +74,7 @@ def export_detector(
 
 
 class _Program(nn.Module):
-    """Images [N, 3, H, W] and their sizes to detections whose number does not depend on values."""
+    """Maps images and their sizes to detections in fixed shapes; see `export_detector`."""
 
     def __init__(self, model: InferenceDetector) -> None:
         super().__init__()

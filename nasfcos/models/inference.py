@@ -1,4 +1,4 @@
-"""Detectors for inference: the same detections from a faster form of the model."""
+"""The inference form of a detector: the same detections, faster."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from .necks.nas_fpn import NASFPN, Concat, WeightedSum
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
+
 def optimize_for_inference(
     model: Detector, dtype: torch.dtype = torch.float32, compile: bool = False
 ) -> InferenceDetector:
-    """A copy of a detector that finds the same objects faster, and cannot be trained.
+    """A copy of a detector that finds the same objects faster and cannot be trained.
 
-    Batch norms become part of the convolutions before them; maps are channels-last; activations
-    and residual sums are computed with their convolution where the CPU's library can; the searched
-    concatenation with its norm, ReLU and grouped convolution is one pass; branches that nothing
-    uses are gone.
+    Batch norms are folded into the convolutions before them; maps are channels-last; activations
+    and residual sums are fused with their convolution where the CPU's library can do it; the
+    searched concatenation, its norm, ReLU and grouped convolution are one pass; unused branches
+    are removed.
 
     Args:
-        model: a detector of this package with its weights loaded. It is not changed, and what is
-            loaded into it later does not reach the copy.
-        dtype: of maps and weights. bfloat16 is for processors and GPUs that multiply it; pixels,
-            boxes and scores stay float32.
+        model: a detector of this package with its weights loaded. It is not changed, and weights
+            loaded into it later do not reach the copy.
+        dtype: data type of maps and weights. bfloat16 only pays on processors and GPUs that
+            multiply it in hardware; pixels, boxes and scores stay float32.
         compile: run backbone, neck and head through `torch.compile`, on a GPU with CUDA graphs.
-            Each new size of a batch is compiled when it is first met, which can take minutes;
-            after as many sizes as ``torch._dynamo.config.recompile_limit`` says (8), further ones
-            run uncompiled.
+            Each new batch size and image size is compiled at its first use, which can take minutes;
+            beyond ``torch._dynamo.config.recompile_limit`` (8) sizes, further ones run uncompiled.
 
     Returns:
-        a module that is called as the detector is in evaluation mode.
+        a module that is called like the detector in evaluation mode.
 
     Raises:
-        ValueError: a dtype other than float32, bfloat16 and, on a GPU, float16.
+        ValueError: `dtype` is not float32, bfloat16 or, on a GPU, float16.
     """
     device = next(model.parameters()).device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"detectors run in float32, bfloat16 or float16, not {dtype}")
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("float16 needs a GPU; take bfloat16 or float32 on the CPU")
-    # Single precision first: norms are folded in it, and some parts stay in it.
+    # First everything in float32: norms are folded in it, and some parts stay in it.
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     with torch.no_grad():
         for name in ("backbone", "neck", "head"):
@@ -73,7 +73,7 @@ def optimize_for_inference(
 
 
 class InferenceDetector(nn.Module):
-    """A detector that is only evaluated; made by `optimize_for_inference`."""
+    """A detector for evaluation only; made by `optimize_for_inference`."""
 
     def __init__(self, model: Detector, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
@@ -87,7 +87,10 @@ class InferenceDetector(nn.Module):
         super().train(False)
 
     def forward(self, images: Sequence[Tensor]) -> list[Detections]:
-        """Each image's detections, in its own pixels; images as `Detector` takes them.
+        """Each image's detections, in the pixels of that image.
+
+        Args:
+            images: tensors [3, H, W] each, RGB, float in 0..1 or uint8 in 0..255.
 
         Raises:
             ValueError: no images, or an image of the wrong shape or type.
@@ -98,7 +101,7 @@ class InferenceDetector(nn.Module):
             batch, sizes = self.preprocess(images)
             batch = batch.to(dtype=self.dtype, memory_format=torch.channels_last)
             detections = self.head.detect(self._outputs(batch), sizes)
-        # Tensors of inference mode cannot be changed in place; copies made after it can.
+        # Tensors made in inference mode cannot be changed in place; copies made outside it can.
         return [{name: x.clone() for name, x in found.items()} for found in detections]
 
     def _compute(self, batch: Tensor) -> tuple[list[Tensor], ...]:
@@ -110,7 +113,7 @@ class InferenceDetector(nn.Module):
         mode = "reduce-overhead" if self.preprocess.mean.is_cuda else "default"
         return torch.compile(self._compute, mode=mode, dynamic=False)
 
-    # What is compiled belongs to one object: copies, and what is pickled, compile for themselves.
+    # Compiled code belongs to one object: copies and unpickled models compile their own.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_outputs"}
 
@@ -119,11 +122,12 @@ class InferenceDetector(nn.Module):
         self._outputs = self._callable()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceDetector:
-        """
+        """As in `nn.Module`: what ``to``, ``half`` and the like do to every tensor.
+
         Raises:
-            RuntimeError: `fn` changes the dtype, which the fused layers are made for.
+            RuntimeError: `fn` changes the dtype; the fused layers were made for this one.
         """
-        held = {self.dtype, torch.float32}  # of which some parts stay
+        held = {self.dtype, torch.float32}  # some parts are float32 in any case
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in held):
             raise RuntimeError(
                 "a detector optimised for inference keeps its dtype; name another one to "
@@ -132,9 +136,10 @@ class InferenceDetector(nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> InferenceDetector:
-        """
+        """Stay in evaluation mode.
+
         Raises:
-            RuntimeError: for `mode`; the detector that this one was made of can be trained.
+            RuntimeError: `mode` is True; train the detector that this one was made of.
         """
         if mode:
             raise RuntimeError(
@@ -147,8 +152,13 @@ class InferenceDetector(nn.Module):
 
 
 class FusedConv(nn.Module):
-    """Convolution, optional sum with a residual (which may be overwritten), optional ReLU (cut off
-    at `limit`)."""
+    """Convolution, optional sum with a residual, optional ReLU.
+
+    Args:
+        conv: the convolution.
+        relu: whether a ReLU follows.
+        limit: upper bound of the ReLU; None: unbounded.
+    """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, limit: float | None = None) -> None:
         super().__init__()
@@ -157,18 +167,20 @@ class FusedConv(nn.Module):
         self.limit = limit
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] to [N, C', H', W']; `residual` has the output's shape and may be
+        overwritten."""
         conv = self.conv
         plain = residual is None and self.limit is None
         if plain and isinstance(conv, Conv3x3) and x.dtype == torch.float32:
             return conv3x3(x, conv.weight, conv.bias, self.relu)
-        # A compiler sees through PyTorch's operators only, and fuses what follows them itself.
+        # Compilers only understand PyTorch's public operators, and fuse them by themselves.
         by_parts = torch.compiler.is_compiling() or x.device.type != "cpu"
         if by_parts or x.dtype not in _ONEDNN_DTYPES:
             return self._activate(conv(x) if residual is None else conv(x).add_(residual))
         geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if residual is not None:
             relu = "relu" if self.relu and self.limit is None else None
-            # Into the residual: where maps are large, a new one takes longer than the convolution.
+            # In place: allocating a large map takes longer than the convolution.
             x = torch.ops.mkldnn._convolution_pointwise_.binary(
                 residual, x, conv.weight, conv.bias, *geometry, "add", 1.0, relu, [], None
             )
@@ -181,7 +193,7 @@ class FusedConv(nn.Module):
         )
 
     def _activate(self, x: Tensor) -> Tensor:
-        # A float, which PyTorch's exporter to ONNX cannot do without.
+        # 0.0, not 0: PyTorch's ONNX exporter needs a float.
         return x.clamp_(0.0, self.limit) if self.relu else x
 
 
@@ -193,11 +205,11 @@ def _onednn_dtypes() -> set[torch.dtype]:
 
 
 _ONEDNN_DTYPES = _onednn_dtypes()
-"""What oneDNN, which computes a convolution and what follows it in one, takes on this CPU."""
+"""Data types for which oneDNN fuses a convolution with what follows it on this CPU."""
 
 
 class FusedBottleneck(nn.Module):
-    """`Bottleneck` with its norms folded in."""
+    """`Bottleneck` with its norms folded into its convolutions."""
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
@@ -209,12 +221,13 @@ class FusedBottleneck(nn.Module):
         self.conv3 = FusedConv(folded(block.conv3, block.bn3), relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H', W']."""
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.conv3(self.conv2(self.conv1(x)), shortcut)
 
 
 class FusedInvertedResidual(nn.Module):
-    """`InvertedResidual` with its norms folded in."""
+    """`InvertedResidual` with its norms folded into its convolutions."""
 
     def __init__(self, block: InvertedResidual) -> None:
         super().__init__()
@@ -223,6 +236,7 @@ class FusedInvertedResidual(nn.Module):
         self.residual = block.residual
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H', W']."""
         return self.last(self.first(x), x if self.residual else None)
 
 
@@ -238,11 +252,12 @@ class FusedConcat(nn.Module):
         self.register_buffer("weight", block.conv.weight.flatten())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two maps [N, C, H, W] to one of the same shape."""
         return fused_concat(x, y, self.scale, self.shift, self.weight)
 
 
 class InFloat32(nn.Module):
-    """A layer that is computed in float32 whatever its input."""
+    """A layer that is computed in float32, whatever the dtype of its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -253,16 +268,19 @@ class InFloat32(nn.Module):
 
 
 class GroupNormRelu(nn.Module):
-    """A group norm and ReLU. The norm's factors stay float32 whatever its input: training moves
-    them away from one by less than half precision can tell, and all places of a map would be off
-    the same way."""
+    """Group norm and ReLU; the norm's parameters stay float32.
+
+    Training moves its factors away from one by less than half precision can represent; rounded,
+    they would change all positions of a map alike.
+    """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # whose kernels take such a mixture
+        """A map [N, C, H, W], which may be overwritten, to one of the same shape and dtype."""
+        if x.device.type == "cpu":  # its kernels accept mixed dtypes
             return norm_relu(self.norm, x)
         return norm_relu(self.norm, x.float()).to(x.dtype)
 
@@ -271,7 +289,7 @@ class GroupNormRelu(nn.Module):
 
 
 def _unshare(module: nn.Module, seen: set[nn.Module]) -> None:
-    """Give each place its own copy of a module that has several: what is made of it may differ."""
+    """Give each use of a shared module its own copy: they may be optimised differently."""
     for name, child in module.named_children():
         if child in seen:
             child = copy.deepcopy(child)
@@ -281,14 +299,14 @@ def _unshare(module: nn.Module, seen: set[nn.Module]) -> None:
 
 
 def is_fixed(norm: nn.Module) -> bool:
-    """Whether a norm is a factor and a shift per channel once training is over."""
+    """Whether a norm in evaluation mode is a constant factor and shift per channel."""
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return norm.affine and norm.track_running_stats
     return type(norm) is FrozenBatchNorm2d
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Whether a layer is a convolution and nothing more."""
+    """Whether a layer is an ordinary convolution with zero padding."""
     return (
         type(conv) in (nn.Conv2d, Conv3x3)
         and conv.padding_mode == "zeros"
@@ -297,13 +315,13 @@ def _is_plain(conv: nn.Module) -> bool:
 
 
 def fixed_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The factor and the shift [C] of a norm that `is_fixed`."""
+    """Factor and shift, [C] each, of a norm that `is_fixed`."""
     scale = norm.weight * (norm.running_var + getattr(norm, "eps", 0.0)).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
 def folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """The convolution itself, its weight [C, ...] and bias [C] changed to include the norm."""
+    """The given convolution, with weight [C, ...] and bias [C] changed to include the norm."""
     scale, shift = fixed_affine(norm)
     bias = shift if conv.bias is None else conv.bias * scale + shift
     conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
@@ -313,8 +331,10 @@ def folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
 
 @functools.singledispatch
 def optimized(module: nn.Module) -> nn.Module:
-    """A module's form for inference; the module given is used up. Other modules' layers are
-    optimised where they are."""
+    """The inference form of a module, which takes over the module's parts.
+
+    A module without a form of its own is returned with its children optimised.
+    """
     for name, child in module.named_children():
         setattr(module, name, optimized(child))
     return module
@@ -322,13 +342,13 @@ def optimized(module: nn.Module) -> nn.Module:
 
 @optimized.register
 def _(module: nn.Sequential) -> nn.Module:
-    if type(module).forward is not nn.Sequential.forward:  # it does more than one after the other
+    if type(module).forward is not nn.Sequential.forward:  # a subclass that does something else
         return optimized.dispatch(nn.Module)(module)
     return nn.Sequential(*_fuse_sequence(module))
 
 
 def _fuse_sequence(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Layers with each run of convolution, norm and ReLU or ReLU6 made one."""
+    """The layers, each sequence of convolution, norm and ReLU or ReLU6 fused into one."""
     fused: list[nn.Module] = []
     for layer in layers:
         last = fused[-1] if fused else None
@@ -361,14 +381,14 @@ def _(module: InvertedResidual) -> nn.Module:
 
 
 def _rectified(conv: nn.Module, norm: nn.Module) -> list[nn.Module]:
-    """Layers for a convolution, its norm and ReLU."""
+    """The layers of a convolution, its norm and a ReLU."""
     if isinstance(norm, nn.GroupNorm):
         return [conv, GroupNormRelu(norm)]
     if is_fixed(norm):
         conv, norm = folded(conv, norm), nn.Identity()
     if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.Identity):
         return [FusedConv(conv, relu=True)]
-    return [conv, optimized(norm), nn.ReLU()]  # not in place, for exporters of PyTorch 2.6
+    return [conv, optimized(norm), nn.ReLU()]  # not in place: PyTorch 2.6 cannot export that
 
 
 @optimized.register(ConvNormAct)
@@ -399,15 +419,17 @@ def _(module: NASFPN) -> nn.Module:
 
 @optimized.register
 def _(module: DenseHead) -> nn.Module:
-    # A box side is the exponential of what is predicted: half precision would move it by pixels.
+    # Box sides are an exponential of the prediction: half precision would move them by pixels.
     for name, child in module.named_children():
         setattr(module, name, InFloat32(child) if name == "box_pred" else optimized(child))
     return module
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Change the parameters' dtype, but for those that a result's precision hangs on. Buffers, such
-    as anchors and statistics, stay float32."""
+    """Change the dtype of a module's parameters, except where it would cost precision.
+
+    Buffers, such as anchors and statistics, stay float32.
+    """
     if isinstance(module, (InFloat32, GroupNormRelu, WeightedSum, Scale, *BATCH_NORMS)):
         return
     for parameter in module.parameters(recurse=False):

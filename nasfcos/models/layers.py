@@ -1,4 +1,4 @@
-"""The layers that backbones, necks and heads are made of."""
+"""Layers shared by backbones, necks and heads. Maps are [N, C, H, W]."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from ..ops import (
 )
 from ..ops.library import has_compiled
 
-# Whether our operators for norms are at hand.
-_OWN_NORMS = has_compiled("batch_norm_relu", "cpu")
-# Values from which they are faster than PyTorch's norm with a ReLU, which has less overhead.
-_MANY_FOR_BATCH_NORM = 2**17
-_MANY_FOR_GROUP_NORM = 2**15
+# Whether the fused kernels for norms are compiled.
+_FUSED_NORMS = has_compiled("batch_norm_relu", "cpu")
+# Number of values in a map from which they beat PyTorch's norm and ReLU, which have less overhead.
+_MIN_FOR_BATCH_NORM = 2**17
+_MIN_FOR_GROUP_NORM = 2**15
 
 Norm = Callable[[int], nn.Module]
-"""Makes the normalisation layer for a number of channels."""
+"""Creates a normalisation layer for the given number of channels."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups; fewer in layers so narrow that a group would be one channel."""
+    """GroupNorm with 32 groups, or fewer where a group would have fewer than two channels."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 2)), channels)
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with constant statistics and affine terms, all buffers, and no epsilon.
+    """Batch norm with constant statistics and affine parameters, all of them buffers.
 
-    The released ResNets divide by ``sqrt(running_var)`` alone.
+    There is no epsilon: the released ResNets divide by ``sqrt(running_var)``.
+
+    Args:
+        channels: number of channels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,9 +51,10 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """A map [N, C, H, W] to one of the same shape and dtype."""
         if x.dtype in (torch.float16, torch.bfloat16):  # under autocast
-            # Its factors stay float32: rounded, they would change each channel as a whole. Some
-            # versions of PyTorch refuse an epsilon of zero; this one adds nothing either.
+            # The factors stay float32: rounded, they would change whole channels. Some versions of
+            # PyTorch refuse an epsilon of zero; adding the smallest number changes nothing either.
             mean, var, eps = self.running_mean, self.running_var, torch.finfo(torch.float32).tiny
             return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=eps)
         scale = self.weight * self.running_var.rsqrt()
@@ -58,48 +62,55 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
-def own_batch_norm_serves(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a norm is a batch norm that will take the statistics of these maps, channels-last on
-    the CPU, and has all its parts: for that our operators are faster than PyTorch's."""
+def fused_batch_norm_applies(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the fused CPU kernel applies: an affine `nn.BatchNorm2d` in training mode with
+    running statistics, on channels-last CPU maps."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and _suit_own_norms(norm, x)
-        and x.numel() > x.shape[1]  # else PyTorch has an error for it
+        and _fused_norms_accept(norm, x)
+        and x.numel() > x.shape[1]  # otherwise PyTorch raises its error
     )
 
 
-def _suit_own_norms(norm: nn.Module, x: Tensor) -> bool:
-    """Whether our operators take these maps and the parameters of an affine norm."""
+def _fused_norms_accept(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the fused kernels accept these maps and the parameters of an affine norm."""
     return (
         norm.weight.dtype == torch.promote_types(x.dtype, torch.float32)
         and x.device.type == "cpu"
         and memory_format(x) == torch.channels_last
-        and _OWN_NORMS
+        and _FUSED_NORMS
     )
 
 
 @torch.no_grad()
 def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Move a batch norm's running statistics to those [C] of a batch of `count` values a channel,
-    as it does itself in training."""
+    """Update a batch norm's running statistics as it does itself in training.
+
+    Args:
+        norm: the batch norm.
+        mean, variance: [C], the (biased) statistics of the batch.
+        count: number of values per channel that they were computed from, at least two.
+    """
     norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of the norm of `x`, which may be overwritten. Where our operator serves, neither the
-    norm itself is called nor its hooks are."""
-    # Sizes are asked for last: what is exported must not depend on them without need.
-    if type(norm) is nn.GroupNorm and norm.affine and _suit_own_norms(norm, x):
-        count = x.numel()  # no number in an export for any size
-        if not isinstance(count, int) or count >= _MANY_FOR_GROUP_NORM:
+    """ReLU of the norm of `x` [N, C, H, W], which may be overwritten.
+
+    Where a fused kernel applies, the norm module and its hooks are not called.
+    """
+    # Sizes are checked last, so that exported programs do not depend on them needlessly.
+    if type(norm) is nn.GroupNorm and norm.affine and _fused_norms_accept(norm, x):
+        count = x.numel()  # symbolic in an export for any size
+        if not isinstance(count, int) or count >= _MIN_FOR_GROUP_NORM:
             return group_norm_relu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    if own_batch_norm_serves(norm, x) and x.numel() >= _MANY_FOR_BATCH_NORM:
+    if fused_batch_norm_applies(norm, x) and x.numel() >= _MIN_FOR_BATCH_NORM:
         output, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
         update_statistics(norm, mean, variance, x.numel() // x.shape[1])
         return output
@@ -107,18 +118,21 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride one; the map's size stays. Its geometry is fixed: changing its
-    stride, padding, dilation or groups has no effect. Maps are [N, C, H, W]."""
+    """A 3x3 convolution with stride one that keeps the size of the map.
+
+    Its geometry is fixed: changing its stride, padding, dilation or groups has no effect.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H, W]."""
         return conv3x3(x, self.weight, self.bias)
 
 
 class ConvNormAct(nn.Module):
-    """Convolution ("same" padding), optional norm, ReLU."""
+    """Convolution of stride one that keeps the size of the map, optional norm, ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, norm: Norm | None, bias: bool
@@ -133,11 +147,12 @@ class ConvNormAct(nn.Module):
         self.norm = norm(out_channels) if norm is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H, W]."""
         return norm_relu(self.norm, self.conv(x))
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A convolution of each channel by itself (no bias); the map's size stays."""
+    """A depthwise convolution without bias that keeps the size of the map."""
 
     def __init__(self, channels: int, kernel_size: int, dilation: int) -> None:
         super().__init__(
@@ -151,11 +166,12 @@ class DepthwiseConv(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """A map [N, C, H, W] to one of the same shape."""
         return depthwise_conv2d(x, self.weight, self.dilation[0])
 
 
 class SeparableConv(nn.Module):
-    """Depthwise conv, 1x1 conv (neither with bias), norm, ReLU; the map's size stays."""
+    """Depthwise conv and 1x1 conv without bias, norm, ReLU."""
 
     def __init__(self, channels: int, kernel_size: int, dilation: int, norm: Norm) -> None:
         super().__init__()
@@ -164,15 +180,16 @@ class SeparableConv(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """A map [N, C, H, W] to one of the same shape."""
         return norm_relu(self.norm, self.pointwise(self.depthwise(x)))
 
 
 class ModulatedDeformConv(nn.Module):
-    """Deformable convolution v2, 3x3, whose offsets and mask come from a conv on the same input.
+    """3x3 deformable convolution v2 (Zhu et al., 2019).
 
-    That conv puts out 27 channels per offset group: first the offsets of all groups (y, x for each
-    tap), then the masks of all groups before their sigmoid. It starts at zero: no offset, and a
-    mask of one half.
+    A conv on the same input predicts offsets and mask, 27 channels per offset group: first the
+    offsets of all groups in pixels of the map (y, x for each tap), then the masks of all groups
+    before their sigmoid. It is initialised with zeros: no offset, and a mask of one half.
     """
 
     KERNEL = 3
@@ -190,6 +207,7 @@ class ModulatedDeformConv(nn.Module):
         nn.init.zeros_(self.conv_offset_mask.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H, W]."""
         taps = self.OFFSET_GROUPS * self.KERNEL**2
         offset, mask = self.conv_offset_mask(x).split((2 * taps, taps), dim=1)
         return modulated_deform_conv2d(
@@ -212,6 +230,7 @@ class DeformConv(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """A map [N, C, H, W] to one of the same shape."""
         return norm_relu(self.norm, self.conv(x))
 
 
@@ -224,22 +243,23 @@ OPERATIONS: dict[str, Callable[[int, Norm], nn.Module]] = {
     "skip_connect": lambda c, norm: nn.Identity(),
     "def_conv_3x3": DeformConv,
 }
-"""The searched operations by name (see `nasfcos.genotype`), each keeping a map's size and width."""
+"""The searched operations by name (see `nasfcos.genotype`); they keep the shape of a map."""
 
 
 class Scale(nn.Module):
-    """A learned scalar factor, starting at one."""
+    """A learned scalar factor, initially one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """A tensor to one of the same shape."""
         return x * self.scale
 
 
 def resize_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [N, C, H, W] resized bilinearly to `size` (height, width)."""
+    """A map [N, C, H, W] resized bilinearly to `size` (height, width)."""
     if x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Weights that others name in their way, under this project's names."""
+"""Translation of other projects' weight names to this project's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TORCHVISION_INPUT = {
     "preprocess.std": 255 * torch.tensor(TORCHVISION_STD),
 }
 
-# Released names -> this project's, for what does not depend on the tensors' shapes.
+# Released names to this project's, for the names that do not depend on the tensors' shapes.
 _RELEASED_NAMES = [
     (r"^encoder\.body\.", "backbone."),
     (r"^decoder\.fpn\.adapt([1-4])\.0\.", lambda m: f"neck.adapt.{int(m[1]) - 1}.conv."),
@@ -47,8 +47,9 @@ def released_names(shapes: Mapping[str, int]) -> dict[str, str]:
     """This project's name for each released tensor.
 
     Args:
-        shapes: each released name with its tensor's number of dimensions: a plain tower counts its
-            convs, norms and activations in one sequence, and the convs are those of four.
+        shapes: number of dimensions of each released tensor by name. A plain tower numbers its
+            convs, norms and activations in one sequence; its convs are the tensors of four
+            dimensions.
     """
     convs: dict[str, list[int]] = {"cls": [], "bbox": []}
     for name, dim in shapes.items():
@@ -72,13 +73,13 @@ def _released_name(name: str, convs: dict[str, list[int]]) -> str:
 
 
 def from_released(tensors: Tensors) -> Tensors:
-    """The release's detectors, whose input normalisation is not among their tensors."""
+    """Tensors of a released detector, with the input normalisation, which its file lacks."""
     names = released_names({name: tensor.dim() for name, tensor in tensors.items()})
     return {names[name]: tensor for name, tensor in tensors.items()} | CAFFE2_INPUT
 
 
 def from_caffe2(tensors: Tensors) -> Tensors:
-    """Caffe2's ResNets: BGR, the frozen norms folded to a scale and a shift."""
+    """Tensors of a Caffe2 ResNet (BGR input), whose frozen norms are a scale and a shift."""
     converted = dict(CAFFE2_INPUT)
     for name, tensor in tensors.items():
         target = _caffe2_name(name)
@@ -93,7 +94,10 @@ def from_caffe2(tensors: Tensors) -> Tensors:
 
 
 def _caffe2_name(name: str) -> str | None:
-    """``res3_0_branch2a_bn_s`` is ``backbone.layer2.0.bn1.weight``; None: not of the backbone."""
+    """This project's name for a Caffe2 name; None: not part of the backbone.
+
+    ``res3_0_branch2a_bn_s``, for example, becomes ``backbone.layer2.0.bn1.weight``.
+    """
     if name == "conv1_w":
         return "backbone.stem.conv1.weight"
     kind = {"w": "weight", "s": "weight", "b": "bias"}
@@ -112,7 +116,7 @@ def _caffe2_name(name: str) -> str | None:
 
 
 def from_torchvision_resnet(tensors: Tensors) -> Tensors:
-    """torchvision's ResNets: RGB, and a stem that is part of the whole."""
+    """Tensors of a torchvision ResNet (RGB input), which has no module for its stem."""
     converted = dict(TORCHVISION_INPUT)
     for name, tensor in tensors.items():
         if name.startswith("fc."):
@@ -124,8 +128,10 @@ def from_torchvision_resnet(tensors: Tensors) -> Tensors:
 
 
 def from_torchvision_mobilenet(tensors: Tensors) -> Tensors:
-    """torchvision's MobileNetV2: RGB, each conv, norm and activation nested, where ours is one flat
-    sequence a block."""
+    """Tensors of torchvision's MobileNetV2 (RGB input).
+
+    There each conv, norm and activation of a block are nested; here a block is one flat sequence.
+    """
     converted = dict(TORCHVISION_INPUT)
     for name, tensor in tensors.items():
         match = re.match(r"features\.(\d+)\.conv\.(\d+)\.(?:(\d+)\.)?(\w+)$", name)
@@ -144,5 +150,5 @@ def from_torchvision_mobilenet(tensors: Tensors) -> Tensors:
 
 
 def _reverse_input(tensors: Tensors, name: str) -> Tensors:
-    """The first conv for BGR input, which this project's models take, from one for RGB."""
+    """The tensors with the first conv changed from RGB to BGR, which this project's models use."""
     return tensors | {name: tensors[name].flip(1)}

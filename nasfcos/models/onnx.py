@@ -1,4 +1,4 @@
-"""Exported detectors as ONNX files, for runtimes that know nothing of this package."""
+"""Exported detectors as ONNX files, for runtimes without this package."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..files import replacing
 from ..ops import reference
 from ..ops.library import OPERATORS
 
-# The first with bilinear sampling at offsets (DeformConv) is 19; ONNX Runtime has it since 1.25.
+# DeformConv exists since opset 19, and in ONNX Runtime since 1.25.
 OPSET = 20
-# onnx.TensorProto's numbers of types.
+# Type numbers of onnx.TensorProto.
 _INT32, _BOOL = 6, 9
 
 _NMS_MASK = torch.ops.nasfcos.nms_mask.default
 
 
 def check_onnx(dtype: torch.dtype, nms_iou: float) -> None:
-    """Say before the work what stands against an ONNX file.
+    """Check in advance that a detector can be written as an ONNX file.
 
     Args:
-        dtype: of the detector's maps and weights.
-        nms_iou: at which its NMS suppresses.
+        dtype: data type of the detector's maps and weights.
+        nms_iou: IoU from which its NMS suppresses.
 
     Raises:
         ImportError: the packages of ``nasfcos[onnx]`` are not installed.
-        ValueError: another dtype than float32, or an IoU of 0.
+        ValueError: `dtype` is not float32, or `nms_iou` is 0.
     """
     try:
         import onnxscript  # noqa: F401
@@ -50,25 +50,26 @@ def export_onnx(
     file: str | os.PathLike[str],
     class_names: Sequence[str] = (),
 ) -> None:
-    """Write a detector of `export_detector` as an ONNX file, of standard operators only.
+    """Write an exported detector as an ONNX file with standard operators only.
 
-    Its inputs ``images`` and ``sizes`` and its outputs ``boxes``, ``scores``, ``labels`` and
-    ``counts`` are those of the program.
+    The inputs ``images`` and ``sizes`` and the outputs ``boxes``, ``scores``, ``labels`` and
+    ``counts`` are those of the program (see `export_detector`).
 
     Args:
-        program: the detector, in float32.
-        file: the path to write to; a file there is replaced once the new one is complete.
-        class_names: the name of label n at n - 1; kept as a JSON list under ``classes`` in the
-            file's metadata.
+        program: a detector that `export_detector` returned, in float32.
+        file: path to write to; an existing file is replaced once the new one is complete.
+        class_names: the name of label n at index n - 1; stored as a JSON list under ``classes`` in
+            the file's metadata.
 
     Raises:
-        ImportError, ValueError: as `check_onnx`; or the program is no detector's.
+        ImportError: the packages of ``nasfcos[onnx]`` are not installed.
+        ValueError: as `check_onnx`, or the program is not an exported detector.
     """
     suppressions = program.graph.find_nodes(op="call_function", target=_NMS_MASK)
     if len(suppressions) != 1:
         raise ValueError("export_onnx takes what export_detector made of a detector")
     (nms,) = suppressions
-    # Where weights are in half precision, some stay in float32.
+    # Of a detector in half precision, some weights are still float32.
     half = {x.dtype for x in program.state_dict.values()} & {torch.float16, torch.bfloat16}
     check_onnx(half.pop() if half else torch.float32, nms.args[3])
 
@@ -86,7 +87,7 @@ def export_onnx(
         dynamo=True,
         verbose=False,
     )
-    for node in written.model.graph:  # lines and paths of the sources
+    for node in written.model.graph:  # source lines and paths
         node.metadata_props.clear()
     written.model.metadata_props["classes"] = json.dumps(list(class_names))
     with replacing(file) as temporary:
@@ -94,9 +95,10 @@ def export_onnx(
 
 
 def translations() -> dict[torch._ops.OpOverload, object]:
-    """For `torch.onnx.export`: what ONNX has operators of its own for, or PyTorch no translation.
+    """The custom translation table for `torch.onnx.export`.
 
-    NMS is taken with labels from 1 and counts, as detectors use it.
+    It holds the operators that ONNX has counterparts of, or that PyTorch cannot translate. NMS is
+    translated for labels from 1 and with counts, as detectors use it.
     """
     from onnxscript import opset20 as op
 
@@ -112,16 +114,16 @@ def translations() -> dict[torch._ops.OpOverload, object]:
 
     def nms_mask(boxes, labels, counts, iou_threshold: float, legacy: bool):
         images, most = boxes.shape[:2]
-        limit = np.float32(iou_threshold)  # ONNX: above it
+        limit = np.float32(iou_threshold)  # ONNX suppresses above it
         if legacy or float(limit) > iou_threshold:
             limit = np.nextafter(limit, np.float32(0))
-        if legacy:  # both ends belong to a side
+        if legacy:  # both corners belong to a box
             boxes = op.Add(boxes, [0.0, 0.0, 1.0, 1.0])
         present = op.Less(list(range(most)), op.Unsqueeze(counts, [1]))
         labels = op.Where(present, labels, 0)
         classes = op.Range(1, op.Add(op.ReduceMax(labels, keepdims=0), 1), 1)
         own = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))
-        # In the order that they have; 0 is not considered.
+        # Scores that keep the given order; boxes with score 0 are not considered.
         scores = op.Where(own, [float(rank) for rank in range(most, 0, -1)], 0.0)
         kept = op.NonMaxSuppression(boxes, scores, [most], [float(limit)], [0.0])
         places = op.Gather(kept, [0, 2], axis=1)  # image and index, without the class
@@ -129,7 +131,7 @@ def translations() -> dict[torch._ops.OpOverload, object]:
         return op.Cast(op.ScatterND(op.Expand(0, [images, most]), places, ones), to=_BOOL)
 
     def stable_sort(input, stable: bool, dim: int = -1, descending: bool = False):
-        """TopK takes the earlier one of equals, but no booleans."""
+        """TopK is stable, but does not accept booleans."""
         is_bool, count = input.dtype == _BOOL, input.shape[dim]
         input = op.Cast(input, to=_INT32) if is_bool else input
         values, indices = op.TopK(input, [count], axis=dim, largest=int(descending))

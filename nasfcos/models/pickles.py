@@ -1,7 +1,7 @@
-"""Pickles of numpy arrays, such as Caffe2 wrote, read without executing anything.
+"""Reads pickles of numpy arrays, such as those of Caffe2, without executing anything.
 
-numpy's own classes stay out of it: their ``__setstate__`` trusts what it is given, down to
-pointers. The stand-ins below read a type code and raw bytes, and nothing else.
+numpy's own classes are not used: their ``__setstate__`` trusts its arguments, down to pointers. The
+stand-ins below read a type code and raw bytes, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import numpy as np
 
 
 def read_pickle(data: bytes) -> Mapping[Any, Any]:
-    """The dict that a pickle holds; the arrays in it are `PickledArray`.
+    """The dict in a pickle; its arrays are `PickledArray`.
+
+    Args:
+        data: content of the file.
 
     Raises:
-        Exception: of many kinds; it is damaged, or holds something else.
+        Exception: of many kinds; the pickle is damaged or contains something else.
     """
     content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     if not isinstance(content, Mapping):
@@ -30,7 +33,11 @@ def read_pickle(data: bytes) -> Mapping[Any, Any]:
 
 
 class PickledArray:
-    """Stands in for numpy.ndarray while a pickle is read; `value` is the array."""
+    """Stand-in for numpy.ndarray while a pickle is read.
+
+    Attributes:
+        value: the array.
+    """
 
     value: np.ndarray | None = None
 
@@ -42,7 +49,7 @@ class PickledArray:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds arrays of numbers and plain containers, and refuses every other object."""
+    """Rebuilds arrays of numbers and plain containers; refuses every other object."""
 
     MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
     NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
@@ -66,7 +73,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: floats, integers and booleans in either byte order."""
+    """Stand-in for numpy.dtype: floats, integers and booleans in either byte order."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[fiub][1248]", code):
@@ -81,7 +88,7 @@ class _Dtype:
         self.order = order
 
     def array(self, data: Any, shape: Any, order: str = "C") -> np.ndarray:
-        if isinstance(data, str):  # bytes of Python 2, which are read as text
+        if isinstance(data, str):  # bytes pickled by Python 2 are read as text
             data = data.encode("latin1")
         if not isinstance(data, (bytes, bytearray)):
             raise pickle.UnpicklingError(f"an array whose content is {type(data).__name__}")

@@ -1,19 +1,19 @@
-"""Names for the parts that a config can choose, and own ones among them.
+"""Registries of the backbones, necks and heads that a config can choose by name.
 
-A builder takes the config tree and what it builds upon, and gives a module:
+A builder takes the config tree and what the part depends on, and returns a module:
 
 - ``BACKBONES``: ``build(cfg)``. The module turns a batch [N, 3, H, W] into the maps C2..C5 (strides
-  4 to 32), has their channels as ``out_channels``, and ``freeze_after(index)``, which ends the
-  training of what lies behind map `index`.
-- ``NECKS``: ``build(cfg, in_channels)``. The module turns C2..C5 into P3..P7 (strides 8 to 128) of
-  MODEL.NECK.CHANNELS channels, and has the index of the deepest map that it uses as
-  ``deepest_input``.
+  4 to 32). It has ``out_channels``, their numbers of channels, and ``freeze_after(index)``, which
+  excludes the layers behind map `index` from training.
+- ``NECKS``: ``build(cfg, in_channels)``. The module turns C2..C5 into P3..P7 (strides 8 to 128)
+  with MODEL.NECK.CHANNELS channels. It has ``deepest_input``, the index of the deepest map that it
+  uses.
 - ``HEADS``: ``build(cfg, num_classes, post_process)``. The module is a
-  `nasfcos.models.heads.dense.DenseHead`. In a search MODEL.HEAD.TOWER says whether its towers are
-  to be the genotype's.
+  `nasfcos.models.heads.dense.DenseHead`. In a search MODEL.HEAD.TOWER says whether its towers
+  should be those of the genotype.
 
-For inference a detector's parameters take the dtype of TEST.DTYPE, as its maps have it; buffers
-stay float32. What a part puts out must have the dtype of its input.
+For inference, a detector's parameters and maps have the dtype TEST.DTYPE; buffers stay float32. A
+part must return maps in the dtype of its input.
 """
 
 from __future__ import annotations
@@ -29,18 +29,26 @@ Builder = TypeVar("Builder", bound=Callable)
 
 
 class Registry:
-    """Builders by name; the config key that chooses among them is part of every error."""
+    """Builders by name.
+
+    Args:
+        key: the config key that chooses a builder, for error messages.
+    """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self._builders: dict[str, Callable] = {}
 
     def register(self, name: str) -> Callable[[Builder], Builder]:
-        """Decorator: make a builder available under `name`."""
+        """Decorator that makes a builder available under `name`.
+
+        Raises:
+            ValueError: the name belongs to another builder.
+        """
 
         def add(builder: Builder) -> Builder:
             known = self._builders.get(name)
-            if known is not None and not _is_again(builder, known):
+            if known is not None and not _is_reimported(builder, known):
                 raise ValueError(f"{self.key}: {name!r} is registered already")
             self._builders[name] = builder
             return builder
@@ -48,6 +56,11 @@ class Registry:
         return add
 
     def __getitem__(self, name: str) -> Callable:
+        """The builder with a name.
+
+        Raises:
+            ConfigError: there is none.
+        """
         try:
             return self._builders[name]
         except KeyError:
@@ -57,9 +70,9 @@ class Registry:
             ) from None
 
 
-def _is_again(builder: Callable, known: Callable) -> bool:
-    """Whether a definition is a known one once more: of a module that is imported again, a script
-    that is imported too, or a cell of a notebook."""
+def _is_reimported(builder: Callable, known: Callable) -> bool:
+    """Whether a builder is the same definition as a known one, executed again: by reloading a
+    module, by importing the running script, or in a cell of a notebook."""
     one, other = (
         (getattr(x, "__qualname__", None), getattr(x, "__module__", None)) for x in (builder, known)
     )
@@ -75,10 +88,13 @@ HEADS = Registry("MODEL.HEAD.NAME")
 
 
 def import_parts(modules: Sequence[str]) -> None:
-    """Import modules, by their names in Python, that register parts.
+    """Import modules that register parts.
+
+    Args:
+        modules: their names, as in an ``import`` statement.
 
     Raises:
-        ConfigError: a module that Python does not find, or that needs one that is not there.
+        ConfigError: a module, or one that it imports, is not found.
     """
     for name in modules:
         try:

@@ -1,8 +1,8 @@
-"""Weights from files: released models, own checkpoints, ImageNet backbones.
+"""Loading of weights: released models, own checkpoints, ImageNet backbones.
 
-Whatever its form, a source becomes a plain dict of tensors under this project's names; then one
-function puts it into the model and accounts for every tensor. Nothing in a file is executed (see
-`torch_files` and `pickles`).
+Every kind of source is first converted to a plain dict of tensors under this project's names; then
+one function copies them into the model and accounts for every tensor. Nothing in a file is executed
+(see `torch_files` and `pickles`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ logger = logging.getLogger(__name__)
 # Epsilon of torchvision's batch norms.
 TORCHVISION_BN_EPS = 1e-5
 
-# Names of each kind that a message lists.
+# Number of tensors of each kind that a message lists.
 SHOWN = 20
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or do not fit the model; the message lists what and why.
+    """Weights that cannot be read or do not fit the model; the message says what and why.
 
     Attributes:
-        report: of weights that do not fit, what `load_weights` found out about every tensor.
+        report: what `load_weights` did with each tensor, if the weights do not fit.
     """
 
     def __init__(self, message: str, report: LoadReport | None = None) -> None:
@@ -54,14 +54,14 @@ class WeightsError(ValueError):
 
 @dataclass
 class Weights:
-    """What a source holds.
+    """Weights read from a source.
 
     Attributes:
-        name: of the source, for messages.
-        tensors: by this project's names.
-        kind: "detector" (own or released), or "backbone" (ImageNet).
-        description: the source's form, for the log.
-        classes: names of the object classes, where the file records them.
+        name: name of the source, for messages.
+        tensors: the tensors by this project's names.
+        kind: "detector" (own or released) or "backbone" (ImageNet).
+        description: format of the source, for the log.
+        classes: names of the object classes; None if the source does not record them.
     """
 
     name: str
@@ -73,7 +73,14 @@ class Weights:
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did with each tensor (names are this project's)."""
+    """Names (this project's) of the tensors by what `load_weights` did with them.
+
+    Attributes:
+        loaded: copied into the model.
+        missing: in the model but not in the source.
+        unexpected: in the source but not in the model.
+        misshapen: of different shapes in the two; each with both shapes.
+    """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -82,12 +89,12 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether no tensor is missing, unexpected or of another shape."""
+        """Whether no tensor is missing, unexpected or misshapen."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def problems(self, most: int = SHOWN) -> str:
-        """The tensors that did not load, a line each; of more than `most` of a kind the first, and
-        how many."""
+        """The tensors that did not load, one line each: at most `most` of a kind, then their
+        number."""
         lines = []
         for what, names in (
             ("missing from the source", self.missing),
@@ -105,23 +112,27 @@ def load_weights(
     source: str | os.PathLike[str] | Mapping[str, Any] | Weights,
     strict: bool = True,
 ) -> LoadReport:
-    """Put weights into a detector.
+    """Load weights into a detector.
 
     Args:
-        model: a `Detector`, wrapped (for several devices, by `torch.compile`) or not.
-        source: a path, a URL (downloaded once), ``catalog://`` or ``torchvision://`` names of
-            ImageNet backbones, or a state dict; in the layout of this project or of the release,
-            with or without a wrapper's prefix (``module.``, ``_orig_mod.``), alone or under
-            ``model``. ImageNet backbones set the backbone and the input normalisation only. Or what
-            `read_weights` gave.
-        strict: refuse a source unless every tensor has its counterpart of the same shape. False:
-            load what fits (fine-tuning to other classes) and log the rest, but refuse a source
-            of which no parameter fits, and an ImageNet backbone without most of the convolutions
-            of the model's: it is another one.
+        model: a `Detector`, possibly wrapped (for several devices, by `torch.compile`).
+        source: a path, a URL (downloaded once), a ``catalog://`` or ``torchvision://`` name of an
+            ImageNet backbone, a state dict, or a result of `read_weights`. State dicts may be in
+            the layout of this project or of the release, with or without a wrapper's prefix
+            (``module.``, ``_orig_mod.``), alone or under ``model``. ImageNet backbones only set
+            the backbone and the input normalisation.
+        strict: True: refuse a source unless every tensor has a counterpart of the same shape.
+            False: load what fits (fine-tuning to other classes) and log the rest, but refuse a
+            source of which no parameter fits, and an ImageNet backbone that lacks most of the
+            convolutions of the model's backbone: it is a different one.
+
+    Returns:
+        what was done with each tensor.
 
     Raises:
-        WeightsError: unreadable, or not matching; the tensors that do not fit are listed, and the
-            model is left as it was.
+        WeightsError: the source is unreadable or does not fit; the message lists the tensors that
+            do not fit, and the model is unchanged.
+        DownloadError: the source cannot be downloaded.
         TypeError: the source is none of these.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
@@ -170,11 +181,11 @@ def load_weights(
 
 
 def _what_lacks(kind: str, wanted: Mapping[str, Tensor], loaded: Sequence[str]) -> str | None:
-    """Why what fits is too little to go on with; None: it is not."""
+    """Why the loaded tensors are too few to be of use; None: they are enough."""
     names = {name for name, tensor in wanted.items() if isinstance(tensor, nn.Parameter)}
     if kind == "detector":
         return None if names.intersection(loaded) else "no parameter of the model is in it."
-    # Shapes agree by chance between backbones: half of a ResNet-18's fit into a ResNet-50.
+    # Shapes can agree by chance: half of the tensors of a ResNet-18 fit into a ResNet-50.
     convs = {name for name in names if wanted[name].dim() == 4}
     found = len(convs.intersection(loaded))
     if found > len(convs) / 2:
@@ -183,10 +194,16 @@ def _what_lacks(kind: str, wanted: Mapping[str, Tensor], loaded: Sequence[str]) 
 
 
 def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
-    """The tensors of a source under this project's names (see `load_weights`).
+    """Read weights and convert their names to this project's.
+
+    Args:
+        source: a path, URL, name or state dict as in `load_weights`.
 
     Raises:
-        WeightsError: missing or unreadable file, or content that is no known kind of weights.
+        WeightsError: the file is missing or unreadable, or its content is no known kind of
+            weights.
+        DownloadError: the source cannot be downloaded.
+        TypeError: the source is none of these.
     """
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(f"weights are a path, a URL or a state dict, not {type(source).__name__}")
@@ -254,7 +271,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _plain_tensors(content: Any, name: str) -> Tensors:
-    """The content's arrays as tensors."""
+    """The arrays of a state dict as tensors; other entries are dropped."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"{name} holds {type(content).__name__}, not a dict of tensors")
     tensors = {}
@@ -273,8 +290,8 @@ def _plain_tensors(content: Any, name: str) -> Tensors:
 
 
 def _unwrapped_name(name: str) -> str:
-    """A tensor's name without what PyTorch's wrappers put before it: those for several devices, and
-    `torch.compile`, of the model or of a part of it."""
+    """A tensor's name without the prefixes of PyTorch's wrappers: those for several devices, and
+    `torch.compile` of the model or of a part of it."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -282,10 +299,10 @@ def _unwrapped_name(name: str) -> str:
 
 
 def _fit_batch_norms(model: nn.Module, tensors: Tensors) -> Tensors:
-    """Backbone norms as the model's own kind has them.
+    """The tensors with backbone norms converted to the kind of norm that the model has.
 
-    Frozen ones have no epsilon, so torchvision's goes into their variance, and no counter;
-    trainable ones need a counter.
+    Frozen norms have no epsilon, so torchvision's is added to their variance, and no counter;
+    trainable norms need a counter.
     """
     fitted = dict(tensors)
     torchvision = not torch.equal(tensors["preprocess.std"], torch.ones(3))

@@ -65,9 +65,9 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
         for _ in range(2 if name == "concat" else 1)
     ]
     found = []
-    compiled = layers._OWN_NORMS
+    compiled = layers._FUSED_NORMS
     for own in (True, False):
-        monkeypatch.setattr(layers, "_OWN_NORMS", own and compiled)
+        monkeypatch.setattr(layers, "_FUSED_NORMS", own and compiled)
         form = copy.deepcopy(block).to(memory_format=torch.channels_last)
         for _ in range(3):
             out = form(*maps)
@@ -88,9 +88,9 @@ def test_group_norms_are_those_of_pytorch(name, side, fused, monkeypatch):
     nn.init.normal_(block.norm.weight)
     block.to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, side, side).contiguous(memory_format=torch.channels_last)
-    compiled, found = layers._OWN_NORMS, []
+    compiled, found = layers._FUSED_NORMS, []
     for own in (True, False):
-        monkeypatch.setattr(layers, "_OWN_NORMS", own and compiled)
+        monkeypatch.setattr(layers, "_FUSED_NORMS", own and compiled)
         out = block(x)
         assert ("nasfcos_group_norm" in out.grad_fn.name()) == (own and compiled and fused)
         block.zero_grad()

@@ -1,4 +1,4 @@
-"""Backbones: a batch [N, 3, H, W] in, the maps C2..C5 (strides 4..32) out."""
+"""Backbones: from a batch [N, 3, H, W] to the maps C2..C5 (strides 4 to 32)."""
 
 from .mobilenet_v2 import MobileNetV2
 from .resnet import ResNet

@@ -23,13 +23,15 @@ OUTPUTS = (3, 6, 13, 17)
 
 
 def _scaled(channels: int, width: float) -> int:
-    """Channels times the width multiplier, a multiple of 8 and never below 9/10 of the product."""
+    """Channels times the width multiplier, rounded to a multiple of 8 but not below 90 %."""
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * exact else rounded + 8
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int) -> list:
+def _conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int, groups: int
+) -> list[nn.Module]:
     return [
         nn.Conv2d(
             in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
@@ -39,7 +41,15 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, groups:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise conv, 1x1 projection without activation."""
+    """1x1 expansion, 3x3 depthwise conv, 1x1 projection without activation.
+
+    There is a shortcut where the shape of the map stays.
+
+    Args:
+        in_channels, out_channels: numbers of channels.
+        stride: stride of the depthwise conv.
+        expansion: hidden channels per input channel.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -53,6 +63,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H', W']."""
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
@@ -60,11 +71,12 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 without its classifier and last 1x1 conv.
 
     Args:
-        width: multiplier of all channel numbers.
-        freeze_at: how many of `features` are not trained; their batch norms' running statistics
-            still move in training mode.
+        width: multiplier of all numbers of channels.
+        freeze_at: number of leading `features` (of 18) that are not trained; the running statistics
+            of their batch norms are still updated in training mode.
 
-    `out_channels` are those of C2..C5.
+    Attributes:
+        out_channels: numbers of channels of C2..C5.
     """
 
     def __init__(self, width: float, freeze_at: int) -> None:
@@ -88,7 +100,7 @@ class MobileNetV2(nn.Module):
         self.features[:freeze_at].requires_grad_(False)
 
     def freeze_after(self, index: int) -> None:
-        """Do not train what lies behind map `index` (0: C2), which nothing uses."""
+        """Exclude the layers behind map `index` (0: C2), which nothing uses, from training."""
         self.features[OUTPUTS[index] + 1 :].requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -103,4 +115,5 @@ class MobileNetV2(nn.Module):
 
 @BACKBONES.register("mobilenet_v2")
 def build_mobilenet_v2(cfg: CfgNode) -> MobileNetV2:
+    """The MobileNetV2 that MODEL.MOBILENET and MODEL.BACKBONE.FREEZE_AT describe."""
     return MobileNetV2(width=cfg.MODEL.MOBILENET.WIDTH, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)

@@ -15,7 +15,7 @@ NORMS: dict[str, Norm] = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}
 
 
 class Stem(nn.Module):
-    """7x7/2 conv, norm, ReLU, 3x3/2 max-pool: stride 4."""
+    """7x7 conv with stride 2, norm, ReLU, 3x3 max-pooling with stride 2."""
 
     def __init__(self, out_channels: int, norm: Norm) -> None:
         super().__init__()
@@ -23,12 +23,22 @@ class Stem(nn.Module):
         self.bn1 = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """A batch [N, 3, H, W] to a map [N, C, H / 4, W / 4]."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.max_pool2d(x, 3, stride=2, padding=1)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 conv around a shortcut."""
+    """1x1, 3x3 and 1x1 conv with norms, and a shortcut.
+
+    Args:
+        in_channels, out_channels: numbers of channels.
+        width: number of channels of the 3x3 conv.
+        groups: groups of the 3x3 conv.
+        stride: stride of the block.
+        stride_in_1x1: whether the first 1x1 conv has the stride, not the 3x3 conv.
+        norm: creates each norm layer.
+    """
 
     def __init__(
         self,
@@ -61,10 +71,11 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C', H', W']."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        # Last, as in the release: gradients that meet in x add up in that order.
+        # Last, as in the release: the gradients of x are summed in that order.
         shortcut = x if self.downsample is None else self.downsample(x)
         return F.relu(out + shortcut, inplace=True)
 
@@ -73,14 +84,18 @@ class ResNet(nn.Module):
     """ResNet (He et al., 2016) or ResNeXt (Xie et al., 2017).
 
     Args:
-        blocks: bottlenecks of the four stages.
-        stem_channels: channels of the stem; stage s (from 0) puts out ``4 * 2**s`` times as many.
-        groups, width_per_group: of the 3x3 convs in the first stage; the width doubles by stage.
-        stride_in_1x1: where a downsampling block strides, in its first 1x1 conv or its 3x3 conv.
-        norm: makes each norm layer.
-        freeze_at: stages not trained, the stem counting as the first.
+        blocks: number of bottlenecks in each of the four stages.
+        stem_channels: number of channels of the stem; stage s (from 0) has ``4 * 2**s`` times as
+            many.
+        groups, width_per_group: groups of the 3x3 convs, and channels per group in the first stage;
+            these double with every stage.
+        stride_in_1x1: whether the first 1x1 conv of a downsampling block has the stride, not the
+            3x3 conv.
+        norm: creates each norm layer.
+        freeze_at: number of leading stages that are not trained, counting the stem as the first.
 
-    `out_channels` are those of C2..C5.
+    Attributes:
+        out_channels: numbers of channels of C2..C5.
     """
 
     def __init__(
@@ -121,7 +136,7 @@ class ResNet(nn.Module):
             self.get_submodule(name).requires_grad_(False)
 
     def freeze_after(self, index: int) -> None:
-        """Do not train what lies behind map `index` (0: C2), which nothing uses."""
+        """Exclude the stages behind map `index` (0: C2), which nothing uses, from training."""
         for name in self.stages[index + 1 :]:
             self.get_submodule(name).requires_grad_(False)
 
@@ -137,6 +152,7 @@ class ResNet(nn.Module):
 
 @BACKBONES.register("resnet")
 def build_resnet(cfg: CfgNode) -> ResNet:
+    """The ResNet that MODEL.RESNET and MODEL.BACKBONE.FREEZE_AT describe."""
     node = cfg.MODEL.RESNET
     return ResNet(
         blocks=node.BLOCKS,

@@ -1,4 +1,4 @@
-"""Heads: the pyramid P3..P7 in, predictions, losses and detections out."""
+"""Heads: from the pyramid P3..P7 to predictions, losses and detections."""
 
 from .fcos import FCOSHead
 from .retinanet import RetinaNetHead

@@ -1,4 +1,4 @@
-"""The plain feature pyramid (Lin et al., 2017), the searched one's comparator."""
+"""The standard feature pyramid (Lin et al., 2017), for comparison with the searched one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ class FPN(nn.Module):
     """1x1 convs on C3..C5, a top-down path of nearest upsampling and sums, 3x3 convs, P6 and P7.
 
     Args:
-        in_channels: of C2..C5; C2 is not used.
-        channels: of every level.
+        in_channels: number of channels of C2..C5; C2 is not used.
+        channels: number of channels of every level.
+
+    Attributes:
+        deepest_input: index of the deepest backbone map that is used (3: C5).
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -32,7 +35,7 @@ class FPN(nn.Module):
         self.deepest_input = len(in_channels) - 1
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """C2..C5 to P3..P7."""
+        """C2..C5 to P3..P7, each [N, C, H, W]."""
         sums = [lateral(x) for lateral, x in zip(self.lateral, features[1:], strict=True)]
         for level in range(len(sums) - 2, -1, -1):
             size = sums[level].shape[-2:]
@@ -43,4 +46,5 @@ class FPN(nn.Module):
 
 @NECKS.register("fpn")
 def build_fpn(cfg: CfgNode, in_channels: Sequence[int]) -> FPN:
+    """The FPN with MODEL.NECK.CHANNELS channels."""
     return FPN(in_channels, cfg.MODEL.NECK.CHANNELS)

@@ -14,7 +14,7 @@ from ..layers import (
     OPERATIONS,
     ConvNormAct,
     Norm,
-    own_batch_norm_serves,
+    fused_batch_norm_applies,
     resize_to,
     update_statistics,
 )
@@ -23,7 +23,12 @@ from .top import TopLevels
 
 
 class WeightedSum(nn.Module):
-    """``a * x + b * y`` with a factor per channel, both starting at one."""
+    """``a * x + b * y`` with learned factors per channel, initially one.
+
+    Args:
+        channels: number of channels.
+        norm: unused; every aggregation takes the same arguments.
+    """
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -31,12 +36,16 @@ class WeightedSum(nn.Module):
         self.b = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two maps [N, C, H, W] to one of the same shape."""
         return weighted_sum(x, y, self.a, self.b)
 
 
 class _Concatenate(torch.autograd.Function):
-    """`torch.cat` of two maps' channels, with gradients that are whole maps. PyTorch's are slices
-    of one, for which the gradient of a bilinear resize takes ten times as long on the CPU."""
+    """`torch.cat` of two maps along the channels, with contiguous gradients.
+
+    PyTorch's gradients are slices of one tensor, with which the backward pass of a bilinear resize
+    takes ten times as long on the CPU.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ class _Concatenate(torch.autograd.Function):
 
 
 class Concat(nn.Module):
-    """Concatenation, norm, ReLU, 1x1 conv with a group per output channel (no bias)."""
+    """Concatenation, norm, ReLU, 1x1 conv without bias and with one group per output channel."""
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -59,8 +68,9 @@ class Concat(nn.Module):
         self.conv = nn.Conv2d(2 * channels, channels, 1, groups=channels, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two maps [N, C, H, W] to one of the same shape."""
         norm = self.norm
-        if x.shape[1] % 2 or not own_batch_norm_serves(norm, x):
+        if x.shape[1] % 2 or not fused_batch_norm_applies(norm, x):
             return rectified_pairs(norm(_Concatenate.apply(x, y)), self.conv.weight)
         output, mean, variance = batch_norm_concat(
             x, y, norm.weight, norm.bias, self.conv.weight, norm.eps
@@ -73,13 +83,13 @@ AGGREGATION_LAYERS = {"psum": WeightedSum, "cat": Concat}
 
 
 def _enlarge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The two maps, the smaller one (by height, then width) resized to the other's size."""
+    """The two maps, the smaller one (by height, then width) resized to the size of the other."""
     size = max(x.shape[-2:], y.shape[-2:])
     return resize_to(x, size), resize_to(y, size)
 
 
 class FPNCell(nn.Module):
-    """A unary operation on each of two maps, then their aggregation."""
+    """A unary operation on each of two maps, then their aggregation (paper, section 3.2)."""
 
     def __init__(self, cell: Cell, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -87,21 +97,23 @@ class FPNCell(nn.Module):
         self.aggregate = AGGREGATION_LAYERS[AGGREGATIONS[cell.aggregation]](channels, norm)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two maps [N, C, H, W] and [N, C, H', W'] to one with the larger size."""
         return self.aggregate(*_enlarge(self.op0(x), self.op1(y)))
 
 
 class NASFPN(nn.Module):
-    """The pyramid of a genotype's cells.
+    """The pyramid that a genotype's cells compute.
 
-    Args:
-        in_channels: of C2..C5.
-        channels: of every node and level.
-        genotype: its cells; the head part is ignored.
-
-    A backbone map that no cell takes keeps its adapter, as the released checkpoints do, but the
+    A backbone map that no cell uses keeps its adapter, as in the released checkpoints, but the
     adapter is neither computed nor trained.
 
-    `deepest_input` is the index of the deepest backbone map that some cell takes.
+    Args:
+        in_channels: number of channels of C2..C5.
+        channels: number of channels of every node and level.
+        genotype: the architecture; its head is ignored.
+
+    Attributes:
+        deepest_input: index of the deepest backbone map that some cell uses (0: C2).
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, genotype: Genotype) -> None:
@@ -119,7 +131,7 @@ class NASFPN(nn.Module):
         self.deepest_input = max(node for node in genotype.consumed if node < NUM_INPUTS)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """C2..C5 to P3..P7; P3..P5 have the sizes of C3..C5."""
+        """C2..C5 to P3..P7, each [N, C, H, W]; P3..P5 have the sizes of C3..C5."""
         genotype = self.genotype
         nodes: list[Tensor | None] = [
             adapt(x) if node in genotype.consumed else None
@@ -128,7 +140,7 @@ class NASFPN(nn.Module):
         for cell, module in zip(genotype.cells, self.cells, strict=True):
             nodes.append(module(*(nodes[node] for node in cell.inputs)))
         extra = [nodes[node] for node in genotype.extra_nodes]
-        # P5 first, as in the release: gradients that meet in an extra node add up in that order.
+        # P5 first, as in the release: the gradients of an extra node are summed in that order.
         levels = []
         for node, feature in zip(genotype.pyramid_nodes[::-1], features[:0:-1], strict=True):
             level = nodes[node]
@@ -140,4 +152,9 @@ class NASFPN(nn.Module):
 
 @NECKS.register("nas_fpn")
 def build_nas_fpn(cfg: CfgNode, in_channels: Sequence[int]) -> NASFPN:
+    """The pyramid of MODEL.GENOTYPE with MODEL.NECK.CHANNELS channels.
+
+    Raises:
+        GenotypeError: MODEL.GENOTYPE is invalid.
+    """
     return NASFPN(in_channels, cfg.MODEL.NECK.CHANNELS, Genotype.parse(cfg.MODEL.GENOTYPE))

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class _HalvingConv(nn.Conv2d):
-    """A 3x3 conv of stride two."""
+    """A 3x3 conv with stride two."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] == 1:
-            # One more column of zeros changes nothing but this: oneDNN (as of PyTorch 2.14, on
-            # processors with AMX) leaves parts of the weight's bfloat16 gradient unwritten for a
-            # map of one column.
+            # For maps of one column, oneDNN (as of PyTorch 2.14, on processors with AMX) leaves
+            # parts of the weight's bfloat16 gradient unwritten. Another column of zeros avoids
+            # that and changes nothing else.
             x = F.pad(x, (0, 1))
         return super().forward(x)
 
@@ -33,5 +33,6 @@ class TopLevels(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, p5: Tensor) -> list[Tensor]:
+        """P5 [N, C, H, W] to [P6, P7], of half and a quarter of its size (rounded up)."""
         p6 = self.p6(p5)
         return [p6, self.p7(F.relu(p6))]
