@@ -1,9 +1,9 @@
-"""What a searched architecture is: its operations, its written form, and whether it can be built.
+"""Searched architectures: operations, the written form (genotype), and its validation.
 
 A genotype is a nested list (paper, section 3.2; the release's files use the same form):
-one ``[[in0, in1, op0, op1, agg]]`` per FPN cell, then, where the head is searched too, ``[i]`` and
-the list of head operations. Nodes 0..3 are the adapted backbone maps C2..C5; cell ``k`` makes node
-``4 + k``. The head layers before ``i`` have their own weights at each pyramid level.
+one ``[[in0, in1, op0, op1, agg]]`` per FPN cell, then, if the head is searched too, ``[i]`` and the
+list of head operations. Nodes 0..3 are the adapted backbone maps C2..C5; node ``4 + k`` is the
+output of cell ``k``. The head layers before ``i`` have separate weights at each pyramid level.
 """
 
 from __future__ import annotations
@@ -33,19 +33,25 @@ SKIP = HEAD_OPS.index("skip_connect")
 PSUM = AGGREGATIONS.index("psum")
 
 NUM_INPUTS = 4
-"""Backbone maps (C2..C5) that the pool of nodes starts with."""
+"""Number of backbone maps (C2..C5), the first nodes."""
 
 NUM_OUTPUTS = 3
-"""Pyramid levels (P3..P5) that the cells must leave unconsumed."""
+"""Number of cell outputs that must stay unconsumed: P3..P5."""
 
 
 class GenotypeError(ValueError):
-    """A genotype that no network can be built from; the message says where and why."""
+    """A genotype from which no network can be built; the message says where and why."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One FPN cell: unary operations on two nodes (indices into the pool), then an aggregation."""
+    """One FPN cell: a unary operation on each of two nodes, then an aggregation.
+
+    Attributes:
+        inputs: the two nodes.
+        ops: indices into `FPN_OPS`, one for each input.
+        aggregation: index into `AGGREGATIONS`.
+    """
 
     inputs: tuple[int, int]
     ops: tuple[int, int]
@@ -58,9 +64,9 @@ class Genotype:
 
     Attributes:
         cells: the FPN cells in the order in which they are computed.
-        head_split: head layers before this one have weights of their own at each level; None when
-            the head is not searched.
-        head_ops: indices into `HEAD_OPS`, first layer first; empty when the head is not searched.
+        head_split: index of the first head layer whose weights all levels share; None if the head
+            is not searched.
+        head_ops: indices into `HEAD_OPS`, first layer first; empty if the head is not searched.
     """
 
     cells: tuple[Cell, ...]
@@ -72,8 +78,8 @@ class Genotype:
         """Read the nested-list form.
 
         Raises:
-            GenotypeError: malformed, an index out of range (or of a node that does not exist yet),
-                or fewer than three unconsumed cell outputs.
+            GenotypeError: the list is malformed, an index is out of range (or that of a node that
+                does not exist yet), or fewer than three cell outputs are unconsumed.
         """
         items = _as_list(config, "the genotype")
         cells: list[Cell] = []
@@ -99,29 +105,29 @@ class Genotype:
 
     @property
     def consumed(self) -> frozenset[int]:
-        """Nodes that some cell takes as an input."""
+        """Nodes that are an input of some cell."""
         return frozenset(node for cell in self.cells for node in cell.inputs)
 
     @property
     def unconsumed(self) -> tuple[int, ...]:
-        """Cell outputs that no cell takes as an input, oldest first."""
+        """Cell outputs that are no input of any cell, oldest first."""
         consumed = self.consumed
         made = range(NUM_INPUTS, NUM_INPUTS + len(self.cells))
         return tuple(node for node in made if node not in consumed)
 
     @property
     def pyramid_nodes(self) -> tuple[int, int, int]:
-        """The nodes that become P3, P4 and P5: the newest unconsumed output is P3."""
+        """The nodes that become P3, P4 and P5; P3 is the newest unconsumed output."""
         p5, p4, p3 = self.unconsumed[-NUM_OUTPUTS:]
         return p3, p4, p5
 
     @property
     def extra_nodes(self) -> tuple[int, ...]:
-        """The other unconsumed outputs, added to each of P3, P4 and P5."""
+        """The other unconsumed outputs, which are added to each of P3, P4 and P5."""
         return self.unconsumed[:-NUM_OUTPUTS]
 
     def describe(self) -> str:
-        """The architecture in words, a line per cell, level and head layer."""
+        """The architecture in words, one line per cell, level and head layer."""
         names = node_names(len(self.cells))
         lines = []
         for name, cell in zip(names[NUM_INPUTS:], self.cells, strict=True):
@@ -141,42 +147,42 @@ class Genotype:
 
 
 def node_names(cells: int) -> list[str]:
-    """Names of the nodes: C2..C5, then N4, N5, ... for the outputs of so many cells."""
+    """Names of the nodes: C2..C5, then N4, N5, ... for the outputs of `cells` cells."""
     made = range(NUM_INPUTS, NUM_INPUTS + cells)
     return [f"C{i + 2}" for i in range(NUM_INPUTS)] + [f"N{node}" for node in made]
 
 
 def canonical(genotype: Genotype) -> Genotype:
-    """One genotype for all that write the same graph; equal for two genotypes iff they do.
+    """The canonical form of a genotype: equal for two genotypes iff they describe the same graph.
 
-    The same graph is written by swapping the inputs of a sum together with their operations, by
-    computing the cells in another order that leaves P3, P4, P5 and the set of the extra nodes as
-    they are, and by moving the head's skips about (the split counts layers with weights only).
-    Two cells of equal expressions stay two: they have weights of their own, so a graph that uses
-    one of them twice differs from a graph that uses each once.
+    The graph does not change when the inputs of a sum are swapped together with their operations,
+    when the cells are computed in another order that keeps P3, P4, P5 and the set of extra nodes,
+    or when skips in the head are moved (the canonical split counts layers with weights only). Two
+    cells with equal expressions are not merged: each has its own weights, so a graph that uses one
+    of them twice differs from a graph that uses each once.
 
-    `cat` is not commutative: its grouped conv makes the first half of the output channels from the
-    first input. A convolution after it could learn either order, but a sum would pair other
+    `cat` is not commutative: its grouped conv computes the first half of the output channels from
+    the first input. A convolution after it could learn either order, but a sum would pair different
     channels.
 
-    There are no dead cells to remove: an unconsumed output is part of every level or is a level,
-    and from any other cell a chain of consumers leads to an unconsumed output.
+    There are no dead cells to remove: an unconsumed output is a level or part of every level, and
+    from any other cell a chain of consumers leads to an unconsumed output.
     """
     cells = _canonical_cells(genotype.cells)
     if genotype.head_split is None:
         return Genotype(cells)
     split = sum(op != SKIP for op in genotype.head_ops[: genotype.head_split])
-    ops = tuple(sorted(genotype.head_ops, key=lambda op: op == SKIP))  # stable: skips to the end
+    ops = tuple(sorted(genotype.head_ops, key=lambda op: op == SKIP))  # stable: skips last
     return Genotype(cells, split, ops)
 
 
 @lru_cache(maxsize=1 << 14)
 def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """The smallest list of cells, as tuples compare, that writes the same graph.
+    """The smallest list of cells, compared as tuples, that describes the same graph.
 
     Cells are placed one after the other, always the smallest of those whose inputs are placed.
-    Only cells of equal expressions tie; which of them goes first matters where others use them
-    differently, so each way is followed until another one writes a smaller cell.
+    Only cells with equal expressions tie; which of them comes first matters where other cells use
+    them differently, so every alternative is followed until another one has a smaller cell.
     """
     graph = Genotype(cells)
     uses: dict[int, list[tuple[int, int, int]]] = {NUM_INPUTS + k: [] for k in range(len(cells))}
@@ -184,7 +190,7 @@ def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
         for slot, (node, op) in enumerate(zip(cell.inputs, cell.ops, strict=True)):
             if node >= NUM_INPUTS:
                 uses[node].append((consumer, op, 0 if cell.aggregation == PSUM else slot))
-    # What must be placed before a node: its inputs; and extras before P5 before P4 before P3.
+    # Nodes that must be placed before a node: its inputs; and extras before P5 before P4 before P3.
     before = {NUM_INPUTS + k: set(cell.inputs) for k, cell in enumerate(cells)}
     outputs = graph.unconsumed[-NUM_OUTPUTS:]
     for i, node in enumerate(outputs):
@@ -206,7 +212,7 @@ def _canonical_cells(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
                 code = (*pairs, cell.aggregation)
                 if smallest is None or code < smallest:
                     smallest, longer, followed = code, [], []
-                # Equal cells that the same cells use in the same way may change places.
+                # Equal cells that are used by the same cells in the same way are interchangeable.
                 if code == smallest and uses[node] not in followed:
                     followed.append(uses[node])
                     longer.append({**way, node: new})

@@ -1,4 +1,4 @@
-"""Detection from files to files: pictures and videos with boxes, and JSON."""
+"""Detection in files: writes pictures and videos with boxes, and JSON."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from .visualize import image_grid
 
 logger = logging.getLogger(__name__)
 
-# Pictures of these are written in their own format, all others as JPEG.
+# Pictures with these suffixes keep their format; all others are written as JPEG.
 OUTPUT_SUFFIXES = {".jpg", ".jpeg", ".png"}
-# The longest side that a JPEG file can have; longer pictures become PNG files.
+# The longest side of a JPEG file, in pixels; larger pictures are written as PNG.
 JPEG_LIMIT = 65500
 JPEG_QUALITY = 92
-# Pictures on the sheet of a run: its first ones.
+# Number of pictures, the first ones of a run, on its sheet.
 SHEET_PICTURES = 12
 
 
 @dataclass
 class Summary:
-    """What `predict_files` did."""
+    """Numbers of inputs that `predict_files` processed and skipped."""
 
     images: int = 0
     videos: int = 0
@@ -53,11 +53,11 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
     """The images and videos that a path names.
 
     Args:
-        pattern: a file, a folder (the images and videos right inside it), or a glob pattern
-            (`**` for any depth).
+        pattern: a file, a folder (the images and videos directly inside it), or a glob pattern
+            (``**`` for any depth).
 
     Returns:
-        The folder that all of them lie under, and the files in order.
+        The folder that contains all files, and the sorted files.
 
     Raises:
         DataError: there are none.
@@ -70,12 +70,12 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
         files = [
             file
             for file in path.iterdir()
-            # A Mac leaves ._street.jpg beside street.jpg on disks of other systems.
+            # macOS leaves ._street.jpg beside street.jpg on foreign file systems.
             if file.suffix.lower() in suffixes and not file.name.startswith(".")
         ]
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    # A link to nothing is told of when it is opened.
+    # Broken links are kept: opening them is reported as an error.
     files = sorted(file for file in files if file.is_file() or not file.exists())
     if not files:
         reason = "holds no images or videos" if path.is_dir() else "does not exist"
@@ -87,26 +87,28 @@ def find_inputs(pattern: str) -> tuple[Path, list[Path]]:
 def predict_files(
     predictor: Predictor, pattern: str, output_dir: str | Path, score_threshold: float = 0.3
 ) -> Summary:
-    """Detect in files and write what is found.
+    """Detect objects in files and write the results to a folder:
 
-    For each image a picture with its boxes, and one `detections.json`: a list with, per image,
-    `file` (below the common folder), `width`, `height` and `detections`, each with `box` (xyxy in
-    pixels, both corners inside), `score`, `label` and `class`; for several images also `sheet.jpg`,
-    the first of them on one page. For each video an MP4 with boxes,
-    and JSON lines of the same kind, one per frame, with `frame` and `time` in seconds. Every file
-    appears whole or not at all. Images and videos that cannot be read are logged and skipped.
+    - for each image a picture with its boxes;
+    - for all images `detections.json`, a list with the `file` (relative to the common folder),
+      `width`, `height` and `detections` of each image. A detection has a `box` (legacy xyxy in
+      pixels), `score`, `label` and `class`;
+    - for several images `sheet.jpg`, the first of them on one page;
+    - for each video an MP4 file with boxes, and a JSON-lines file with an entry per frame, which
+      has `frame` and `time` (seconds) in place of `file`.
 
-    However it ends, what was found in the images until then is written.
+    Every file is written completely or not at all. Unreadable images and videos are logged and
+    skipped. If the run ends early, what was found in images until then is still written.
 
     Args:
         predictor: the detector.
         pattern: see `find_inputs`.
-        output_dir: folder to write to; made if it is not there.
-        score_threshold: detections below it are neither drawn nor written.
+        output_dir: folder to write to; created if it does not exist.
+        score_threshold: detections with lower scores are neither drawn nor written.
 
     Raises:
         DataError: there is no input, an output would replace an input or another output, or
-            `output_dir` is a file or cannot be made.
+            `output_dir` is a file or cannot be created.
     """
     root, files = find_inputs(pattern)
     output_dir = Path(output_dir)
@@ -148,7 +150,7 @@ def predict_files(
 
 
 class _Pictures:
-    """The pictures of a run and what it found in them."""
+    """The pictures of a run and the detections in them."""
 
     def __init__(self, predictor: Predictor, root: Path, score_threshold: float) -> None:
         self._predictor = predictor
@@ -158,17 +160,17 @@ class _Pictures:
         self._first: list[tuple[Image.Image, Detections]] = []
 
     def predict(self, file: Path, output: Path) -> None:
-        """Write the picture in a file with its boxes, and note what they are."""
+        """Write a file's picture with boxes, and record the detections."""
         picture = open_picture(file)
         found = self._predictor(picture)
         entry = {
-            "file": _spelt(file.relative_to(self._root).as_posix()),
+            "file": _printable(file.relative_to(self._root).as_posix()),
             "width": picture.width,
             "height": picture.height,
             "detections": _describe(found, self._predictor.class_names, self._threshold),
         }
         drawn = self._predictor.draw(picture, found, self._threshold)
-        with signals_deferred():  # so that no picture is without its entry
+        with signals_deferred():  # so that every picture has its entry
             with replacing(output) as temporary:
                 drawn.save(temporary, quality=JPEG_QUALITY)
             self._entries.append(entry)
@@ -176,7 +178,7 @@ class _Pictures:
             self._first.append((picture, found))
 
     def write_list(self, file: Path) -> None:
-        """What was found, if there were pictures."""
+        """Write the recorded detections, if there were pictures."""
         if not self._entries:
             return
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in self._entries)
@@ -184,7 +186,7 @@ class _Pictures:
             temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
     def write_sheet(self, file: Path) -> None:
-        """The first pictures on one page, if there were several."""
+        """Write the first pictures on one page, if there were several."""
         if len(self._first) < 2:
             return
         pictures, found = zip(*self._first, strict=True)
@@ -227,7 +229,7 @@ def _predict_video(
 
 @contextmanager
 def _skipping(file: Path, summary: Summary) -> Iterator[None]:
-    """Log and count an input that cannot be read, or whose output cannot have its name."""
+    """Log and count an input that cannot be read, or whose output has too long a name."""
     try:
         yield
         return
@@ -238,7 +240,7 @@ def _skipping(file: Path, summary: Summary) -> Iterator[None]:
             raise
         reason = f"{file}: what is written for it has too long a name"
     summary.skipped += 1
-    logger.warning("skipped: %s", _spelt(reason))
+    logger.warning("skipped: %s", _printable(reason))
 
 
 def _is_video(file: Path) -> bool:
@@ -246,8 +248,12 @@ def _is_video(file: Path) -> bool:
 
 
 def _output_names(name: Path, longest: int) -> list[Path]:
-    """What is written for an input: of a video the video and its lines, of a picture (whose longest
-    side is given) one file."""
+    """The output names of an input: the video and its JSON lines, or the picture.
+
+    Args:
+        name: the input's path relative to the common folder.
+        longest: longest side of a picture in pixels; unused for videos.
+    """
 
     def added(suffix: str) -> Path:
         return name.with_name(name.name + suffix)
@@ -263,7 +269,7 @@ def _output_names(name: Path, longest: int) -> list[Path]:
 
 
 def _check_outputs(inputs: list[Path], outputs: list[Path]) -> None:
-    """Refuse outputs that would take the place of an input or of each other."""
+    """Refuse outputs that would replace an input or each other."""
     taken = {file.resolve() for file in inputs}
     written: set[Path] = set()
     for output in outputs:
@@ -295,7 +301,7 @@ def _describe(
     ]
 
 
-def _spelt(text: str) -> str:
-    """Of file names in another encoding than UTF-8, the bytes that are none are spelt (``\\xe9``):
-    neither logs nor JSON take them otherwise."""
+def _printable(text: str) -> str:
+    """Text in which bytes of file names that are not UTF-8 are escaped (``\\xe9``): logs and JSON
+    cannot hold them otherwise."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")

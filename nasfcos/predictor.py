@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """A trained detector that takes images as they are.
+    """A trained detector for images of any kind and size.
 
     Example:
         >>> predictor = Predictor(load_config("configs/search/R_50_NAS_head.yaml"), "model.pth")
@@ -38,27 +38,31 @@ class Predictor:
         >>> predictor.draw("street.jpg", found).save("found.jpg")
 
     Attributes:
-        model: the detector, in its form for inference in TEST.DTYPE.
-        class_names: the name of label n at n - 1: as the weights record them, else those of the
-            training data of the config, else "1", "2", ...
+        model: the detector, in its inference form and in TEST.DTYPE.
+        class_names: the name of label n at index n - 1, as recorded in the weights, otherwise as in
+            the config's training data, otherwise "1", "2", ...
+        device: the device that the model is on.
+        min_size, max_size: size in pixels to which images are resized (INPUT.MIN_SIZE_TEST and
+            INPUT.MAX_SIZE_TEST).
     """
 
     def __init__(
         self,
         cfg: CfgNode,
         weights: str | os.PathLike[str] | Mapping[str, Any] | Weights | None = None,
-    ):
+    ) -> None:
         """
         Args:
-            cfg: the config tree. It need not find its data: where MODEL.NUM_CLASSES is 0, the
-                weights may say how many classes there are.
-            weights: what `load_weights` takes. None, as in the tools: MODEL.WEIGHT where the
-                overrides of `load_config` (or the caller) set it, else the newest checkpoint in
-                OUTPUT_DIR, else MODEL.WEIGHT of the config file.
+            cfg: the config tree. Its data sets need not exist: where MODEL.NUM_CLASSES is 0, the
+                number of classes can follow from the weights.
+            weights: any source that `load_weights` takes. None, as in the tools: MODEL.WEIGHT if
+                the overrides of `load_config` (or the caller) set it, otherwise the newest
+                checkpoint in OUTPUT_DIR, otherwise MODEL.WEIGHT of the config file.
 
         Raises:
-            ConfigError: there are no weights of a detector, or TEST.DTYPE is not for the device.
-            WeightsError: the weights cannot be read or are those of another model.
+            ConfigError: no weights of a detector are found, or the device does not support
+                TEST.DTYPE.
+            WeightsError: the weights cannot be read or belong to another model.
         """
         recorded = find_weights(cfg) if weights is None else weights
         if not isinstance(recorded, Weights):
@@ -78,18 +82,18 @@ class Predictor:
         """Detect objects.
 
         Args:
-            image: a file's path, a PIL image, an RGB array [H, W, 3] of uint8, an RGB tensor
-                [3, H, W] of uint8 or of floats in 0..1; or a list of those, taken one after the
-                other. A file is turned upright as its EXIF orientation says.
+            image: the path of a file, a PIL image, an RGB array [H, W, 3] of uint8, an RGB tensor
+                [3, H, W] of uint8 or of floats in 0..1; or a list of these, processed one by one.
+                Files are rotated by their EXIF orientation.
 
         Returns:
-            `boxes` [N, 4] (xyxy in the image's own pixels, both corners inside, within
-            [0, w - 1] x [0, h - 1]), `scores` [N], falling, and `labels` [N] from 1, on the CPU.
-            For a list, a list of those.
+            a dict of ``boxes`` [N, 4] (legacy xyxy in the image's own pixels, within
+            [0, w - 1] x [0, h - 1]), ``scores`` [N] in descending order and ``labels`` [N] int64
+            from 1, on the CPU. For a list, a list of dicts.
 
         Raises:
-            UnreadableImage: a file that is missing or does not decode.
-            ValueError: an array or tensor that is no image.
+            UnreadableImage: a file is missing or cannot be decoded.
+            ValueError: an array or tensor is not an image.
         """
         if isinstance(image, (list, tuple)):
             return [self(one) for one in image]
@@ -101,12 +105,12 @@ class Predictor:
         found: Detections,
         score_threshold: float = 0.3,
     ) -> Image.Image:
-        """A copy of an image with what was found in it: boxes, names of classes, scores.
+        """A copy of an image with boxes, class names and scores drawn into it.
 
         Args:
-            image: one, as for detection.
+            image: an image as for detection.
             found: its detections.
-            score_threshold: those below it are not drawn.
+            score_threshold: detections with lower scores are not drawn.
 
         Raises:
             UnreadableImage, ValueError: as for detection.
@@ -141,10 +145,10 @@ def _to_picture(image: str | os.PathLike[str] | AnyImage) -> Image.Image:
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file, upright, RGB.
+    """The RGB image in a file, rotated by its EXIF orientation.
 
     Raises:
-        UnreadableImage: it is missing or does not decode.
+        UnreadableImage: the file is missing or cannot be decoded.
     """
     if not Path(path).is_file():
         state = "is a folder" if Path(path).is_dir() else "does not exist"

@@ -1,4 +1,4 @@
-"""Videos, frame by frame."""
+"""Reading and writing videos frame by frame."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ MAX_RATE = 10_000
 
 
 class VideoReader:
-    """The frames of a video, RGB arrays [H, W, 3] of uint8: at least one.
+    """Iterates over the frames of a video, RGB arrays [H, W, 3] of uint8; there is at least one.
 
-    To be used in a ``with`` statement.
+    Use it in a ``with`` statement.
+
+    Args:
+        file: path of the video.
 
     Attributes:
-        rate: frames a second; 25 where the file tells nonsense.
-        count: how many it announces; 0: it does not say.
+        rate: frames per second; 25 if the file states no plausible rate.
+        count: number of frames that the file announces; 0 if it does not.
 
     Raises:
-        UnreadableImage: OpenCV does not take the file's name; or, once the first frame is asked
-            for, the file cannot be read as a video.
+        UnreadableImage: OpenCV does not accept the file's name; or, when the first frame is read,
+            the file is not a readable video.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,15 +60,15 @@ class VideoReader:
 class VideoWriter:
     """Writes an MP4 file of frames of one size.
 
-    To be used in a ``with`` statement, at whose end the file is complete.
+    Use it in a ``with`` statement; the file is complete at its end.
 
     Args:
-        file: to write to.
-        rate: frames a second.
-        name: the video's in messages, where `file` is a temporary one.
+        file: path to write to.
+        rate: frames per second.
+        name: path of the video in messages, as `file` may be temporary.
 
     Raises:
-        UnreadableImage: OpenCV does not take the file's name.
+        UnreadableImage: OpenCV does not accept the file's name.
         OSError: the video cannot be written.
     """
 
@@ -78,7 +81,7 @@ class VideoWriter:
         return self
 
     def write(self, frame: np.ndarray) -> None:
-        """Add an RGB array [H, W, 3] of uint8."""
+        """Append a frame, an RGB array [H, W, 3] of uint8."""
         import cv2
 
         if self._writer is None:
@@ -95,7 +98,7 @@ class VideoWriter:
             self._writer.release()
         if kind is not None:
             return
-        # OpenCV does not say that it could not write: the index at a video's end is missing then.
+        # OpenCV does not report a failed write, but the index at the file's end is missing then.
         written = cv2.VideoCapture(str(self._file))
         try:
             if not written.isOpened():
@@ -105,7 +108,7 @@ class VideoWriter:
 
 
 def _check_name(file: Path, remedy: str) -> None:
-    """OpenCV would end the process over a name in another encoding than UTF-8."""
+    """Refuse names that are not UTF-8, on which OpenCV would end the process."""
     try:
         os.fsencode(file.resolve()).decode("utf-8")
     except UnicodeDecodeError:
