@@ -103,7 +103,7 @@ def rewritten(genotype, order, swaps):
 
 
 def as_graph(genotype):
-    """Its labelled graph, with a node for each use of a map: what two writings must share."""
+    """The labelled graph, with a node for each use of a map, which equivalent genotypes share."""
     graph = networkx.DiGraph()
     for node in range(4):
         graph.add_node(node, label=f"C{node + 2}")
@@ -137,7 +137,7 @@ def test_canonical_form_is_one_for_all_writings(ops):
 
 
 def test_canonical_forms_are_equal_only_for_equal_graphs():
-    """All pairs of the four-cell FPNs on C4 and C5 with one operation; networkx is the judge."""
+    """All pairs of the four-cell FPNs on C4 and C5 with one operation, compared by networkx."""
     genotypes = []
     for nodes in itertools.product((3,), (3,), (2, 3, 4), (3, 4), *[(3, 4, 5)] * 2, (3, 5), (3, 6)):
         cells = tuple(Cell(pair, (4, 4), 0) for pair in zip(nodes[::2], nodes[1::2], strict=True))
@@ -145,7 +145,7 @@ def test_canonical_forms_are_equal_only_for_equal_graphs():
             genotypes.append(Genotype(cells))
     rng = random.Random(0)
     genotypes += [random_fpn(rng, 5, ops=1, aggregations=a) for a in (1, 2) for _ in range(30)]
-    # Twins of which one is used twice, or each once.
+    # Equal cells, of which one is used twice or each once.
     twins = [[[3, 3, 4, 4, 0]]] * 2
     for pairs in itertools.product([(4, 4), (4, 5), (5, 4), (5, 5)], repeat=3):
         for aggregation in range(2):

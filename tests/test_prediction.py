@@ -1,4 +1,4 @@
-"""Prediction from files to files."""
+"""Detection in files."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_outputs_never_overwrite_each_other(predictor, folder, tmp_path):
 
 
 def test_what_an_input_leaves_besides_is_looked_at(predictor, tmp_path):
-    """A video's lines, and the PNG that a picture too long for a JPEG becomes."""
+    """A video's JSON lines, and the PNG for a picture that is too long for JPEG."""
     for folder in ("videos", "short", "long"):
         (tmp_path / folder).mkdir()
     for name in ("a.mp4", "a.MP4"):

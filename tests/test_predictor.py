@@ -1,4 +1,4 @@
-"""Prediction with a small real model of random weights."""
+"""Prediction with a small real model with random weights."""
 
 import pickle
 
@@ -70,7 +70,7 @@ def test_draws_what_it_found(predictor, picture, tmp_path):
 def test_files_are_turned_upright(predictor, picture, tmp_path):
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     turned.save(tmp_path / "turned.png", exif=exif)
     assert_same(predictor(tmp_path / "turned.png"), predictor(picture))
 
@@ -122,7 +122,7 @@ def test_class_names_follow_the_weights_then_the_data_then_numbers(cfg, checkpoi
     known = small_config("DATASETS.TRAIN", ["own"], "DATASETS.CUSTOM", {"own": own})
     assert Predictor(known, nameless).class_names == ["a", "b", "c"]
 
-    unknown = small_config("MODEL.NUM_CLASSES", 3)  # and coco, the default data, has 80
+    unknown = small_config("MODEL.NUM_CLASSES", 3)  # COCO, the default data, has 80
     assert Predictor(unknown, nameless).class_names == ["1", "2", "3"]
 
 

@@ -1,4 +1,4 @@
-"""The detector's parts against plain twins, and its behaviour at the edges."""
+"""The detector's parts against simple reference implementations, and its edge cases."""
 
 import itertools
 import math
@@ -257,7 +257,7 @@ def test_preprocessing_written_out(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_reach_the_images(dtype):
-    """As in torchvision's detectors; they foretell small differences."""
+    """As in torchvision's detectors; they predict the effect of a small change."""
     model, sizes = tiny().train(), ((64, 96), (50, 70))
     images = [torch.rand(3, *size, dtype=dtype, requires_grad=True) for size in sizes]
     targets = [target((5, 5, 40, 40, 1)), target((9, 9, 30, 45, 2))]
@@ -275,9 +275,9 @@ def test_gradients_reach_the_images(dtype):
 
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
-    """On a GPU that is not there: nothing has a shape or takes a turn that depends on values."""
+    """On a fake GPU: no shape and no branch depends on values."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(Detector, "_check_values", lambda *_: None)  # of tensors of the CPU
+    monkeypatch.setattr(Detector, "_check_values", lambda *_: None)  # only made for CPU tensors
     cfg = nasfcos.load_config(None, [*TINY, "MODEL.HEAD.NAME", head])
     images = [torch.zeros(3, 90, 130, dtype=torch.uint8), torch.zeros(3, 128, 100)]
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
@@ -286,10 +286,10 @@ def test_a_training_step_never_waits_for_the_gpu(head, monkeypatch):
         copies.waiting.clear()
         losses = model(images, TARGETS)
         assert all(loss.is_cuda and loss.shape == () for loss in losses.values())
-        with pytest.raises(DynamicOutputShapeException):  # the test would notice
+        with pytest.raises(DynamicOutputShapeException):  # so the test would notice
             losses["loss_cls"].nonzero()
     assert copies.all >= 4 and not copies.waiting
-    with FakeTensorMode(allow_non_fake_inputs=True):  # gradients need a device that is there
+    with FakeTensorMode(allow_non_fake_inputs=True):  # gradients need a device that exists
         sum(build_detector(cfg, 3)(images, TARGETS).values()).backward()
 
 
@@ -342,7 +342,7 @@ def test_unknown_part_names_the_choice():
         tiny("MODEL.BACKBONE.NAME", "mobilenet_v3")
 
 
-# --------------------------------------------------------------------------- plain twins
+# ---------------------------------------------------------------- reference implementations
 
 
 def random_boxes(count, generator):
@@ -351,7 +351,7 @@ def random_boxes(count, generator):
 
 
 def test_fcos_assignment_against_a_plain_loop():
-    """Two images, more boxes than a word has bits."""
+    """Two images; one has more boxes than a word has bits."""
     generator = torch.Generator().manual_seed(1)
     targets = [
         {"boxes": random_boxes(count, generator), "labels": torch.randint(1, 4, (count,))}
@@ -440,7 +440,7 @@ def test_anchor_matching_against_a_plain_loop():
 
 @pytest.mark.parametrize("at_once", [1, 4, 64])
 def test_anchor_matching_with_ties_however_many_boxes_at_once(at_once, monkeypatch):
-    """Boxes and anchors that there are twice, boxes that are anchors, and one far from all."""
+    """Duplicate boxes and anchors, boxes equal to anchors, and a box far from all of them."""
     monkeypatch.setattr(anchors_module, "BOXES_AT_ONCE_ON_CPU", at_once)
     generator = torch.Generator().manual_seed(5)
     anchors, boxes = random_boxes(400, generator), random_boxes(70, generator)
@@ -463,7 +463,7 @@ def test_anchor_matching_with_ties_however_many_boxes_at_once(at_once, monkeypat
 
 
 def test_anchor_matching_takes_a_gpu_few_steps():
-    """Of which each is a kernel's launch, or costs as little as one."""
+    """A step is a kernel launch, or costs as little as one."""
 
     class Count(TorchDispatchMode):
         calls = 0
@@ -549,7 +549,7 @@ def known_outputs(head, layout=torch.contiguous_format, dtype=torch.float32, see
 
 
 def plain_detections(head, outputs, sizes):
-    """Image by image, level by level, class by class, as one would write it down."""
+    """A loop over images, levels and classes."""
     post = head.post_process
     shapes = [x.shape[-2:] for x in outputs[0]]
     results = []
@@ -675,7 +675,7 @@ def test_ties_with_the_last_kept_detection_stay():
 
 
 def test_detections_as_on_a_gpu_are_each_image_s_own():
-    """They can be changed where gradients are recorded, and keep no other image's memory."""
+    """They can be changed in place while gradients are recorded, and share no memory."""
     head = tiny().head
     first, second = as_on_a_gpu(head, known_outputs(head), SIZES)
     before = second["boxes"].clone()
@@ -712,7 +712,7 @@ def test_no_prediction_above_the_threshold_of_many(detect, monkeypatch):
 
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 def test_detection_waits_for_the_gpu_once(head, monkeypatch):
-    """On a GPU that is not there, which finds three objects in one image and none in another."""
+    """On a fake GPU, which finds three objects in one image and none in the other."""
     waits = []
     cfg = nasfcos.load_config(None, [*TINY, "MODEL.HEAD.NAME", head])
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
@@ -732,7 +732,7 @@ def test_detection_waits_for_the_gpu_once(head, monkeypatch):
 @both_ways
 @pytest.mark.parametrize("maps", [0, 2])
 def test_numbers_that_are_not_one_are_not_detected(detect, maps):
-    """Not by way of a class logit or centerness, and nothing else is lost by them."""
+    """Neither through a class logit nor through centerness, and no other detection is lost."""
     head = tiny().head
     outputs = known_outputs(head)
     clean = detect(head, outputs, SIZES)

@@ -22,8 +22,8 @@ SIZES = torch.tensor([[96, 128], [70, 101]])
 
 
 def by_parts(fast, batch, sizes):
-    """A detector's own detections, each convolution computed as in a graph: without its sum and
-    activation, so that both round alike."""
+    """A detector's own detections, with convolutions not fused with their sum and activation, as in
+    an exported graph, so that both round alike."""
     pictures = [image[:, :h, :w] for image, (h, w) in zip(batch, sizes.tolist(), strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -31,7 +31,7 @@ def by_parts(fast, batch, sizes):
 
 
 def check(found, expected):
-    """Detections of fixed shapes against lists of as many as there are, ties beyond them too."""
+    """Compare detections in fixed shapes with lists of all detections, which may have more ties."""
     room = found["scores"].shape[1]
     expected = [{name: x[:room] for name, x in wanted.items()} for wanted in expected]
     assert found["counts"].tolist() == [len(x["scores"]) for x in expected]
@@ -97,7 +97,7 @@ def test_bytes_of_a_size_that_is_padded_and_other_numbers_of_detections():
     some, room = found_above(0.98 * best)
     assert 0 < some < room == 100
     assert found_above(1.02 * best) == (0, 100)
-    # As many as TEST.PRE_NMS_TOP_N lets through of five levels.
+    # TEST.PRE_NMS_TOP_N from each of five levels.
     some, room = found_above(0.05, detections_per_image=10000)
     assert 100 < some < room == 5000
 

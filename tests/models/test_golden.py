@@ -1,4 +1,4 @@
-"""The eight released models: layout, outputs, losses, gradients and training as expected."""
+"""The eight released models: layout, outputs, losses, gradients and training."""
 
 import copy
 import functools
@@ -74,7 +74,7 @@ def test_released_layout(name):
 
 
 def elements(level):
-    """Those that were recorded of a map."""
+    """The elements of a map that were recorded."""
     flat = level.flatten()
     return flat[:: max(1, flat.numel() // 7)][:7]
 
@@ -82,7 +82,7 @@ def elements(level):
 @functools.cache
 def rounds_as_recorded():
     """Whether plain operators give the recorded pyramid bit by bit: a processor with other vector
-    instructions rounds otherwise, and then some ReLUs of the model turn."""
+    instructions rounds differently, and then some ReLUs of the model switch."""
     model, _ = build("R_50_NAS_head")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         use_plain_operators(patch)
@@ -124,7 +124,7 @@ def test_detections():
     expected = torch.tensor(golden()["R_50_NAS_head"]["detections"])
     tolerance = 1e-4 if rounds_as_recorded() else 1e-3
     torch.testing.assert_close(found["scores"], expected[:, 4], rtol=tolerance, atol=0)
-    # Scores that nearly tie may change places: class by class.
+    # Class by class, since detections with nearly equal scores may be in another order.
     order, expected_order = (x.argsort(stable=True) for x in (found["labels"], expected[:, 5]))
     assert torch.equal(found["labels"][order], expected[expected_order, 5].long())
     boxes, expected_boxes = found["boxes"][order], expected[expected_order, :4]
@@ -149,13 +149,13 @@ def test_losses_and_gradients(known):
     tolerance = 1e-4 if rounds_as_recorded() else 1e-2
     for key, value in expected["grad_norm"].items():
         norm = found[names[key]].norm().item()
-        # A bias before a batch norm has no gradient but rounding.
+        # The gradient of a bias before a batch norm is zero up to rounding.
         assert norm == pytest.approx(value, rel=tolerance, abs=1e-7), key
     model.load_state_dict(state)
 
 
 def steps(model, batch, losses_of, count=6):
-    """Train by the config's own solver; give each step's losses before it, with its rates."""
+    """Train with the config's solver; yield each step's losses and learning rates before it."""
     cfg = config("R_50_NAS_densebox")
     optimizer = build_optimizer(cfg, model.train())
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -188,7 +188,7 @@ def check_as_recorded(model, names, losses_of, tolerances):
 
 
 def test_trajectory():
-    """Against the recorded six steps, as far as single precision carries.
+    """Against the six recorded steps, as far as single precision allows.
 
     Rounding grows about a hundredfold a step in this run: with the same operators in double
     precision the losses of steps 4 to 6 differ from the recorded ones by up to a tenth.
@@ -198,7 +198,7 @@ def test_trajectory():
 
 
 def test_trajectory_of_plain_operators(monkeypatch):
-    """All six steps, where each operation rounds as it did for the recorded ones."""
+    """All six steps, if each operation rounds as it did in the recording."""
     if not rounds_as_recorded():
         pytest.skip("this processor rounds otherwise than that of the recorded trajectory")
     use_plain_operators(monkeypatch)
@@ -207,11 +207,11 @@ def test_trajectory_of_plain_operators(monkeypatch):
 
 
 def test_trajectory_in_double_precision(monkeypatch, one_thread):
-    """Ours and plain operators, each on its own way for all six steps (a part of the images)."""
+    """Our and plain operators, each trained for all six steps (on a part of the images)."""
     ours, _ = build("R_50_NAS_densebox")
     plain = copy.deepcopy(ours.double())
     batch = known_batch(ours)[:, :, :96, :128].double()
-    layout = torch.channels_last  # as the training engine has it
+    layout = torch.channels_last  # as in the training engine
     ours, ours_batch = ours.to(memory_format=layout), batch.contiguous(memory_format=layout)
     found = [
         (losses, gradients(ours) if number == 0 else {})

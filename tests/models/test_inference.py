@@ -86,7 +86,7 @@ def test_same_outputs(name, dtype, tolerance):
 
 @pytest.fixture
 def exact_products():
-    """A GPU's convolutions of float32 maps do not round them first, which is the default."""
+    """A GPU's convolutions must not round float32 maps first, as they do by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -124,9 +124,9 @@ def test_golden_detections():
     nasfcos.load_weights(model, {"model": known_weights("R_50_NAS_head")})
     (found,) = nasfcos.optimize_for_inference(model)([known_image()])
     expected = torch.tensor(golden()["R_50_NAS_head"]["detections"])
-    # Of the recorded scores some are 1.2e-4 from those with every 3x3 convolution in float64.
+    # Some recorded scores differ by 1.2e-4 from those with every 3x3 convolution in float64.
     torch.testing.assert_close(found["scores"], expected[:, 4], rtol=2e-4, atol=0)
-    # Those of almost equal scores may come in another order.
+    # Detections with almost equal scores may be in another order.
     found = torch.cat((found["boxes"], found["labels"][:, None]), dim=1)
     apart = (found[:, None] - expected[None, :, [0, 1, 2, 3, 5]]).abs().amax(dim=2)
     assert (apart.amin(dim=0) < 1e-3).all() and (apart.amin(dim=1) < 1e-3).all()
@@ -134,7 +134,7 @@ def test_golden_detections():
 
 @pytest.mark.parametrize("name", ["R_50_NAS_densebox", "other operations"])
 def test_small_changes_of_group_norms_reach_bfloat16(name):
-    """Factors that bfloat16 would round to one scale every place of a map."""
+    """A factor that bfloat16 would round to one scales every position of a map."""
     means = []
     for factor in (1.0, 1.0015):
         model = lively(name)
@@ -149,7 +149,7 @@ def test_small_changes_of_group_norms_reach_bfloat16(name):
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_small_changes_of_weighted_sums_reach_bfloat16(name):
-    """Each map's factor by itself: bfloat16 knows nothing between 1 and 1.0078."""
+    """Each factor by itself: bfloat16 has no number between 1 and 1.0078."""
     maps = torch.rand(2, 1, 32, 64, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     means = []
     for factor in (1.0, 1.003):
@@ -176,14 +176,14 @@ def test_nothing_is_left_to_fold_and_dead_branches_are_gone():
     fast = nasfcos.optimize_for_inference(lively("other operations"))
     searched = (ConvNormAct, SeparableConv, DeformConv)
     assert not any(isinstance(module, searched) for module in fast.modules())
-    # Group norms cannot be folded; each is one with its ReLU.
+    # Group norms cannot be folded; each is fused with its ReLU.
     norms = [sum(isinstance(m, t) for m in fast.modules()) for t in (nn.GroupNorm, GroupNormRelu)]
     assert norms[0] == norms[1] > 0
 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_copy_computes_with_its_own_weights(compile):
-    """Told without compiling anything: what is to be compiled is the copy's own method."""
+    """Checked without compiling: the function to be compiled is the copy's own method."""
     fast = nasfcos.optimize_for_inference(lively("R_50_NAS_retinanet"), compile=compile)
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         method = getattr(other._outputs, "_torchdynamo_orig_callable", other._outputs)
@@ -208,13 +208,13 @@ def test_only_inference():
     assert fast.to(torch.float32) is fast
     narrow = nasfcos.optimize_for_inference(lively("R_50_NAS_retinanet"), torch.bfloat16)
     with pytest.raises(RuntimeError, match="keeps its dtype"):
-        narrow.to(torch.bfloat16)  # some of it is float32
+        narrow.to(torch.bfloat16)  # some parts are float32
 
 
 @pytest.mark.parametrize("name", ["R_50_NAS_retinanet", "other operations"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_from_another_precision(name, dtype):
-    """It computes with the same weights, in single precision."""
+    """The inference form has the same weights, in single precision."""
     model, image = lively(name).to(dtype), torch.rand(3, 96, 128)
     got = head_outputs(nasfcos.optimize_for_inference(model), image)
     want = head_outputs(model.float(), image)
@@ -224,7 +224,7 @@ def test_from_another_precision(name, dtype):
 
 @pytest.mark.parametrize("name", ["Mobile_NAS_head", "other operations"])
 def test_a_compiler_sees_through_it(name):
-    """One graph, without a break at an operator that it does not know."""
+    """One graph, without a break at an unknown operator."""
     fast = nasfcos.optimize_for_inference(lively(name))
     batch, _ = fast.preprocess([torch.rand(3, 96, 128)])
     batch = batch.contiguous(memory_format=torch.channels_last)
@@ -304,19 +304,19 @@ def test_concat(channels, dtype):
     got = fused_concat(x, y, *terms)
     want = reference.fused_concat(*(t.double() for t in (x, y, *terms)))
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
-    # Half precision rounds once, at the end.
+    # Half precision is rounded once, at the end.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
     for output in (got, reference.fused_concat(x, y, *terms)):
         torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=min(tolerance, 1e-5))
 
     torch.library.opcheck(torch.ops.nasfcos.fused_concat, (x, y, *terms))
-    # What is not a number does not become zero in the ReLU.
+    # The ReLU does not turn NaN into zero.
     x[1, 0, 2, 3] = torch.nan
     at = fused_concat(x, y, *terms).isnan().nonzero().tolist()
     assert at == [[1, 0, 2, 3]]
     with pytest.raises(ValueError, match="even C"):
         fused_concat(x[:, :1], y[:, :1], *terms)
-    with pytest.raises((ValueError, RuntimeError)):  # ours or PyTorch's own, where none is compiled
+    with pytest.raises((ValueError, RuntimeError)):  # PyTorch's, without a compiled kernel
         torch.ops.nasfcos.fused_concat(x[:, :1], y[:, :1], *terms)
     with pytest.raises(ValueError, match="shift must be"):
         fused_concat(x, y, terms[0], terms[1][1:], terms[2])

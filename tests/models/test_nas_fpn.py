@@ -22,7 +22,7 @@ def by_hand(block, x, y):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_concatenation(format):
-    """Its outputs and gradients; those of the maps are maps of the same memory format."""
+    """Outputs and gradients; the gradients of the maps have the maps' memory format."""
     torch.manual_seed(0)
     block = Concat(12, nn.BatchNorm2d).double()
     nn.init.uniform_(block.norm.weight)
@@ -44,7 +44,7 @@ def test_concatenation(format):
 
 
 def test_concatenation_of_maps_of_two_dtypes_under_autocast():
-    """As where one of them comes from a weighted sum, whose factors are float32."""
+    """As if one of them came from a weighted sum, whose factors are float32."""
     block = Concat(8, nn.BatchNorm2d)
     x = torch.randn(2, 8, 4, 4, dtype=torch.bfloat16, requires_grad=True)
     y = torch.randn(2, 8, 4, 4, requires_grad=True)
@@ -82,7 +82,7 @@ def test_running_statistics_are_those_of_pytorch(name, momentum, monkeypatch):
 @pytest.mark.parametrize("side, fused", [(90, True), (6, False)])
 @pytest.mark.parametrize("name", ["conv1x1", "sep_conv_3x3", "def_conv_3x3"])
 def test_group_norms_are_those_of_pytorch(name, side, fused, monkeypatch):
-    """By our operator where maps are large, which is when it is faster."""
+    """With the fused kernel where maps are large, for which it is faster."""
     torch.manual_seed(0)
     block = OPERATIONS[name](8, functools.partial(nn.GroupNorm, 4))
     nn.init.normal_(block.norm.weight)

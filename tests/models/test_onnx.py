@@ -25,7 +25,7 @@ onnxruntime = pytest.importorskip("onnxruntime", "1.25")
 
 
 def session(file, classes=None):
-    """A file's inputs by name to its outputs by name."""
+    """A function from a file's inputs by name to its outputs by name."""
     runtime = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     if classes is not None:
         assert json.loads(runtime.get_modelmeta().custom_metadata_map["classes"]) == classes
@@ -34,7 +34,7 @@ def session(file, classes=None):
 
 
 def check(found, expected):
-    """The same detections; those of nearly the same score may come in another order."""
+    """Compare detections; those with nearly equal scores may be in another order."""
     assert found["counts"].tolist() == [len(x["scores"]) for x in expected]
     for image, (count, wanted) in enumerate(zip(found["counts"], expected, strict=True)):
         np.testing.assert_allclose(found["scores"][image, :count], wanted["scores"], rtol=1e-4)
@@ -55,10 +55,10 @@ def check(found, expected):
 )
 def test_finds_the_same(name, factor, tmp_path):
     model = lively(name)
-    with torch.no_grad():  # scores that rounding does not bring out of order
+    with torch.no_grad():  # scores that keep their order under rounding
         model.head.cls_logits.weight *= factor
     fast = nasfcos.optimize_for_inference(model)
-    # No choice among nearly equal ones at the end.
+    # No choice among nearly equal scores at the end.
     fast.head.post_process = dataclasses.replace(fast.head.post_process, detections_per_image=5000)
     nasfcos.export_onnx(nasfcos.export_detector(fast, images()), tmp_path / "detector.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
@@ -77,7 +77,7 @@ class Mask(nn.Module):
 
 
 def nms_inputs(grid=None):
-    """Of several classes and images, one of them empty."""
+    """Boxes of several classes and images, one of them empty."""
     rows = [random_boxes(200, seed, grid=grid) for seed in range(4)]
     boxes, _, labels = (torch.stack(column) for column in zip(*rows, strict=True))
     return {"boxes": boxes, "labels": labels + 1, "counts": torch.tensor([200, 0, 1, 131])}
@@ -86,7 +86,7 @@ def nms_inputs(grid=None):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("grid", [None, 10])
 def test_suppresses_the_same(grid, legacy, tmp_path):
-    """Also where IoUs are just the threshold."""
+    """Also for IoUs that equal the threshold."""
     given = nms_inputs(grid)
     for threshold in (0.5, 0.6, 0.7):
         program = torch.export.export(Mask(threshold, legacy), tuple(given.values()))
@@ -121,7 +121,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """tools/export.py in this process, for a file of a name: gives its exit code."""
+    """Run tools/export.py in this process for an output name; returns its exit code."""
     (tmp_path / "empty.yaml").touch()
     monkeypatch.setattr(launch, "log_to_console", lambda: None)  # pytest's own log is enough
 
@@ -143,7 +143,7 @@ def tool(tmp_path, monkeypatch):
     ],
 )
 def test_the_tool_says_what_cannot_be_written(setting, message, tool, monkeypatch, caplog):
-    """Before it looks for weights."""
+    """They are reported before weights are looked for."""
     if not setting:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert tool("a.onnx", *setting) == 2 and message in caplog.text

@@ -1,4 +1,4 @@
-"""Parts that a config brings along."""
+"""Custom parts that a config imports."""
 
 import importlib
 import re
@@ -39,7 +39,7 @@ def build_doubled(cfg, num_classes, post_process):
 
 @pytest.fixture
 def own_parts(tmp_path, monkeypatch):
-    """A folder on Python's path; what its modules register is forgotten afterwards."""
+    """A folder on Python's path; parts that its modules register are removed afterwards."""
     for registry in (BACKBONES, NECKS, HEADS):
         monkeypatch.setattr(registry, "_builders", dict(registry._builders))
     known = set(sys.modules)
@@ -71,11 +71,11 @@ def test_the_documented_backbone(own_parts):
     target = {"boxes": torch.tensor([[10.0, 10, 70, 80]]), "labels": torch.tensor([2])}
     losses = model(images, [target, target])
     sum(losses.values()).backward()
-    # The stem learns; what the neck does not reach does not.
+    # The stem is trained; layers that the neck does not use are not.
     assert model.backbone.stages[0][0][0].weight.grad.abs().sum() > 0
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
-    # The pixels reach the weights as torchvision's own transforms hand them over.
+    # The pixels are normalised as by torchvision's own transforms.
     taken = []
     hook = model.backbone.stages[0].register_forward_pre_hook(lambda _, x: taken.append(x[0]))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_module_that_is_not_there(own_parts, content, message):
 
 
 def test_a_module_that_is_imported_again(own_parts):
-    """As in a notebook, once a mistake in it is mended; but two parts of one name are an error."""
+    """As in a notebook, after fixing a mistake; but two parts with one name are an error."""
     file = own_parts / "later_parts.py"
     file.write_text(PARTS + "\nimport surely_not_there")
     with pytest.raises(ConfigError, match="surely_not_there"):

@@ -8,10 +8,10 @@ from nasfcos.models.necks.top import TopLevels
 @pytest.mark.parametrize("size", [(1, 1), (4, 1), (1, 3), (5, 7)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_levels_and_gradients(size, dtype, tolerance):
-    """Of maps of one column too, whose gradients in bfloat16 some processors leave unwritten."""
+    """Also for maps of one column, whose bfloat16 gradients some processors leave unwritten."""
     torch.manual_seed(0)
     top = TopLevels(16).to(dtype)
-    for _ in range(20):  # what lies in memory differs
+    for _ in range(20):  # with different content in uninitialised memory
         p5 = torch.randn(2, 16, *size).to(dtype)
         levels = top(p5)
         found = torch.autograd.grad(sum(x.float().square().sum() for x in levels), top.parameters())

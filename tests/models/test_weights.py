@@ -1,4 +1,4 @@
-"""Weight files of every kind, and files that are none."""
+"""Weight files of every kind, and other files."""
 
 import argparse
 import collections
@@ -27,7 +27,7 @@ def build(*overrides):
 
 
 def caffe2_blobs(blocks=(3, 4, 6, 3)):
-    """A Caffe2 ResNet-50 as its pickles hold it."""
+    """The content of a pickled Caffe2 ResNet-50."""
     random = np.random.RandomState(0)
     blobs = {}
 
@@ -168,7 +168,7 @@ def model_files(folder):
 )
 @pytest.mark.parametrize("strict", [True, False])
 def test_weights_of_another_model_are_refused(tmp_path, file, words, strict):
-    """In fine-tuning too, where they would be a training from scratch; nothing is changed."""
+    """Also for fine-tuning, which would be a training from scratch; the model is not changed."""
     model_files(tmp_path)
     model = build("MODEL.RESNET.STRIDE_IN_1X1", False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -226,7 +226,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, suffix, protocol):
 
 
 class Corrupt:
-    """An array of a type whose description would make numpy follow the array's bytes."""
+    """An array with a dtype that would make numpy follow the array's bytes as pointers."""
 
     class Dtype:
         def __reduce__(self):
@@ -355,7 +355,7 @@ def test_tensors_that_are_no_plain_numbers_are_refused(odd):
 
 
 def test_released_file_on_disk(tmp_path):
-    """As the release wrote it: the module prefix, and the state of the finished run beside it."""
+    """As the release saved it: with the module prefix, beside the state of the finished run."""
     weights = {f"module.{k}": v for k, v in known_weights("Mobile_NAS_densebox").items()}
     path = tmp_path / "mbv2-NAS.pth"
     extra = {"optimizer": {"state": {}}, "scheduler": {"last_epoch": 90000}, "iteration": 90000}
@@ -367,7 +367,7 @@ def test_released_file_on_disk(tmp_path):
 
 @contextlib.contextmanager
 def serving(handler):
-    """A server on the loopback address; gives its URL."""
+    """A server on the loopback address; yields its URL."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
@@ -380,7 +380,7 @@ def serving(handler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves a folder on the loopback address; gives the folder, the URL and the paths asked."""
+    """A folder served on the loopback address, its URL and the paths requested from it."""
     folder = tmp_path / "served"
     folder.mkdir()
     asked = []
