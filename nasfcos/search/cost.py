@@ -1,4 +1,4 @@
-"""What a module costs, in multiply-adds and milliseconds, and what that takes off its reward."""
+"""The cost of a module, in multiply-adds and milliseconds, and its penalty on the reward."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .records import FAILED, TrialResult
 
 @dataclass(frozen=True)
 class Objective:
-    """What a strategy maximises: the reward, less ``weight * max(0, cost / target - 1)``.
+    """What a strategy maximises: the reward minus ``weight * max(0, cost / target - 1)``.
 
     Attributes:
-        cost: "none", "flops" or "latency" (see `TrialResult`).
+        cost: "none", "flops" or "latency" (see `TrialResult` for the units).
         target: cost above which there is a penalty.
-        weight: of the penalty.
+        weight: factor of the penalty.
     """
 
     cost: str = "none"
@@ -38,25 +38,28 @@ class Objective:
         return result.reward - self.penalty(result.flops, result.latency)
 
     def penalty(self, flops: float, latency: float) -> float:
-        """What these costs take off the reward."""
+        """What these costs take off the reward; nan if the one that counts was not measured."""
         if self.cost == "none":
             return 0.0
         cost = {"flops": flops, "latency": latency}[self.cost]
+        if math.isnan(cost):  # max(0.0, nan) is 0.0
+            return math.nan
         return self.weight * max(0.0, cost / self.target - 1)
 
 
 def build_objective(cfg: CfgNode, stage: str) -> Objective:
-    """The objective of SEARCH.OBJECTIVE for a stage, "fpn" or "head"."""
+    """The objective that SEARCH.OBJECTIVE sets for a stage, "fpn" or "head"."""
     settings = cfg.SEARCH.OBJECTIVE
     target = settings.TARGET_HEAD if stage == "head" else settings.TARGET
     return Objective(settings.COST, target, settings.WEIGHT)
 
 
 def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **kwargs) -> int:
-    """Of a modulated deformable convolution, at two a multiply-add.
+    """FLOPs of a modulated deformable convolution, two per multiply-add.
 
     Each output value sums taps * channels products, as in an ordinary convolution. Sampling adds,
-    for every tap, place and input channel, a blend of four neighbours and the mask's factor.
+    for every tap, output position and input channel, the blend of four neighbours and the factor
+    of the mask.
     """
     batch, _, height, width = offset_shape
     out_channels, channels, kernel_h, kernel_w = weight_shape
@@ -65,7 +68,7 @@ def _deform_flops(input_shape, offset_shape, mask_shape, weight_shape, *args, **
 
 
 def _conv_flops(input_shape, weight_shape, *args, out_shape, **kwargs) -> int:
-    """At two a multiply-add of the direct sum, however the operator computes it."""
+    """FLOPs of the direct sum, two per multiply-add, whichever algorithm the operator uses."""
     _, per_group, kernel_h, kernel_w = weight_shape
     return 2 * math.prod(out_shape) * per_group * kernel_h * kernel_w
 
@@ -79,12 +82,15 @@ _FORMULAS = {
 
 
 def multiply_adds(module: nn.Module, inputs: Sequence[Tensor] | Tensor) -> float:
-    """Multiply-adds, in G, of ``module(inputs)``: those of its convolutions and matrix products.
+    """Multiply-adds of ``module(inputs)``, in G: those of its convolutions and matrix products.
 
-    Norms, activations, sums and resizing are not counted, as is usual; the sampling of deformable
-    convolutions is, at five a sample (four neighbours and the mask). `inputs` matter by their
-    shapes only. A copy runs on them once, in evaluation mode, or on the meta device, where they and
-    the module lie there, computes nothing (which takes longer where maps are small).
+    Norms, activations, sums and resizing are not counted, as is usual. The sampling of deformable
+    convolutions is, with five multiply-adds per sample (four neighbours and the mask).
+
+    Args:
+        module: is copied and left unchanged; the copy runs once, in evaluation mode.
+        inputs: argument of its forward pass; only shapes matter. If the inputs and the module are
+            on the meta device, nothing is computed (which takes longer if the maps are small).
     """
     twin = copy.deepcopy(module).eval()
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -97,9 +103,9 @@ def multiply_adds(module: nn.Module, inputs: Sequence[Tensor] | Tensor) -> float
 def latency_ms(
     module: nn.Module, inputs: Sequence[Tensor] | Tensor, repetitions: int = 20
 ) -> float:
-    """Milliseconds of ``module(inputs)`` without gradients: the least of `repetitions`, since what
-    else runs on the machine only adds to it, after three to warm up. The module runs in the mode
-    and on the device that it is in."""
+    """Milliseconds of ``module(inputs)`` without gradients, in the mode and on the device of the
+    module: the shortest of `repetitions` runs, since other load on the machine only adds to the
+    time, after three runs to warm up."""
     devices = {p.device for p in module.parameters() if p.is_cuda}
 
     def once() -> float:

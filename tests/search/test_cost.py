@@ -1,5 +1,6 @@
 """Counted multiply-adds against a hand count and the published figures; latency."""
 
+import math
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 import nasfcos
 from nasfcos.config import get_defaults
 from nasfcos.models.layers import ModulatedDeformConv, SeparableConv
-from nasfcos.search.cost import build_objective, latency_ms, multiply_adds
+from nasfcos.search.cost import Objective, build_objective, latency_ms, multiply_adds
 from tests.operators import FORMATS
 
 
@@ -69,7 +70,7 @@ def test_the_same_on_every_device(request, format):
     assert counted == multiply_adds(whole.to("meta"), image.to("meta"))
 
 
-def test_latency_is_the_median():
+def test_latency_is_the_shortest_run():
     class Sleeps(nn.Module):
         calls = 0
 
@@ -88,3 +89,9 @@ def test_each_stage_has_a_target_of_its_own():
     cfg.SEARCH.OBJECTIVE.TARGET, cfg.SEARCH.OBJECTIVE.TARGET_HEAD = 2.0, 4.0
     assert build_objective(cfg, "fpn").penalty(8.0, 0.0) == 3.0
     assert build_objective(cfg, "head").penalty(8.0, 0.0) == 1.0
+
+
+def test_a_cost_that_was_not_measured_is_not_free():
+    assert math.isnan(Objective("latency", target=1.0, weight=1.0).penalty(1.0, math.nan))
+    assert Objective("flops", target=1.0, weight=1.0).penalty(1.0, math.nan) == 0.0
+    assert Objective().penalty(math.nan, math.nan) == 0.0
