@@ -1,9 +1,9 @@
-"""The controller (paper, section 3.3): an LSTM writes architectures, PPO teaches it which are good.
+"""The controller (paper, section 3.3): an LSTM that writes architectures and is trained by PPO.
 
-The whole algorithm stands here, to be read from top to bottom. Names are those of PPO (Schulman et
-al., 2017): the policy gives every decision a distribution over its allowed choices; the ratio is
-that of a choice's probability under the policy now and when it was proposed; the advantage is how
-much better than expected an architecture was.
+The whole algorithm is in this file, to be read from top to bottom. The names are those of PPO
+(Schulman et al., 2017). The policy gives each decision a distribution over its allowed choices. The
+ratio compares the probability of a choice under the current policy with that under the policy that
+proposed it. The advantage of an architecture is how much better it was than expected.
 """
 
 from __future__ import annotations
@@ -21,37 +21,41 @@ from torch import Tensor, nn
 
 from .space import Choices, Space
 
-ROUNDS, WARMING = 40, 1.2
-"""Batches that are sampled at most to fill one with new graphs, each at a higher temperature."""
+MAX_ROUNDS = 40
+"""How often a batch is sampled at most until it is full of new graphs."""
 
-FARTHEST = 5.0
-"""Deviations from the baseline beyond which a reward is no better and no worse."""
+ROUND_TEMPERATURE = 1.2
+"""Factor on the temperature from one of these rounds to the next."""
+
+MAX_DEVIATIONS = 5.0
+"""Rewards farther from the baseline than this, in standard deviations, are clipped."""
 
 NORMAL_MEDIAN = 0.6745
 """Median distance of normally distributed numbers from their mean, in standard deviations."""
 
 
 class Encoded(NamedTuple):
-    """Sequences as tensors: B of them, T decisions, at most M choices each."""
+    """B sequences of T decisions as tensors; M is the largest number of choices of a decision."""
 
     choices: Tensor
     """int64 [B, T]."""
     masks: Tensor
-    """bool [B, T, M]: what could have been chosen."""
+    """bool [B, T, M]: True for the choices that were allowed."""
 
 
 class Controller(nn.Module):
-    """The policy: an LSTM with one step a decision, fed with the choice before.
+    """The policy: an LSTM with one step per decision, whose input is the previous choice.
 
-    Decisions of a kind (inputs, operations, aggregations, the split) share an embedding of their
-    choices and an output layer, which for input nodes has the size of the last cell's choice; each
-    decision adds a bias of its own, so that the LSTM need not count steps to know its place. All
-    is in double precision, on the CPU: it is tiny, and a resumed search must make the same choices.
+    Decisions of the same kind (inputs, operations, aggregations, the split) share an embedding of
+    their choices and an output layer; for input nodes, both have the size that the last cell needs.
+    Each decision adds its own bias, so that the LSTM need not count steps to know which one it is
+    at. Everything is in double precision and on the CPU: the network is tiny, and a resumed search
+    must make the same choices.
 
     Args:
-        space: whose sequences are written.
+        space: search space of the sequences.
         hidden: size of the LSTM's state and of the embeddings.
-        generator: of the initial weights.
+        generator: random generator for the initial weights.
     """
 
     def __init__(self, space: Space, hidden: int, generator: torch.Generator) -> None:
@@ -61,7 +65,7 @@ class Controller(nn.Module):
         for decision in space.decisions:
             sizes[decision.kind] = max(sizes.get(decision.kind, 0), len(decision.choices))
         self.width = max(sizes.values())
-        # On the meta device modules are made without drawing from the global random state.
+        # On the meta device, building modules does not draw from the global random state.
         with torch.device("meta"):
             self.start = nn.Parameter(torch.empty(hidden))
             self.embed = nn.ModuleDict({k: nn.Embedding(n, hidden) for k, n in sizes.items()})
@@ -76,9 +80,12 @@ class Controller(nn.Module):
     def sample(
         self, count: int, generator: torch.Generator, temperature: float = 1.0
     ) -> list[Choices]:
-        """Sequences drawn from the policy, or from a more even one (`temperature` above 1).
+        """Draw valid sequences from the policy.
 
-        All are valid.
+        Args:
+            count: number of sequences.
+            generator: random generator for the draws.
+            temperature: above 1, the distributions are flatter than the policy's.
         """
         sequences: list[Choices] = [()] * count
         uniform = torch.rand(
@@ -92,8 +99,8 @@ class Controller(nn.Module):
                 mask = self._padded([self.space.mask(prefix) for prefix in sequences])
                 log_probs = self._log_probs(features[:, 0], step, mask)
                 probabilities = (log_probs / temperature).exp()
-                # Inverse of the distribution function, which need not end at one; it does not grow
-                # at masked choices, so that they are never hit.
+                # Inverse transform sampling. The cumulative sum need not end at 1; it does not
+                # grow at masked choices, so they are never drawn.
                 below = probabilities.cumsum(1)
                 chosen = (below <= uniform[:, step, None] * below[:, -1:]).sum(1)
                 sequences = [(*prefix, int(c)) for prefix, c in zip(sequences, chosen, strict=True)]
@@ -101,6 +108,7 @@ class Controller(nn.Module):
         return sequences
 
     def encode(self, sequences: Sequence[Choices]) -> Encoded:
+        """Sequences as tensors, with the masks under which their choices were made."""
         masks = [
             self._padded([self.space.mask(sequence[:t]) for t in range(len(sequence))])
             for sequence in sequences
@@ -108,10 +116,11 @@ class Controller(nn.Module):
         return Encoded(torch.tensor(sequences), torch.stack(masks))
 
     def forward(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Of every decision of every sequence, under the mask:
+        """Evaluate sequences under the current policy.
 
         Returns:
-            log-probability of its choice, and entropy of its distribution, both [B, T].
+            The log-probability of each choice and the entropy (in nats) of the distribution that
+            it was drawn from, both [B, T].
         """
         choices, masks = encoded
         decisions = self.space.decisions
@@ -128,7 +137,7 @@ class Controller(nn.Module):
         return chosen, entropy
 
     def _log_probs(self, features: Tensor, step: int, mask: Tensor) -> Tensor:
-        """[B, M], minus infinity where masked."""
+        """Log-probabilities of the choices of one decision, [B, M]; minus infinity if masked."""
         logits = self.output[self.space.decisions[step].kind](features)
         logits = F.pad(logits, (0, self.width - logits.shape[1])) + self.bias[step]
         return logits.masked_fill(~mask, -torch.inf).log_softmax(1)
@@ -141,13 +150,13 @@ class Controller(nn.Module):
 
 
 def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's clipped objective, negated, as the mean over the decisions.
+    """PPO's clipped surrogate objective (equation 7), negated and averaged over the decisions.
 
     Args:
-        log_probs: of the choices under the policy now, [B, T].
-        old: of the same when they were proposed, [B, T].
-        advantages: of the sequences, [B].
-        clip: beyond 1 - clip and 1 + clip a ratio gains nothing more.
+        log_probs: log-probabilities of the choices under the current policy, [B, T].
+        old: log-probabilities under the policy that proposed them, [B, T].
+        advantages: advantages of the sequences, [B].
+        clip: a ratio below 1 - clip or above 1 + clip brings no further gain.
     """
     ratio = (log_probs - old).exp()
     advantages = advantages[:, None]
@@ -156,24 +165,24 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float)
 
 
 class PPO:
-    """Proposes what the controller samples, and teaches it by PPO. A strategy (`strategies`).
+    """A strategy (`strategies`): proposes samples of the controller and trains it by PPO.
 
-    A sample that writes a graph known already is drawn again: its trial would not be run, and in a
+    A sample of a graph that is known already is drawn again. Its trial would not be run, and in a
     small space the policy would settle on the best of the first batches and find nothing new. Each
-    new draw is at a higher temperature, up to all but uniform. In a large space this hardly ever
-    happens before the policy has converged, and what is learnt from are its own samples.
+    round of draws has a higher temperature, up to an almost uniform distribution. In a large space
+    this hardly ever happens before the policy has converged, so it learns from its own samples.
 
     Args:
-        space: of the architectures.
-        seed: of the controller's weights and samples.
-        hidden: size of the controller.
-        lr: of Adam.
+        space: search space of the architectures.
+        seed: seed of the controller's weights and samples.
+        hidden: size of the controller's state.
+        lr: learning rate of Adam.
         epochs: passes over each batch.
-        clip: of the probability ratio.
+        clip: clipping range of the probability ratio.
         entropy: weight of the bonus for the mean entropy of a decision (nats).
-        baseline_decay: of the moving average of rewards that an advantage is measured from, and of
-            that of their squared distances from it, which advantages are divided by the root of.
-        clip_grad_norm: largest norm of the gradient; 0: not clipped.
+        baseline_decay: decay of the moving mean of rewards (the baseline) and of the moving
+            variance that normalises advantages.
+        clip_grad_norm: largest norm of the gradient; 0: no clipping.
     """
 
     def __init__(
@@ -200,34 +209,35 @@ class PPO:
         self.known: set[str] = set()
         self.worst = math.inf
         self.baseline: float | None = None
-        self.spread = 0.0
+        self.variance = 0.0
         self.controller = Controller(space, hidden, self._generator("weights"))
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=lr, eps=1e-5)
 
     def propose(self, count: int) -> list[Choices]:
-        """Samples of the policy; the same ones until something is learnt."""
+        """Samples of the policy; the same ones until the next `learn`."""
         generator = self._generator(f"batch {self.batches}")
         known = set(self.known)
         proposals: list[Choices] = []
-        repeats: list[Choices] = []
+        duplicates: list[Choices] = []
         with _one_thread():
-            for attempt in range(ROUNDS):
-                for choices in self.controller.sample(count, generator, WARMING**attempt):
+            for attempt in range(MAX_ROUNDS):
+                temperature = ROUND_TEMPERATURE**attempt
+                for choices in self.controller.sample(count, generator, temperature):
                     key = self.space.key(choices)
-                    (repeats if key in known else proposals).append(choices)
+                    (duplicates if key in known else proposals).append(choices)
                     known.add(key)
                 if len(proposals) >= count:
                     break
-        return (proposals + repeats)[:count]
+        return (proposals + duplicates)[:count]
 
     def learn(self, batch: Sequence[Choices], rewards: Sequence[float]) -> dict[str, float]:
-        """An update of the policy. A failed trial, whose reward is not finite, counts as the worst
-        so far; it is left out before there is any.
+        """Update the policy. A failed trial, whose reward is not finite, counts as the worst so
+        far; before the first finite reward, nothing is learnt.
 
         Returns:
-            of the last pass: `policy_loss`, mean `entropy` of a decision in nats, `kl` from the
-            policy that proposed, the share of `clipped` ratios; and the `baseline`, all that if
-            any reward was finite so far.
+            Statistics of the last pass: `policy_loss`, mean `entropy` of a decision in nats, `kl`
+            divergence from the policy that proposed, share of `clipped` ratios; and the new
+            `baseline`. Empty as long as no reward was finite.
         """
         self.batches += 1
         self.known.update(self.space.key(choices) for choices in batch)
@@ -238,7 +248,7 @@ class PPO:
             return self._update(batch, torch.tensor(rewards, dtype=torch.double))
 
     def _update(self, batch: Sequence[Choices], rewards: Tensor) -> dict[str, float]:
-        advantages = self._advantages(rewards)
+        advantages = self._update_baseline(rewards)
         encoded = self.controller.encode(batch)
         with torch.no_grad():
             old, _ = self.controller(encoded)
@@ -259,34 +269,41 @@ class PPO:
             "baseline": self.baseline,
         }
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Rewards measured from their moving average, in units of their moving deviation from it.
+    def _update_baseline(self, rewards: Tensor) -> Tensor:
+        """Update the moving mean and variance of the rewards.
 
-        Not in those of the batch: five rewards that happen to be alike are not a lesson. A loss has
-        no upper bound, so rewards count as at most `FARTHEST` deviations away: one beyond all
-        others would make them look the same for a hundred batches.
+        The batch is not normalised by its own deviation: small differences between five rewards
+        that happen to be alike teach nothing. A loss has no upper bound, so rewards are clipped to
+        `MAX_DEVIATIONS` from the baseline: a single outlier would make all others look the same
+        for a hundred batches.
+
+        Returns:
+            The advantages: clipped distances of the rewards from the old baseline, in units of the
+            new standard deviation.
         """
         finite = rewards.isfinite()
         if self.baseline is None:
             self.baseline = rewards[finite].quantile(0.5).item()
             distances = (rewards[finite] - self.baseline).abs()
-            self.spread = (distances.quantile(0.5).item() / NORMAL_MEDIAN) ** 2
+            self.variance = (distances.quantile(0.5).item() / NORMAL_MEDIAN) ** 2
         rewards = torch.where(finite, rewards, self.worst)
-        limit = FARTHEST * self.spread**0.5 or math.inf
-        distances = (rewards - self.baseline).clamp(-limit, limit)
+        distances = rewards - self.baseline
+        if self.variance > 0:
+            limit = MAX_DEVIATIONS * self.variance**0.5
+            distances = distances.clamp(-limit, limit)
         self.baseline += (1 - self.decay) * distances.mean().item()
-        self.spread += (1 - self.decay) * (distances.square().mean().item() - self.spread)
-        return distances / (self.spread**0.5 + 1e-8)
+        self.variance += (1 - self.decay) * (distances.square().mean().item() - self.variance)
+        return distances / (self.variance**0.5 + 1e-8)
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """Of its own for each purpose, so that nothing depends on how often another was used."""
+        """A separate generator per purpose, so that none depends on how often another was used."""
         seed = random.Random(f"{self.seed}: {purpose}").getrandbits(63)
         return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums are then of one order whatever the machine's number of cores; and it is faster."""
+    """Run on one thread: sums then do not depend on the number of cores, and it is faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""How a search chooses what to try next: PPO, random, or evolution, behind one interface."""
+"""Search strategies behind one interface: PPO, random search and evolution."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from .controller import PPO
 from .space import Choices, Rng, Space
 
 REDRAWS = 1000
-"""Draws that may give known graphs before one is proposed again (the space may be exhausted)."""
+"""Draws of a new graph before a known one is accepted (the space may be exhausted)."""
 
 
 class Strategy(Protocol):
     """Proposes architectures in batches, and learns from their rewards.
 
-    It is a pure function of its seed and of the batches learnt so far: a fresh one that learns the
-    same batches in the same order proposes the same from then on, which is how a search resumes.
-    So `propose` changes nothing, and repeats itself until something is learnt.
+    A strategy is a pure function of its seed and of the batches it has learnt: a fresh one that
+    learns the same batches in the same order makes the same proposals from then on. This is how a
+    search resumes. So `propose` changes no state, and returns the same until the next `learn`.
     """
 
     def propose(self, count: int) -> list[Choices]:
-        """Architectures to try next; graphs learnt before only where no others are found."""
+        """`count` architectures to try next; known graphs only if no new ones are found."""
 
     def learn(self, batch: Sequence[Choices], rewards: Sequence[float]) -> dict[str, float]:
-        """Take in what a batch was worth, in the order in which it was proposed.
+        """Learn from the rewards of a batch.
 
-        A reward that is not finite is that of a failed trial.
+        Args:
+            batch: architectures, in the order in which they were proposed.
+            rewards: reward of each; not finite for a failed trial.
 
         Returns:
-            figures for the log, by name.
+            Statistics for the log, by name.
         """
 
 
 class RandomSearch:
-    """Uniform over the valid sequences, but no graph twice while there are others.
+    """Draws uniformly from the valid sequences, but no graph twice as long as there are new ones.
 
     Args:
-        space: of the architectures.
-        seed: of the draws.
+        space: search space of the architectures.
+        seed: seed of the draws.
     """
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -75,19 +77,18 @@ class RandomSearch:
 
 
 class Evolution(RandomSearch):
-    """Regularised evolution (Real et al., 2019): the population dies of age, not of weakness.
+    """Regularised evolution (Real et al., 2019): the oldest members die, not the worst.
 
-    Failed trials do not enter it. Of some drawn from it the best is the parent; a child differs
-    from that in one decision, and is a graph not tried before. Until the population is full, the
-    parent is the architecture to start from; without one, and where a parent has no such child
-    left, draws are random.
+    The parent is the best of a random sample of the population; a child differs from it in one
+    decision and is a new graph. Failed trials do not enter the population. Until it is full, the
+    parent is `start`. Without one, and if a parent has no new child left, draws are random.
 
     Args:
-        space: of the architectures.
-        seed: of the draws.
-        population: the youngest that may be parents.
-        tournament: how many are drawn to find a parent.
-        start: the architecture to start from, if there is one.
+        space: search space of the architectures.
+        seed: seed of the draws.
+        population: size of the population, which holds the latest architectures.
+        tournament: size of the sample that a parent is chosen from.
+        start: architecture that the search starts from, if any.
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class Evolution(RandomSearch):
         )
         if not self.population:
             return {}
-        of_population = [reward for reward, _ in self.population]
+        members = [reward for reward, _ in self.population]
         return {
-            "population_mean": sum(of_population) / len(of_population),
-            "population_best": max(of_population),
+            "population_mean": sum(members) / len(members),
+            "population_best": max(members),
         }
 
     def _draw(self, rng: random.Random, known: set[str]) -> Choices:
@@ -138,7 +139,10 @@ def build_strategy(
     """The strategy that SEARCH.STRATEGY names, with its settings.
 
     Args:
-        start: the architecture that is tried first (`run_stage`), from which evolution breeds.
+        cfg: config of the search.
+        space: search space of the architectures.
+        seed: seed of the strategy.
+        start: architecture that is tried first (`StageRunner.run`) and that evolution breeds from.
     """
     name = cfg.SEARCH.STRATEGY
     if name == "random":

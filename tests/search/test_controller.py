@@ -136,17 +136,17 @@ def test_clipped_objective_by_hand():
 
 def test_advantages_are_measured_from_the_moving_baseline():
     policy = ppo(HEAD, 0, baseline_decay=0.5)
-    first = policy._advantages(torch.tensor([1.0, 3.0], dtype=torch.double))
+    first = policy._update_baseline(torch.tensor([1.0, 3.0], dtype=torch.double))
     # Of a normal distribution half lies within 0.6745 deviations; then by halves.
     spread = (0.6745**-2 + 1) / 2
     assert first.tolist() == pytest.approx([-(spread**-0.5), spread**-0.5])
     assert policy.baseline == 2
-    second = policy._advantages(torch.tensor([4.0, 4.0], dtype=torch.double))
+    second = policy._update_baseline(torch.tensor([4.0, 4.0], dtype=torch.double))
     assert policy.baseline == 3
     # Better than before, though alike.
     spread = (spread + 4) / 2
     assert second.tolist() == pytest.approx([2 * spread**-0.5] * 2)
-    third = policy._advantages(torch.tensor([3.0, -1e9], dtype=torch.double))
+    third = policy._update_baseline(torch.tensor([3.0, -1e9], dtype=torch.double))
     farthest = 5 * spread**0.5
     assert policy.baseline == pytest.approx(3 - farthest / 4)
     spread = (spread + farthest**2 / 2) / 2
