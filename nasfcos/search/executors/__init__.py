@@ -1,11 +1,11 @@
-"""Where trials run: in this process, in worker processes of this machine, or on a Ray cluster.
+"""Executors run trials: in this process, in worker processes of this machine, or on a Ray cluster.
 
-An executor computes ``task.run(job)`` and nothing else: what is proposed, recorded and learnt is
-the business of the one main process. So a worker holds nothing that could be lost with it but the
-trial it is at, and that one is reported as lost, to be tried again.
+An executor computes ``task.run(job)`` and nothing else; proposing, recording and learning are left
+to the one main process. So all that can be lost with a worker is the trial that it runs, which is
+reported as lost and can be requeued.
 
-A task answers for the trouble of its trials by results that say so. What it raises is trouble of
-the whole search (a cache that is gone, a mistake in the code), and ends it.
+A task turns the failure of a trial into a result with the status "failed". What it raises concerns
+the whole search (a missing cache, a mistake in the code), and ends it.
 """
 
 from .base import Executor, ExecutorError, InlineExecutor, Task, WorkerLost

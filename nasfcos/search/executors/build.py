@@ -1,4 +1,4 @@
-"""The executor that a config asks for."""
+"""Builds the executor that a config asks for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .local import LocalExecutor
 def build_executor(cfg: CfgNode, task: Task) -> Executor:
     """The executor of SEARCH.EXECUTOR with SEARCH.WORKERS workers.
 
-    A task for "ray" has the attributes `train` and `val`, its cache folders: they must be found
-    on all machines. Unless MODEL.DEVICE is the CPU, GPUs are shared out; the task should then ask
-    for "cuda" (or "auto"): a worker sees one GPU only.
+    Unless MODEL.DEVICE is the CPU, the GPUs are shared out among the workers. Each of them sees one
+    GPU only, so the task should ask for "cuda" or "auto". For "ray", all machines must find the
+    task's cache directories at the same paths.
 
     Raises:
         ConfigError: MODEL.DEVICE names a single GPU.

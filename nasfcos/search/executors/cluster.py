@@ -1,4 +1,4 @@
-"""Trials on a Ray cluster."""
+"""The executor that runs trials on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ...config import ConfigError
 from ...engine.distributed import available_cores
 from ..records import DeviceLost, TrialJob, TrialResult
 from .base import ExecutorError, Task, WorkerLost
-from .pool import Pool, Worker
+from .pool import Message, Pool, Ready, TaskError, Worker
 
 logger = logging.getLogger(__name__)
 
-# Seconds between warnings that no worker has started.
-PATIENCE = 60.0
+START_WARNING_PERIOD = 60.0
+"""Seconds between warnings that no worker has started."""
 
 
 @dataclass(eq=False)
@@ -37,19 +37,19 @@ class _Actor(Worker):
 
 
 class RayExecutor(Pool):
-    """Runs trials on a Ray cluster: that of RAY_ADDRESS, or one of this machine's cores alone.
+    """Runs trials on the Ray cluster at RAY_ADDRESS, or else on one made of this machine's cores.
 
-    Each worker is an actor with a fixed share of the cluster. When one is lost, with its machine
-    perhaps, another is started wherever there is room. ``nasfcos`` must be installed on all
+    Each worker is an actor with a fixed share of the cluster. If one is lost, perhaps with its
+    machine, another is started wherever there is room. ``nasfcos`` must be installed on all
     machines.
 
     Args:
-        task: what runs; pickled for the workers.
-        workers: how many; they share out all CPUs (and GPUs). 0: one for each GPU of the cluster,
-            or where there is none, for each CPU; a cluster that grows is used from the next
-            batch on.
-        use_gpus: whether to take GPUs where the cluster has some.
-        folders: that the task reads; each worker makes sure that it has them.
+        task: task that the workers run; pickled for them.
+        workers: number of workers, among which all CPUs (and GPUs) are shared out. 0: one per GPU
+            of the cluster, or one per CPU if it has no GPUs. Machines that join the cluster are
+            used from the next batch on.
+        use_gpus: whether to use the GPUs of the cluster.
+        folders: directories that the task reads; each worker checks that it finds them.
         timeout: seconds that a trial may take.
 
     Raises:
@@ -65,7 +65,7 @@ class RayExecutor(Pool):
         folders: Sequence[Path] = (),
         timeout: float = math.inf,
     ) -> None:
-        # Ray takes SIGTERM for itself, and exits; how a search ends is not Ray's to say.
+        # Ray installs a SIGTERM handler that exits; how the search ends is not for Ray to decide.
         with _signal_handlers_kept():
             self._ray = _import_ray()
             self._is_ours = not self._ray.is_initialized()
@@ -107,11 +107,11 @@ class RayExecutor(Pool):
     def _give(self, worker: _Actor, job: TrialJob) -> None:
         worker.answer = worker.handle.run.remote(job)
 
-    def _news(self, seconds: float) -> list[tuple[_Actor, str, Any]]:
+    def _receive(self, seconds: float) -> list[tuple[_Actor, Message]]:
         errors = self._ray.exceptions
         waiting = {w.answer: w for w in self._workers.values() if w.answer is not None}
-        self._ray.wait(list(waiting), num_returns=1, timeout=min(seconds, PATIENCE))
-        # All that there are: a worker without an answer may be overdue.
+        self._ray.wait(list(waiting), num_returns=1, timeout=min(seconds, START_WARNING_PERIOD))
+        # `wait` gave one answer at most; any other may be there as well.
         answers, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         if not answers and not any(worker.ready for worker in self._workers.values()):
             _, cpus, gpus = self._share_out()
@@ -120,27 +120,27 @@ class RayExecutor(Pool):
                 "are %s; each then opens the caches",
                 cpus, gpus, self._ray.available_resources(),
             )  # fmt: skip
-        news = []
+        messages: list[tuple[_Actor, Message]] = []
         for answer in answers:
             worker = waiting[answer]
             worker.answer = None
             try:
-                content = self._ray.get(answer)
+                result = self._ray.get(answer)
             except errors.RayTaskError as error:
-                ours = isinstance(error.cause, (ConfigError, ExecutorError))
-                news.append((worker, "error", str(error.cause if ours else error)))
+                ours = isinstance(error.cause, ConfigError)
+                messages.append((worker, TaskError(str(error.cause if ours else error))))
             except errors.RayError as error:
-                news.append((worker, "lost", _how_ray_tells(error)))
+                messages.append((worker, WorkerLost(_one_line(error))))
             else:
-                news.append((worker, "result" if worker.job is not None else "ready", content))
-        return news
+                messages.append((worker, Ready() if worker.job is None else result))
+        return messages
 
     def _end(self, worker: _Actor) -> None:
         self._ray.kill(worker.handle)
 
 
 class _RemoteWorker:
-    """The actor."""
+    """The class of the actors."""
 
     def start(self, task: bytes, threads: int, folders: Sequence[str]) -> None:
         torch.set_num_threads(threads)
@@ -167,12 +167,12 @@ def share_out(
     """Divide a cluster among workers.
 
     Args:
-        cpus, gpus: of each machine.
-        workers: how many; 0: one for each GPU, or where there is none, for each CPU.
+        cpus, gpus: number of CPUs and GPUs of each machine.
+        workers: number of workers; 0: one per GPU, or one per CPU if there are no GPUs.
 
     Returns:
-        The number of workers, and the CPUs and GPUs of each: as many as let all of them run at
-        the same time, a part of one where the workers are too many.
+        The number of workers, and the number of CPUs and GPUs of each: the largest with which all
+        of them can run at the same time, a fraction of one if there are more workers than devices.
     """
     per_gpu = math.ceil(workers / sum(gpus)) if workers and sum(gpus) else 1
     workers = workers or sum(gpus) or sum(cpus) or 1
@@ -183,7 +183,7 @@ def share_out(
         )
         if room >= workers:
             return workers, float(cpu), gpu
-    # Workers with a GPU find no CPU but those of its machine.
+    # A worker with a GPU can only use the CPUs of that machine.
     if sum(gpus):
         shares = [c / (g * per_gpu) for c, g in zip(cpus, gpus, strict=True) if g]
         return workers, math.floor(100 * min(shares)) / 100, gpu
@@ -215,19 +215,20 @@ def _connect(ray: Any, use_gpus: bool) -> None:
         num_cpus=available_cores(),
         num_gpus=None if use_gpus else 0,
         include_dashboard=False,
-        object_store_memory=2**27,  # jobs and results are small
+        object_store_memory=2**27,  # bytes; jobs and results are small
         **quiet,
     )
 
 
-def _how_ray_tells(error: Exception) -> str:
-    """What a Ray error says, on a line."""
+def _one_line(error: Exception) -> str:
+    """The message of a Ray error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
+    """Restore the handlers of SIGTERM and SIGINT at the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Trials in worker processes of this machine."""
+"""The executor that runs trials in worker processes of this machine."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ import torch
 from ...engine.distributed import available_cores
 from ...engine.metrics import format_duration
 from ..records import DeviceLost, TrialJob
-from ..status import SILENT
-from .base import Task
-from .pool import Pool, Worker
+from .base import Task, WorkerLost
+from .pool import Message, Pool, Ready, TaskError, Worker
 
 logger = logging.getLogger(__name__)
 
-# Seconds for a process that was killed to be gone.
 END_WAIT = 10.0
+"""Seconds that a killed process may take to be gone."""
+
+SILENT = 15 * 60
+"""Seconds without a message from any worker after which a warning is logged."""
 
 
 @dataclass(eq=False)
@@ -43,13 +45,13 @@ class _Process(Worker):
 class LocalExecutor(Pool):
     """Runs trials in worker processes of this machine.
 
-    The CPU cores are divided among the workers, GPUs given to them in turn. A worker that dies is
-    replaced; workers of a main process that is gone end within moments, whatever they are at.
+    The CPU cores are divided among the workers, the GPUs assigned to them in turn. A worker that
+    dies is replaced. If the main process is gone, its workers end at once, even within a trial.
 
     Args:
-        task: what runs; pickled for the workers.
-        workers: how many. 0: one for each GPU, or where there is none, for each core.
-        gpus: as CUDA_VISIBLE_DEVICES names them.
+        task: task that the workers run; pickled for them.
+        workers: number of workers. 0: one per GPU, or one per core without GPUs.
+        gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES.
         timeout: seconds that a trial may take.
     """
 
@@ -64,7 +66,7 @@ class LocalExecutor(Pool):
         self._gpus = tuple(gpus)
         self._task = pickle.dumps(task)
         self._threads = max(1, available_cores() // self._count)
-        # When it starts it lets SIGINT through again, which `_start` keeps from the workers.
+        # Starting it unblocks SIGINT, so it must not happen within `_start`, which blocks SIGINT.
         resource_tracker.ensure_running()
         self._start_missing()
 
@@ -80,7 +82,7 @@ class LocalExecutor(Pool):
         environment = {"OMP_NUM_THREADS": str(self._threads)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[place % len(self._gpus)]
-        # Libraries read the environment when they are loaded, before a worker's own first line.
+        # Libraries read the environment when they are imported, before `_work` begins.
         with _environment(environment), _no_interrupt():
             process.start()
         theirs.close()
@@ -89,7 +91,7 @@ class LocalExecutor(Pool):
     def _give(self, worker: _Process, job: TrialJob) -> None:
         _send(worker.pipe, job)
 
-    def _news(self, seconds: float) -> list[tuple[_Process, str, Any]]:
+    def _receive(self, seconds: float) -> list[tuple[_Process, Message]]:
         workers = {worker.pipe: worker for worker in self._workers.values()}
         ready = wait(list(workers), timeout=min(seconds, SILENT))
         if not ready and seconds > SILENT:
@@ -99,54 +101,51 @@ class LocalExecutor(Pool):
                 format_duration(SILENT),
                 ", ".join(map(_whereabouts, self._workers.values())),
             )
-        news = []
+        messages: list[tuple[_Process, Message]] = []
         for pipe in ready:
+            worker = workers[pipe]
             try:
-                news.append((workers[pipe], *pipe.recv()))
+                messages.append((worker, pipe.recv()))
             except (EOFError, OSError):
-                process = workers[pipe].process
-                process.join(timeout=5)
-                news.append((workers[pipe], "lost", _how_it_ended(process.exitcode)))
-        return news
+                worker.process.join(timeout=5)
+                messages.append((worker, WorkerLost(_how_it_ended(worker.process.exitcode))))
+        return messages
 
     def _end(self, worker: _Process) -> None:
         worker.process.kill()
         worker.process.join(timeout=END_WAIT)
-        if worker.process.is_alive():  # inside a driver, or at a file of a server that is gone
+        if worker.process.is_alive():  # stuck in a driver or in a network file system
             logger.warning("process %d cannot be killed at the moment", worker.process.pid)
         worker.pipe.close()
 
 
 def _whereabouts(worker: _Process) -> str:
+    """What a worker does, and its process id, for the log."""
     idle = "idle" if worker.ready else "starting"
     what = idle if worker.job is None else f"trial {worker.job.index}"
     return f"{what} in process {worker.process.pid}"
 
 
 def _work(pipe: Connection, task: bytes, threads: int) -> None:
-    """The main function of a worker process.
-
-    Tells ("ready", None) when it has started, ("result", result) of each job, and ("error", text)
-    when the task raises.
-    """
+    """The main function of a worker process, which sends a `Message` for each event."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs: queue.SimpleQueue[TrialJob] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, jobs), daemon=True).start()
+    threading.Thread(target=_receive_jobs, args=(pipe, jobs), daemon=True).start()
     try:
         torch.set_num_threads(threads)
         ready_task = pickle.loads(task)
         ready_task.open()
-        _send(pipe, ("ready", None))
+        _send(pipe, Ready())
         while True:
-            _send(pipe, ("result", ready_task.run(jobs.get())))
+            _send(pipe, ready_task.run(jobs.get()))
     except DeviceLost as error:
-        sys.exit(f"worker: {error}")  # a new one takes its place
+        sys.exit(f"worker: {error}")  # a new worker replaces this one
     except Exception:
-        _send(pipe, ("error", traceback.format_exc()))
+        _send(pipe, TaskError(traceback.format_exc()))
 
 
-def _receive(pipe: Connection, jobs: queue.SimpleQueue[TrialJob]) -> None:
-    """Take jobs from the main process; end this one, in the middle of a trial, when it is gone."""
+def _receive_jobs(pipe: Connection, jobs: queue.SimpleQueue[TrialJob]) -> None:
+    """Queue the jobs of the main process; when that is gone, end this process, even in a trial."""
     while True:
         try:
             jobs.put(pipe.recv())
@@ -155,7 +154,7 @@ def _receive(pipe: Connection, jobs: queue.SimpleQueue[TrialJob]) -> None:
 
 
 def _send(pipe: Connection, message: object) -> None:
-    """Send, or not: who waits on the other end sees that it is closed."""
+    """Send unless the other end is gone; who waits for a message there notices by itself."""
     try:
         pipe.send(message)
     except (BrokenPipeError, ConnectionResetError):
@@ -163,6 +162,7 @@ def _send(pipe: Connection, message: object) -> None:
 
 
 def _how_it_ended(code: int | None) -> str:
+    """The exit code of a process in words; None: it has not ended."""
     if code is None:
         return "it closed its connection"
     if code >= 0:
@@ -177,6 +177,7 @@ def _how_it_ended(code: int | None) -> str:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -191,7 +192,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Processes started in the block do not receive SIGINT; this one receives it after it."""
+    """Block SIGINT: processes started in the block never receive it, this one does at its end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

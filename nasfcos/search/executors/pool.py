@@ -1,4 +1,4 @@
-"""Executors whose trials run in workers."""
+"""The base class of executors with workers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,31 @@ from .base import Executor, ExecutorError, WorkerLost
 
 logger = logging.getLogger(__name__)
 
-# Workers that may die in a row while they start, or with no trial finished in between.
 MAX_START_FAILURES = 3
+"""Workers that may die in a row while they start."""
+
 MAX_DEATHS = 12
+"""Workers that may die in a row without a finished trial in between."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has started, and can run jobs."""
+
+
+@dataclass(frozen=True)
+class TaskError:
+    """The task raised in a worker.
+
+    Attributes:
+        error: the exception, in words.
+    """
+
+    error: str
+
+
+Message = Ready | TrialResult | TaskError | WorkerLost
+"""What the main process is told of a worker."""
 
 
 @dataclass(eq=False)
@@ -26,10 +48,10 @@ class Worker:
     """A worker as the main process sees it.
 
     Attributes:
-        place: its number; a worker that dies is replaced by one at the same place.
-        ready: it has started.
-        job: what it is at.
-        deadline: when that must be done, by `time.monotonic`.
+        place: its number; a worker that dies is replaced by one with the same number.
+        ready: whether it has started.
+        job: the job that it runs; None: it is idle.
+        deadline: time by which the job must end, by `time.monotonic`.
     """
 
     place: int
@@ -39,10 +61,10 @@ class Worker:
 
 
 class Pool(Executor):
-    """What executors with workers share: handing out jobs, and replacing workers that die.
+    """Hands out jobs to workers, and replaces workers that die.
 
     Args:
-        count: of the workers.
+        count: number of workers.
         timeout: seconds that a trial may take; a worker that takes longer counts as dead.
     """
 
@@ -51,25 +73,21 @@ class Pool(Executor):
         self._timeout = timeout
         self._workers: dict[int, Any] = {}
         self._start_failures = 0
-        # Of the workers that died since the last result, the trials they were at (or themselves).
+        # For each worker that died since the last result: the index of its trial, or, if it had
+        # none, the worker itself.
         self._deaths: list[object] = []
 
     @abstractmethod
     def _start(self, place: int) -> Worker:
-        """Start a worker; it need not be ready yet."""
+        """Start a worker, without waiting until it is ready."""
 
     @abstractmethod
     def _give(self, worker: Any, job: TrialJob) -> None:
         """Send a job to a worker that is ready."""
 
     @abstractmethod
-    def _news(self, seconds: float) -> list[tuple[Any, str, Any]]:
-        """Wait until workers have something to tell, at most so long.
-
-        Returns:
-            (worker, "ready", anything), (worker, "result", `TrialResult`), (worker, "error", text)
-            where the task raised, (worker, "lost", text) where the worker died.
-        """
+    def _receive(self, seconds: float) -> list[tuple[Any, Message]]:
+        """Wait for messages of workers, `seconds` at most."""
 
     @abstractmethod
     def _end(self, worker: Any) -> None:
@@ -88,12 +106,12 @@ class Pool(Executor):
                         if more:
                             worker.deadline = time.monotonic() + self._timeout
                             self._give(worker, worker.job)
-                # Only now: workers do not wait for what is done with the outcomes.
+                # After the jobs are handed out, so that no worker waits for the caller.
                 yield from outcomes
                 if not more and all(worker.job is None for worker in self._workers.values()):
                     return
-                told = (self._outcome(*news) for news in self._all_news())
-                outcomes = [outcome for outcome in told if outcome is not None]
+                handled = (self._handle(*message) for message in self._messages())
+                outcomes = [outcome for outcome in handled if outcome is not None]
         finally:
             for worker in list(self._workers.values()):
                 if worker.job is not None:
@@ -112,54 +130,54 @@ class Pool(Executor):
         del self._workers[worker.place]
         self._end(worker)
 
-    def _all_news(self) -> Iterator[tuple[Any, str, Any]]:
-        """`_news`, and then of workers that are overdue that they are lost."""
+    def _messages(self) -> Iterator[tuple[Any, Message]]:
+        """Messages of workers; then, for each that is overdue, that it is lost."""
         deadlines = [worker.deadline for worker in self._workers.values() if worker.job is not None]
-        yield from self._news(max(0.0, min(deadlines, default=math.inf) - time.monotonic()))
+        yield from self._receive(max(0.0, min(deadlines, default=math.inf) - time.monotonic()))
         for worker in list(self._workers.values()):
             if worker.job is not None and worker.deadline <= time.monotonic():
-                yield worker, "lost", f"it took longer than {format_duration(self._timeout)}"
+                yield worker, WorkerLost(f"it took longer than {format_duration(self._timeout)}")
 
-    def _outcome(
-        self, worker: Worker, kind: str, content: Any
+    def _handle(
+        self, worker: Worker, message: Message
     ) -> tuple[TrialJob, TrialResult | WorkerLost] | None:
-        """Note what a worker told; gives what it means for the job it was at, if for any."""
+        """Take note of a message, and return the outcome of the worker's job if it is one."""
         job = worker.job
-        if kind == "ready":
+        if isinstance(message, Ready):
             worker.ready = True
             self._start_failures = 0
             return None
-        if kind == "result":
+        if isinstance(message, TrialResult):
             worker.job = None
             self._deaths.clear()
-            return job, content
-        if kind == "error":
+            return job, message
+        if isinstance(message, TaskError):
             where = "while it started" if job is None else f"in trial {job.index}"
-            raise ExecutorError(f"a worker failed {where}: {content}")
+            raise ExecutorError(f"a worker failed {where}: {message.error}")
         self._remove(worker)
         self._deaths.append(worker if job is None else job.index)
         if not worker.ready:
             self._start_failures += 1
-            logger.warning("a worker died while it started: %s", content)
-        for number, too_many, when in (
-            (
-                self._start_failures,
-                self._start_failures >= MAX_START_FAILURES,
-                "died while they started",
-            ),
-            (len(self._deaths), self._too_many_deaths(), "died before they finished a trial"),
-        ):
-            if too_many:
-                raise ExecutorError(
-                    f"{number} workers in a row {when}, the last one so: {content}. "
-                    "SEARCH.EXECUTOR inline runs trials in this process and may show more; where "
-                    "they only take long, raise SEARCH.TRIAL_TIMEOUT"
-                )
-        return None if job is None else (job, WorkerLost(content))
+            logger.warning("a worker died while it started: %s", message.reason)
+        if self._start_failures >= MAX_START_FAILURES:
+            raise _deaths_error(self._start_failures, "while they started", message)
+        if self._too_many_deaths():
+            raise _deaths_error(len(self._deaths), "before they finished a trial", message)
+        return None if job is None else (job, message)
 
     def _too_many_deaths(self) -> bool:
-        """Whether something else must be to blame than a few trials that kill their worker each
-        time: these are tried again after all others, and so die in a row."""
+        """Whether the cause must be something else than a few trials that always kill their worker.
+
+        Such trials are requeued behind all others, so at the end their workers die in a row.
+        """
         deaths, limit = len(self._deaths), max(MAX_DEATHS, 2 * self._count)
         most_differ = 2 * len(set(self._deaths)) > deaths
         return deaths >= (limit if most_differ else 3 * limit)
+
+
+def _deaths_error(number: int, when: str, last: WorkerLost) -> ExecutorError:
+    return ExecutorError(
+        f"{number} workers in a row died {when}, the last one so: {last.reason}. "
+        "SEARCH.EXECUTOR inline runs trials in this process and may show more; if they "
+        "only take long, raise SEARCH.TRIAL_TIMEOUT"
+    )
