@@ -17,7 +17,7 @@ import torch
 from yacs.config import CfgNode
 
 from nasfcos.engine.launch import argument_parser, launch
-from nasfcos.search.agreement import check_agreement, check_repeats
+from nasfcos.search.agreement import check_agreement, check_repeatability
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
         help="compare with the reward for another seed, not with AP after full training",
     )
     args = parser.parse_intermixed_args()
-    check = check_repeats if args.again else check_agreement
+    check = check_repeatability if args.again else check_agreement
 
     def job(cfg: CfgNode, device: torch.device) -> None:
         tau = check(cfg, device, Path(cfg.OUTPUT_DIR), args.stage, args.count)

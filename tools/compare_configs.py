@@ -23,7 +23,7 @@ from nasfcos.engine.launch import run
 from nasfcos.engine.logging import log_to_file
 from nasfcos.engine.monitor import NonFiniteLossError
 from nasfcos.files import replacing, write_json
-from nasfcos.search.select import check_full_training, train_in_full
+from nasfcos.search.full_training import check_full_training, train_in_full
 
 logger = logging.getLogger("nasfcos.compare_configs")
 

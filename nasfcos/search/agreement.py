@@ -1,4 +1,4 @@
-"""What the reward of a short trial is worth: does it foretell AP, and does it come again?"""
+"""How good the proxy is: does the reward of a short trial predict AP, and is it reproducible?"""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
+from .full_training import check_full_training, full_config, train_in_full
 from .journal import JOURNAL, read_records
 from .plots import draw_agreement
 from .records import COMPLETE, TrialJob, TrialRecord, kendall_tau, ranked
-from .select import check_full_training, full_config, train_in_full
 from .tasks import reopen_task
 
 logger = logging.getLogger(__name__)
 
 
 def spread(records: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
-    """`count` of the complete trials, with rewards as evenly spaced as they come; worst first.
+    """Choose `count` complete trials whose rewards are spaced as evenly as possible, worst first.
 
-    The range is that of the middle 98 % of the trials, so that no outlier takes half of it.
+    They cover the range of the middle 98 % of the trials, of which an outlier could take up half.
+
+    Raises:
+        ConfigError: there are fewer complete trials.
     """
     rising = ranked(records)[::-1]
     if len(rising) < count:
@@ -34,38 +37,38 @@ def spread(records: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
     rewards = np.array([record.result.reward for record in rising])
     free = np.ones(len(rising), dtype=bool)
     chosen = []
-    for wanted in np.linspace(*np.quantile(rewards, (0.01, 0.99)), count):
-        place = np.where(free, np.abs(rewards - wanted), np.inf).argmin()
-        free[place] = False
-        chosen.append(rising[place])
+    for reward in np.linspace(*np.quantile(rewards, (0.01, 0.99)), count):
+        nearest = np.where(free, np.abs(rewards - reward), np.inf).argmin()
+        free[nearest] = False
+        chosen.append(rising[nearest])
     return sorted(chosen, key=lambda record: record.result.reward)
 
 
 def check_agreement(
     cfg: CfgNode, device: torch.device, folder: Path, stage: str, count: int
 ) -> float:
-    """Train `count` architectures of a search in full, spread over the range of its rewards.
+    """Train architectures of a search in full, spread over the range of its rewards.
 
-    Leaves ``agreement/<stage>.json`` and ``.png`` in `folder`; a training that is finished is not
-    done again, so a check that was stopped goes on. One that diverges is left out.
+    Writes ``agreement/<stage>.json`` and ``.png`` in `folder`. Finished trainings are not repeated,
+    so a check that was stopped continues. Trainings that diverge are left out.
 
     Args:
-        cfg: of the search; the full trainings have SEARCH.SELECT.OVERRIDES on top.
-        device: of the trainings.
-        folder: of the search.
-        stage: whose trials are checked.
-        count: of architectures, at least two.
+        cfg: config of the search; the full trainings have SEARCH.SELECT.OVERRIDES on top.
+        device: device of the trainings.
+        folder: directory of the search.
+        stage: "fpn" or "head".
+        count: number of architectures, at least two.
 
     Returns:
         Kendall's tau (b) between reward and AP.
 
     Raises:
-        ConfigError, DataError: fewer than two, more than were tried to the end, something that
-            would stop a full training, or fewer than two of them came to their end.
+        ConfigError, DataError: `count` is below two or above the number of complete trials, a full
+            training cannot be done, or fewer than two of them came to their end.
     """
     chosen = _chosen(folder, stage, count)
     full = full_config(cfg, stage, chosen[0].genotype, folder)
-    # Later, what the trainings start from may be gone without harm.
+    # Once the check has begun, the weight file is not needed any more.
     begun = (folder / "agreement" / stage).exists()
     check_full_training(full, device, weights=not begun)
     rows = []
@@ -91,31 +94,31 @@ def check_agreement(
     return _compare(folder, stage, rows, "AP", "AP after full training", title)
 
 
-def check_repeats(
+def check_repeatability(
     cfg: CfgNode, device: torch.device, folder: Path, stage: str, count: int
 ) -> float:
-    """Try `count` architectures of a search again, with other first weights and other batches.
+    """Re-evaluate architectures of a search, with other initial weights and other batches.
 
-    The order of rewards that come in another order is luck. Where it is for most, trials are too
-    short. Leaves ``agreement/<stage>_again.json`` and ``.png`` in `folder`.
+    If the rewards then come in another order, their order is luck, and trials are too short. Writes
+    ``agreement/<stage>_again.json`` and ``.png`` in `folder`.
 
     Args:
-        cfg: of the search; SEARCH.PROXY may be changed, say to see whether shorter trials would do.
-        device: of the main process.
-        folder: of the search, which is its OUTPUT_DIR.
-        stage: whose trials are repeated.
-        count: of architectures, at least two.
+        cfg: config of the search; SEARCH.PROXY may differ, say to see whether shorter trials do.
+        device: device of trials in this process.
+        folder: directory of the search, which is its OUTPUT_DIR.
+        stage: "fpn" or "head".
+        count: number of architectures, at least two.
 
     Returns:
-        Kendall's tau (b) between the two rewards.
+        Kendall's tau (b) between the old and the new rewards.
 
     Raises:
-        ConfigError, DataError: fewer than two, more than were tried to the end, settings that
-            cannot be, or fewer than two came to their end again.
+        ConfigError, DataError: `count` is below two or above the number of complete trials, the
+            settings are invalid, or fewer than two trials came to their end again.
     """
     chosen = {record.index: record for record in _chosen(folder, stage, count)}
     task = reopen_task(cfg, device, stage)
-    jobs = [TrialJob(index, record.genotype, repeat=1) for index, record in chosen.items()]
+    jobs = [TrialJob(index, record.genotype, seed_offset=1) for index, record in chosen.items()]
     rows = []
     with build_executor(cfg, task) as executor:
         for job, result in executor.run(jobs):
@@ -140,6 +143,7 @@ def check_repeats(
 
 
 def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
+    """The trials of a search to be checked, from its journal."""
     if count < 2:
         raise ConfigError(f"{count} architectures have no order: compare at least two")
     return spread(read_records(folder / JOURNAL, stage), count)
@@ -148,7 +152,7 @@ def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:
 def _compare(
     folder: Path, name: str, rows: list[dict], key: str, label: str, title: str
 ) -> float:
-    """Kendall's tau between the rewards and another figure; leaves both, and a plot."""
+    """Kendall's tau between the column "reward" and another one; writes the rows and a plot."""
     rewards, others = ([row[column] for row in rows] for column in ("reward", key))
     tau = kendall_tau(rewards, others)
     write_json(folder / "agreement" / f"{name}.json", {"tau": tau, "rows": rows}, indent=2)

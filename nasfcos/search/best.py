@@ -1,4 +1,4 @@
-"""What a search is for: ``best.yaml``, and its weights ``best.pth`` beside it."""
+"""The result of a search: ``best.yaml``, with the weights ``best.pth`` beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ..config.tree import get_setting, nested
 from ..engine.checkpoint import FINAL, load_checkpoint
 from ..files import replacing
 from ..torch_files import read_saved
+from .full_training import SUMMARY, full_config, train_in_full
 from .prepare import changes_since
-from .select import SUMMARY, Selected, full_config, train_in_full
+from .ranking import Selected
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +29,19 @@ WEIGHTS = "best.pth"
 def best_weights(
     cfg: CfgNode, device: torch.device, folder: Path, best: Selected
 ) -> tuple[Selected, dict[str, Any]]:
-    """The weights of the best architecture: from its full training, or, where the files of that
-    have been deleted, from the ``best.pth`` that is there; trained again where that is gone, too.
+    """The weights of the best architecture, from its full training.
+
+    If the files of that training have been deleted, the weights are those of the existing
+    ``best.pth``. If this is gone, too, the architecture is trained again.
 
     Args:
-        cfg: the search's config.
-        device: of a training.
-        folder: of the search.
+        cfg: config of the search.
+        device: device of the training.
+        folder: directory of the search.
         best: the architecture, trained in full.
 
     Returns:
-        `best`, with new figures if it was trained again; and the content of ``best.pth``.
+        `best`, with new metrics if it was trained again; and the content of ``best.pth``.
     """
     run = folder / best.folder
     full = full_config(cfg, best.stage, best.genotype, run, best.best_seed)
@@ -50,7 +53,7 @@ def best_weights(
     logger.warning("weights of this config are not in %s any more; they are trained again", run)
     (run / SUMMARY).unlink(missing_ok=True)
     found = train_in_full(full, device)
-    if len(best.APs) == 1:  # else the mean stays: on this machine the training gives the same
+    if len(best.APs) == 1:  # otherwise the mean is kept: a training repeats itself on a machine
         best = replace(best, **found, APs=[found["AP"]])
     saved = load_checkpoint(run / FINAL)
     return best, {name: saved[name] for name in names}
@@ -64,14 +67,14 @@ def write_best(
     base: Path,
     keys: Sequence[str],
 ) -> Path:
-    """Write ``best.yaml`` and ``best.pth``; the former is read back, so that it is known to work.
+    """Write ``best.yaml`` and ``best.pth``, and check that the former can be loaded.
 
     Args:
-        cfg: the search's config.
-        folder: of the search.
-        best, weights: as `best_weights` gives them.
-        base: the config that the file is to inherit from, in the search's folder.
-        keys: in which the search's config differs from that.
+        cfg: config of the search.
+        folder: directory of the search.
+        best, weights: what `best_weights` returned.
+        base: config file in `folder` that ``best.yaml`` inherits from.
+        keys: keys in which the search's config differs from `base`.
 
     Returns:
         The path of ``best.yaml``.
@@ -95,6 +98,7 @@ def write_best(
 
 
 def _title(best: Selected, data: str) -> str:
+    """A comment for the first line of ``best.yaml``; `data` is the data set of the AP."""
     found = "given, and not surpassed" if best.given else f"{best.stage} stage"
     of = ""
     if len(best.APs) > 1:

@@ -127,11 +127,11 @@ def _plot_rewards(
         return np.array(index), np.array(values)
 
     complete = [r for r in records if r.result.status == COMPLETE]
-    own = [r for r in records if r.reused is None]
+    own = [r for r in records if r.duplicate_of is None]
     kinds = [
         ("trained", [r for r in own if r.result.status == COMPLETE], "o", BLUE, 0.45),
         ("pruned", [r for r in own if r.result.status == PRUNED], "v", ORANGE, 0.7),
-        ("reused", [r for r in records if r.reused is not None], "D", GREY, 0.8),
+        ("reused", [r for r in records if r.duplicate_of is not None], "D", GREY, 0.8),
     ]
     _, shown = series(r for _, chosen, *_ in kinds for r in chosen)
     low, high = _limits(shown)

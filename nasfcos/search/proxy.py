@@ -122,7 +122,7 @@ class ProxyTask:
     def _try(self, job: TrialJob, train: Examples, val: Examples) -> TrialResult | None:
         """Run a trial; None if a cache has left the GPU to make room, for another attempt."""
         training = None
-        seed = self.seed + job.repeat
+        seed = self.seed + job.seed_offset
         try:
             decoder = build_decoder(
                 proxy_config(self.cfg, self.stage, job.genotype),

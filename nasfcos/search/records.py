@@ -1,4 +1,4 @@
-"""What the parts of a search hand to each other: jobs, results and finished trials."""
+"""Jobs, results and records of trials, which the parts of a search hand to each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
-"""How a trial ends: trained to its end, stopped early as hopeless, or without a reward."""
+"""How a trial ends: trained to the end, stopped early by pruning, or without a reward."""
 
 
 class DeviceLost(RuntimeError):
-    """A GPU has failed such that only another process can use it again."""
+    """A GPU has failed in a way that makes it unusable for this process."""
 
 
 @dataclass(frozen=True)
@@ -21,35 +21,36 @@ class TrialJob:
     """One architecture to be tried.
 
     Attributes:
-        index: of the proposal within its stage, from 0.
+        index: index of the proposal within its stage, from 0.
         genotype: the whole decoder, as a nested list (`nasfcos.genotype`).
-        thresholds: (iteration, objective) pairs, in the order of the iterations: the trial stops
-            where its objective at that iteration lies below. (iteration, -inf) only reports.
-        repeat: 0 for the trial itself, n for its n-th repetition, with first weights and batches of
-            its own.
+        thresholds: (iteration, objective) pairs, ordered by iteration. The trial stops at an
+            iteration if its objective there is below the threshold; with (iteration, -inf) the
+            reward is only recorded.
+        seed_offset: 0 for the trial itself; n > 0 for its n-th re-evaluation, with other initial
+            weights and other batches.
     """
 
     index: int
     genotype: list
     thresholds: tuple[tuple[int, float], ...] = ()
-    repeat: int = 0
+    seed_offset: int = 0
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial found out.
+    """The result of a trial.
 
     Attributes:
         status: `COMPLETE`, `PRUNED` or `FAILED`.
-        reward: the negative sum of the losses on meta-val, of a pruned trial at its last rung;
-            nan for a failed one.
-        losses: the loss terms on meta-val by name.
+        reward: negative sum of the losses on meta-val (of a pruned trial, at its last rung); nan
+            for a failed trial.
+        losses: loss terms on meta-val by name.
         curve: (iteration, reward) at the rungs that were reached.
-        params: parameters of what the trial trained.
-        flops: multiply-adds of it for one image, in G.
-        latency: milliseconds of its forward pass for one image; nan where not asked for.
-        seconds: the trial took.
-        reason: of a failure, in words.
+        params: number of parameters of the trained decoder.
+        flops: multiply-adds of the decoder for one image, in G; nan if not measured.
+        latency: milliseconds of its forward pass for one image; nan if not measured.
+        seconds: duration of the trial.
+        reason: reason of a failure, in words.
     """
 
     status: str
@@ -65,19 +66,20 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A finished trial as the journal has it.
+    """A finished trial, as recorded in the journal.
 
     Attributes:
-        index: of the proposal within its stage, from 0.
-        batch: of the proposals; all of a batch are proposed by the same state of the strategy.
+        index: index of the proposal within its stage, from 0.
+        batch: batch of the proposal; the strategy proposes a batch at a time.
         choices: the decisions (`nasfcos.search.space`).
-        key: the same for every way of writing the same graph.
+        key: identifies the graph, however it is written.
         genotype: the whole decoder, as a nested list.
-        result: as the trial returned it, or, where the graph had been tried, that trial's.
-        objective: what the strategy learns from: the reward less the cost term; nan of a failed
-            trial.
-        reused: index of the trial whose result this is; None for a trial of its own.
-        finished: time of the end, seconds since the epoch.
+        result: result of the trial; of a duplicate, the result of the original trial.
+        objective: what the strategy learns from: the reward minus the cost penalty; nan for a
+            failed trial.
+        duplicate_of: index of an earlier trial of the same graph, whose result this is; None for
+            a trial that was run.
+        finished: time of its end, in seconds since the epoch.
     """
 
     index: int
@@ -87,22 +89,22 @@ class TrialRecord:
     genotype: list
     result: TrialResult
     objective: float
-    reused: int | None = None
+    duplicate_of: int | None = None
     finished: float = 0.0
 
 
 def own_trials(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that were run, not reused."""
-    return [record for record in records if record.reused is None]
+    """The trials that were run, without duplicates."""
+    return [record for record in records if record.duplicate_of is None]
 
 
 def ended_as(records: Sequence[TrialRecord], status: str) -> int:
-    """How many of the trials of their own ended so."""
+    """The number of trials that were run and ended with this status."""
     return sum(record.result.status == status for record in own_trials(records))
 
 
 def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials of their own that were trained to the end, by objective, best first."""
+    """The trials that were run to the end, without duplicates, best objective first."""
     complete = [
         record
         for record in own_trials(records)
@@ -114,9 +116,9 @@ def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
-    """Kendall's tau-b: agreement of two rankings from -1 to 1, ties accounted for.
+    """Kendall's tau-b: agreement of two rankings, from -1 to 1, with ties accounted for.
 
-    nan where one of the two is constant, or for fewer than two pairs.
+    nan if one of them is constant, or with fewer than two pairs.
     """
     dx, dy = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(x), np.asarray(y)))
     untied = math.sqrt((dx**2).sum() * (dy**2).sum())

@@ -24,8 +24,8 @@ from .plots import (
     draw_strategy,
     number_text,
 )
+from .ranking import Selected
 from .records import FAILED, PRUNED, TrialRecord, ended_as, kendall_tau, own_trials, ranked
-from .select import Selected
 from .space import Decision
 from .status import trials_per_hour
 

@@ -1,4 +1,4 @@
-"""A whole search: prepare, search each stage, select; stopped and resumed anywhere."""
+"""A whole search: prepare, search each stage, select; it can be stopped and resumed anywhere."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from ..signals import StopRequest
 from ..transfer import free_gpu_memory
 from .best import best_weights, write_best
 from .cache import FeatureCache, build_caches
-from .cost import build_objective
+from .cost import Objective, build_objective
 from .executors import Executor, build_executor
-from .journal import JOURNAL, Journal, check_settings, read_records, read_settings, writing
-from .prepare import backbone_changes, prepare_backbone, prepare_config
-from .records import TrialRecord, ranked
-from .report import StageReport, write_report
-from .retrials import try_again
-from .select import (
-    RANKING,
-    Selected,
-    by_merit,
-    check_full_training,
-    full_config,
-    outdated,
-    read_ranking,
-    select,
-    write_ranking,
+from .full_training import check_full_training, full_config, outdated
+from .journal import (
+    JOURNAL,
+    Journal,
+    check_settings,
+    has_trials,
+    read_records,
+    read_settings,
+    writing,
 )
+from .prepare import backbone_changes, prepare_backbone, prepare_config
+from .ranking import RANKING, Selected, by_merit, read_ranking, write_ranking
+from .records import TrialRecord, ranked
+from .reevaluation import reevaluate
+from .report import StageReport, write_report
+from .select import Candidate, FullTraining, choose_candidates
 from .settings import FEATURES, FPN, PYRAMIDS, SPLIT, fixed_settings
 from .space import Space, build_space, given_cells, graph_key, starting_choices
 from .split import Split, plan_split
-from .stage import Pruning, run_stage
+from .stage import Pruning, StageRunner
 from .stage_progress import StageProgress
 from .status import FINISHED, LOCK_FILE, format_status, write_progress
 from .strategies import build_strategy
@@ -67,18 +67,18 @@ def search(
 
     Args:
         cfg: the config tree.
-        device: of the preparation, of trials in this process, and of the full trainings.
-        config_file: that `cfg` was loaded from; ``best.yaml`` inherits from it, or from what it
-            inherits from itself where that is an ordinary config.
-            A copy of that base is kept with it.
-        overrides: KEY VALUE pairs that `cfg` has on top of it.
-        resume: go on with the search in OUTPUT_DIR, if there is one.
+        device: device of the preparation, of trials in this process, and of the full trainings.
+        config_file: file that `cfg` was loaded from. ``best.yaml`` inherits from it or, if that
+            is a search's config on top of an ordinary one, from the latter; of this base a copy is
+            kept beside ``best.yaml``.
+        overrides: KEY VALUE pairs by which `cfg` differs from the file.
+        resume: continue the search in OUTPUT_DIR, if there is one.
 
     Returns:
-        The path of ``best.yaml``; its weights lie beside it as ``best.pth``.
+        The path of ``best.yaml``; its weights are beside it, in ``best.pth``.
 
     Raises:
-        ConfigError, DataError, JournalError: what was asked for cannot be done.
+        ConfigError, DataError, JournalError: the search cannot be done as asked.
         Interrupted: by SIGTERM or SIGINT; nothing that was finished is lost.
     """
     if distributed.world_size() > 1:
@@ -92,7 +92,7 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another search is running in OUTPUT_DIR {folder}; see it with --status"
     with (
-        only_one(folder / LOCK_FILE, busy),  # --status takes it for a moment
+        only_one(folder / LOCK_FILE, busy),  # --status, too, holds the lock for a moment
         StopRequest() as stop,
         stop.heeded_at_once(),
     ):
@@ -105,7 +105,7 @@ def search(
 
 
 class _Search:
-    """The stages of one search, and what they hand on."""
+    """The stages of one search, and what each hands on to the next."""
 
     def __init__(
         self, cfg: CfgNode, device: torch.device, config_file: Path, overrides: Sequence[Any]
@@ -115,8 +115,8 @@ class _Search:
         self.config_file = config_file
         self.overrides = overrides
         self.folder = Path(cfg.OUTPUT_DIR)
+        self.journal = self.folder / JOURNAL
         self.reports: dict[str, StageReport] = {}
-        self.standing: dict[str, list[TrialRecord]] = {}
         self.ranking: list[Selected] = []
         self._reported = 0.0
 
@@ -128,7 +128,7 @@ class _Search:
         self._check_changes(split, cells)
         write_run_config(cfg)
         split.write()
-        # Now, for these files may be changed as long as the search runs.
+        # Copied now, since these files may be changed while the search runs.
         base, keys = ordinary_base(self.config_file)
         base = copy_with_bases(base, folder / "base")
         proxy_cfg = split.cfg
@@ -138,21 +138,22 @@ class _Search:
         caches = build_caches(proxy_cfg, detector, cache_folder(cfg), self._check_features)
         del detector
 
-        best: Selected | None = None
         for stage in cfg.SEARCH.STAGES:
             stage_caches = caches
             settings = fixed_settings(cfg, stage) | {SPLIT: split.name} | _names(FEATURES, caches)
             if stage == "head":
                 settings[FPN] = Genotype(cells).to_list()
-                self._check("head", settings)
+                check_settings(self.journal, "head", settings)
                 write_progress(folder, "training the FPN of the head stage")
                 stage_caches = head_caches(proxy_cfg, caches, cells, self.device)
                 settings |= _names(PYRAMIDS, stage_caches)
             space = build_space(cfg, stage, cells)
-            self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
-            best = self._select(stage, last=stage == cfg.SEARCH.STAGES[-1])
-            cells = self._cells_below_head() or Genotype.parse(best.genotype).cells
-        best, weights = best_weights(cfg, self.device, folder, best)
+            records = self._search_stage(proxy_cfg, stage, space, stage_caches, settings)
+            if stage == cfg.SEARCH.STAGES[-1]:
+                self._select_best(stage, records)
+            else:
+                cells = self._select_fpn(records)
+        best, weights = best_weights(cfg, self.device, folder, self.ranking[0])
         if best is not self.ranking[0]:
             self.ranking[0] = best
             write_ranking(folder / RANKING, self.ranking)
@@ -163,61 +164,49 @@ class _Search:
         logger.info("the best architecture is in %s, the report in %s", path, folder / "report")
         return path
 
-    def _cells_below_head(self) -> tuple[Cell, ...] | None:
-        """The FPN that trials of the head stand on, if it has any: it is not chosen anew, whatever
-        further trials and full trainings say."""
-        if not self._check("head", {}):
-            return None
-        return Genotype.parse(read_settings(self.folder / JOURNAL, "head")[FPN]).cells
-
     def _given_cells(self) -> tuple[Cell, ...] | None:
-        """The FPN of the head stage where the FPN is not searched."""
+        """The FPN of the head stage if the FPN is not searched."""
         return None if "fpn" in self.cfg.SEARCH.STAGES else given_cells(self.cfg)
 
     def _check_configs(self) -> None:
         """Find mistakes in the settings of later stages now, not after days."""
         prepared = prepare_config(self.cfg, self.folder)
         check_training(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
+        _check_seed(self.cfg, "")
+        _check_seed(prepared, "SEARCH.PREPARE.OVERRIDES: ")
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
-            full = full_config(self.cfg, stage, example, self.folder)
             starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
-        for cfg, where in (
-            (self.cfg, ""),
-            (prepared, "SEARCH.PREPARE.OVERRIDES: "),
-            (full, "SEARCH.SELECT.OVERRIDES: "),
-        ):
-            if cfg.SEED < 0:
-                raise ConfigError(
-                    f"{where}SEED is -1, but a search that can be resumed needs one of its own"
-                )
-        # Later, what the trainings start from may be gone without harm.
-        check_full_training(full, self.device, weights=not (self.folder / JOURNAL).exists())
+            full = full_config(self.cfg, stage, example, self.folder)
+            _check_seed(full, "SEARCH.SELECT.OVERRIDES: ")
+            # Once the search has begun, the weight file is not needed any more.
+            check_full_training(full, self.device, weights=not self.journal.exists())
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
-        """Refuse to go on where finished trials would not count, while nothing is touched yet."""
-        begun = [s for s in self.cfg.SEARCH.STAGES if self._check(s, fixed_settings(self.cfg, s))]
-        for stage in begun:
-            self._check(stage, {SPLIT: split.name})
+        """Refuse settings for which finished trials would not count, before anything is changed."""
+        stages = self.cfg.SEARCH.STAGES
+        for stage in stages:
+            check_settings(self.journal, stage, fixed_settings(self.cfg, stage))
+        for stage in stages:
+            check_settings(self.journal, stage, {SPLIT: split.name})
         if cells is not None:
-            self._check("head", {FPN: Genotype(cells).to_list()})
+            check_settings(self.journal, "head", {FPN: Genotype(cells).to_list()})
         backbone = self.folder / "backbone"
+        begun = any(has_trials(self.journal, stage) for stage in stages)
         if not begun or self.cfg.SEARCH.PREPARE.WEIGHT:
             return
         if changes := backbone_changes(prepare_config(split.cfg, backbone), backbone):
             raise ConfigError(
-                f"the trials in {self.folder / JOURNAL} stand on the backbone in {backbone}, which "
+                f"the trials in {self.journal} stand on the backbone in {backbone}, which "
                 f"was trained with other settings: {'; '.join(changes)}. Set them as they were to "
                 "go on (SEARCH.SELECT.OVERRIDES is for what shall differ in the full trainings), "
                 "or name another OUTPUT_DIR (and leave out --resume)"
             )
 
     def _check_features(self, *names: str) -> None:
+        """Refuse other features than those of finished trials; `names` are those of the caches."""
         for stage in self.cfg.SEARCH.STAGES:
-            self._check(stage, dict(zip(FEATURES, names, strict=True)))
-
-    def _check(self, stage: str, settings: dict[str, Any]) -> bool:
-        return check_settings(self.folder / JOURNAL, stage, settings)
+            check_settings(self.journal, stage, dict(zip(FEATURES, names, strict=True)))
 
     def _search_stage(
         self,
@@ -226,7 +215,8 @@ class _Search:
         space: Space,
         caches: tuple[FeatureCache, FeatureCache],
         fixed: dict[str, Any],
-    ) -> None:
+    ) -> list[TrialRecord]:
+        """Run the trials of a stage; its complete trials, best first, re-evaluated if asked for."""
         if self.device.type == "cuda":  # the trials may run in other processes
             free_gpu_memory()
         settings = cfg.SEARCH
@@ -234,35 +224,28 @@ class _Search:
         logger.info("%s stage: %d trials by %s\n%s", stage, trials, settings.STRATEGY,
                     space.describe())  # fmt: skip
         task = build_task(cfg, stage, caches, self.device)
-        journal = Journal(self.folder / JOURNAL, space, settings.RETRIES, fixed)
+        journal = Journal(self.journal, space, settings.RETRIES, fixed)
         start = starting_choices(cfg, space)
+        strategy = build_strategy(cfg, space, cfg.SEED, start)
+        objective = build_objective(cfg, stage)
+        pruning = Pruning(
+            tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
+        )
         self.reports[stage] = StageReport(stage, [], space.decisions, [], settings.STRATEGY, trials)
         with (
             writing(journal.path),
             build_executor(cfg, task) as executor,
             StageProgress(self.folder, journal, trials, self.reports[stage], self._report) as note,
         ):
-            run_stage(
-                journal,
-                space,
-                build_strategy(cfg, space, cfg.SEED, start),
-                executor,
-                trials,
-                settings.BATCH,
-                build_objective(cfg, stage),
-                Pruning(
-                    tuple(settings.PRUNING.RUNGS), settings.PRUNING.KEEP, settings.PRUNING.STARTUP
-                ),
-                note,
-                start,
-            )
-            self.standing[stage] = self._rank(stage, journal, executor, trials)
+            runner = StageRunner(journal, strategy, executor, objective, pruning, note)
+            runner.run(trials, settings.BATCH, start)
+            return self._rank(stage, journal, executor, objective, trials)
 
     def _rank(
-        self, stage: str, journal: Journal, executor: Executor, trials: int
+        self, stage: str, journal: Journal, executor: Executor, objective: Objective, trials: int
     ) -> list[TrialRecord]:
-        """The complete trials of a stage, best first. The best of them, and what the search started
-        from, are tried again."""
+        """The complete trials of a stage, best first, after the re-evaluation of the best ones and
+        of the decoder that the search started from."""
         settings = self.cfg.SEARCH.SELECT
         best = ranked([record for record in journal.records() if record.index < trials])
         if not settings.RETRIALS:
@@ -276,45 +259,53 @@ class _Search:
             phase = f"trying the best of the {stage} stage again"
             write_progress(self.folder, phase, done=done, total=total)
 
-        again = try_again(journal, executor, chosen, settings.RETRIALS, note)
-        failed = [record for record in again if math.isnan(record.objective)]
-        tried = {record.index for record in chosen}
-        others = [record for record in best if record.index not in tried]
-        return again[: len(again) - len(failed)] + others + failed
+        reevaluated = reevaluate(journal, executor, objective, chosen, settings.RETRIALS, note)
+        failed = [record for record in reevaluated if math.isnan(record.objective)]
+        indices = {record.index for record in chosen}
+        others = [record for record in best if record.index not in indices]
+        return reevaluated[: len(reevaluated) - len(failed)] + others + failed
 
-    def _select(self, stage: str, last: bool) -> Selected:
-        begun = not last and self._check("head", {})
-        if begun:  # then FPNs are not trained again
-            rows = read_ranking(self.folder / RANKING)
-            if chosen := [row for row in rows if row.stage == stage]:
-                self.ranking = sorted(map(self._without_old_figures, chosen), key=by_merit)
-                return self.ranking[0]
+    def _select_best(self, stage: str, records: Sequence[TrialRecord]) -> None:
+        """Rank the best of the last stage by full training, and the decoder to start from."""
         count = self.cfg.SEARCH.SELECT[stage.upper()]
-        train_them = last or count > 1 and not begun
+        given = self._given_decoder(stage)
+        self._train_in_full(choose_candidates(stage, records, count, given))
+
+    def _select_fpn(self, records: Sequence[TrialRecord]) -> tuple[Cell, ...]:
+        """Rank the best FPNs, and choose the cells of the one that the head stage builds on.
+
+        Once the head stage has trials, that FPN stays, whatever further trials or full trainings
+        say, and FPNs are not trained any more.
+        """
+        begun = has_trials(self.journal, "head")
+        earlier = read_ranking(self.folder / RANKING) if begun else []
+        earlier = [self._without_outdated_AP(row) for row in earlier if row.stage == "fpn"]
+        if earlier:
+            self.ranking = sorted(earlier, key=by_merit)
+        else:
+            count = self.cfg.SEARCH.SELECT.FPN
+            candidates = choose_candidates("fpn", records, count)
+            if count > 1 and not begun:
+                self._train_in_full(candidates)
+            else:
+                self._update_ranking([candidate.row for candidate in candidates])
+        if begun:
+            return Genotype.parse(read_settings(self.journal, "head")[FPN]).cells
+        return Genotype.parse(self.ranking[0].genotype).cells
+
+    def _train_in_full(self, candidates: Sequence[Candidate]) -> None:
+        """Train candidates in full, and add them to the ranking."""
         before = self.ranking
+        training = FullTraining(self.cfg, self.device, self.folder)
+        training.train(candidates, lambda rows: self._update_ranking(before + rows))
 
-        def note(rows: list[Selected]) -> None:
-            self.ranking = sorted(before + rows, key=by_merit)
-            write_ranking(self.folder / RANKING, self.ranking)
-            self._report(force=True)
+    def _update_ranking(self, rows: Sequence[Selected]) -> None:
+        self.ranking = sorted(rows, key=by_merit)
+        write_ranking(self.folder / RANKING, self.ranking)
+        self._report(force=True)
 
-        rows = select(
-            self.cfg,
-            self.device,
-            self.folder,
-            stage,
-            self.standing[stage],
-            count,
-            train_them,
-            note,
-            self._given_decoder(stage) if last else None,
-        )
-        if not train_them:
-            note(rows)
-        return rows[0] if not last else self.ranking[0]
-
-    def _without_old_figures(self, row: Selected) -> Selected:
-        """Without an AP of another schedule or other data, which says nothing beside today's."""
+    def _without_outdated_AP(self, row: Selected) -> Selected:
+        """Drop an AP of another schedule or other data, which cannot be compared with new ones."""
         if not row.folder:
             return row
         run = self.folder / row.folder
@@ -326,14 +317,14 @@ class _Search:
         return replace(row, AP=None, AP50=None, APs=[], folder="")
 
     def _given_decoder(self, stage: str) -> Genotype | None:
-        """What the search started from, with the head if `stage` searches that."""
+        """The decoder that the search started from, if any, with the head in the head stage."""
         if not self.cfg.SEARCH.FROM_GENOTYPE:
             return None
         given = Genotype.parse(self.cfg.MODEL.GENOTYPE)
         return given if stage == "head" else Genotype(given.cells)
 
     def _report(self, force: bool = False) -> bool:
-        """Refresh the report, unless it is younger than SEARCH.REPORT_PERIOD; says whether."""
+        """Write the report, and return True, unless it is younger than SEARCH.REPORT_PERIOD."""
         if not force and time.monotonic() - self._reported < self.cfg.SEARCH.REPORT_PERIOD:
             return False
         try:
@@ -345,12 +336,12 @@ class _Search:
 
 
 def search_status(cfg: CfgNode) -> str:
-    """How far the search in OUTPUT_DIR is, in words; it may be running or not."""
+    """How far the search in OUTPUT_DIR is, in words, whether it is running or not."""
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / JOURNAL
-    try:  # its own settings, not those of the command that asks
+    try:  # the settings of the search, not those of the command that asks for its status
         settings = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))["SEARCH"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # it has hardly begun
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # it has only just begun
         settings = cfg.SEARCH
     stages = []
     for stage in settings["STAGES"]:
@@ -360,5 +351,14 @@ def search_status(cfg: CfgNode) -> str:
     return format_status(folder, stages)
 
 
+def _check_seed(cfg: CfgNode, source: str) -> None:
+    """Refuse a SEED that is drawn anew each time; `source` begins the message."""
+    if cfg.SEED < 0:
+        raise ConfigError(
+            f"{source}SEED is -1, but a search that can be resumed needs one of its own"
+        )
+
+
 def _names(settings: Sequence[str], caches: Sequence[FeatureCache]) -> dict[str, str]:
+    """The names of caches as settings of a journal."""
     return {name: cache.folder.name for name, cache in zip(settings, caches, strict=True)}

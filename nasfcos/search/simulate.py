@@ -192,7 +192,7 @@ def stopped_hit(
             result, number = known[key], len(records)
             records.append(
                 TrialRecord(number, number // batch, choices, key, [], result, result.reward,
-                            reused=0 if reused else None)
+                            duplicate_of=0 if reused else None)
             )  # fmt: skip
         strategy.learn(proposals, lessons(records, len(proposals)))
         stalled = stalled + 1 if len(known) == before else 0

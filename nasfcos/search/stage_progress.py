@@ -135,6 +135,6 @@ class StageProgress:
 
 
 def _remark(record: TrialRecord) -> str:
-    if record.reused is not None:
-        return f" (of trial {record.reused}, the same graph)"
+    if record.duplicate_of is not None:
+        return f" (of trial {record.duplicate_of}, the same graph)"
     return "" if record.result.status == COMPLETE else f" ({record.result.status})"

@@ -118,7 +118,7 @@ def trials_per_hour(records: Sequence[TrialRecord]) -> float:
             chosen.append(batch)
     recent = [record for record in records if record.batch in chosen]
     # Reusing a result takes no time.
-    seconds = [record.result.seconds if record.reused is None else 0.0 for record in recent]
+    seconds = [record.result.seconds if record.duplicate_of is None else 0.0 for record in recent]
     spans = sorted((r.finished - took, r.finished) for r, took in zip(recent, seconds, strict=True))
     elapsed, until = 0.0, spans[0][0] if spans else 0.0
     for start, end in spans:

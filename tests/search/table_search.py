@@ -17,7 +17,7 @@ from nasfcos.search.executors import InlineExecutor, LocalExecutor
 from nasfcos.search.journal import Journal
 from nasfcos.search.records import COMPLETE, FAILED, TrialJob, TrialResult
 from nasfcos.search.space import HeadSpace
-from nasfcos.search.stage import Pruning, run_stage
+from nasfcos.search.stage import Pruning, StageRunner
 from tests.known import PUBLISHED
 from tests.strategies import ppo
 
@@ -56,9 +56,8 @@ def main(folder, executor="inline"):
     journal = Journal(folder / "search.db", space(), retries=99, settings={"seed": SEED})
     make = InlineExecutor(task) if executor == "inline" else LocalExecutor(task, 2)
     with make as runner:
-        run_stage(
-            journal, space(), ppo(space(), SEED), runner, TRIALS, BATCH, Objective(), Pruning()
-        )
+        strategy = ppo(space(), SEED)
+        StageRunner(journal, strategy, runner, Objective(), Pruning()).run(TRIALS, BATCH)
     journal.export_csv(folder / "trials.csv")
 
 

@@ -17,9 +17,9 @@ from nasfcos.search.records import COMPLETE, FAILED, TrialRecord, TrialResult  #
 from tests.search import table_search  # noqa: E402
 
 
-def record(index, reward, status=COMPLETE, reused=None):
+def record(index, reward, status=COMPLETE, duplicate_of=None):
     result = TrialResult(status, reward)
-    return TrialRecord(index, 0, (), str(index), [], result, reward, reused)
+    return TrialRecord(index, 0, (), str(index), [], result, reward, duplicate_of)
 
 
 def test_the_chosen_are_spread_over_the_rewards_not_over_the_ranks():
@@ -32,7 +32,7 @@ def test_the_chosen_are_spread_over_the_rewards_not_over_the_ranks():
 
 def test_each_is_chosen_once_and_only_trials_of_their_own_that_ended():
     records = [record(i, -1.0) for i in range(4)]
-    records += [record(4, -9.0, reused=0), record(5, float("nan"), FAILED)]
+    records += [record(4, -9.0, duplicate_of=0), record(5, float("nan"), FAILED)]
     assert sorted(r.index for r in spread(records, 4)) == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="only 4 architectures"):
         spread(records, 5)

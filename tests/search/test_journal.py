@@ -23,6 +23,7 @@ from nasfcos.search.journal import (  # noqa: E402
     JournalError,
     check_settings,
     file,
+    has_trials,
     read_records,
     read_settings,
     writing,
@@ -74,8 +75,8 @@ def go_on(journal, batches=2, on_finished=lambda index: None):
         for index in range(batch * BATCH, (batch + 1) * BATCH):
             if index not in finished:
                 journal.start(index)
-                reused = 0 if index == 5 else None
-                journal.finish(index, result_of(reused or index), objective_of(index), reused)
+                original = 0 if index == 5 else None
+                journal.finish(index, result_of(original or index), objective_of(index), original)
                 on_finished(index)
         journal.note_batch(batch, {"entropy": 1 / (batch + 1)})
     return journal
@@ -111,7 +112,7 @@ def test_what_goes_in_comes_out(path):
         assert record.key == SPACE.key(record.choices)
         assert record.genotype == SPACE.genotype(record.choices).to_list()
         assert record.batch == record.index // BATCH
-        assert record.reused == (0 if record.index == 5 else None)
+        assert record.duplicate_of == (0 if record.index == 5 else None)
         assert began <= record.finished <= time.time()
         if record.index != 5:
             assert repr(record.result) == repr(expected)
@@ -161,39 +162,43 @@ def test_other_settings_are_refused_and_named(path):
 
 
 def test_settings_are_refused_before_the_search_goes_on(tmp_path, path):
-    assert not check_settings(path, "head", {"SEARCH.BATCH": 8}) and not path.exists()
+    check_settings(path, "head", {"SEARCH.BATCH": 8})
+    assert not has_trials(path, "head") and not path.exists()
     open_journal(path)
-    assert not check_settings(path, "head", {"SEARCH.BATCH": 8})  # it has no trials yet
+    check_settings(path, "head", {"SEARCH.BATCH": 8})
+    assert not has_trials(path, "head")
     changed = {**SETTINGS, "SEARCH.BATCH": 5}
     Journal(path, SPACE, retries=2, settings=changed)
     open_journal(path)
     run(path, batches=1)
     content = path.read_bytes()
-    assert check_settings(path, "head", {"SEARCH.BATCH": 4, "SEARCH.PRUNING.RUNGS": (10, 20)})
-    assert not check_settings(path, "fpn", {"SEARCH.BATCH": 8})
+    check_settings(path, "head", {"SEARCH.BATCH": 4, "SEARCH.PRUNING.RUNGS": (10, 20)})
+    check_settings(path, "fpn", {"SEARCH.BATCH": 8})
+    assert has_trials(path, "head") and not has_trials(path, "fpn")
     with pytest.raises(JournalError, match=r"stage with other settings: SEARCH.BATCH was 4 and is "
                        r"now 8; SEED was \(nothing\) and is now 1\. .*OUTPUT_DIR"):  # fmt: skip
         check_settings(path, "head", {"SEARCH.BATCH": 8, "SEED": 1})
     assert path.read_bytes() == content
     # Of a search that was killed as it made the file.
     (tmp_path / "new.db").write_bytes(b"")
-    assert not check_settings(tmp_path / "new.db", "head", {"SEARCH.BATCH": 8})
+    check_settings(tmp_path / "new.db", "head", {"SEARCH.BATCH": 8})
+    assert not has_trials(tmp_path / "new.db", "head")
 
 
 def test_a_worker_that_dies_costs_a_try(path):
     journal = open_journal(path)
     journal.propose(0, proposals(0))
     journal.start(1)
-    assert journal.retry(1, "killed by SIGSEGV")
+    assert journal.requeue(1, "killed by SIGSEGV")
     # A search that is killed meanwhile forgets nothing, and is itself not counted.
     journal.start(1)
     journal = open_journal(path)
     journal.propose(0, proposals(0))
     journal.start(1)
-    assert journal.retry(1, "killed by SIGSEGV")
+    assert journal.requeue(1, "killed by SIGSEGV")
     assert journal.records() == []
     journal.start(1)
-    assert not journal.retry(1, "killed by SIGKILL")
+    assert not journal.requeue(1, "killed by SIGKILL")
     (record,) = journal.records()
     assert (record.index, record.choices) == (1, proposals(0)[1])
     assert record.result.status == FAILED
@@ -207,7 +212,7 @@ def test_without_retries_the_first_death_is_final(path):
     journal = Journal(path, SPACE, retries=0, settings=SETTINGS)
     journal.propose(0, proposals(0))
     journal.start(0)
-    assert not journal.retry(0, "exit code 3")
+    assert not journal.requeue(0, "exit code 3")
     assert journal.records()[0].result.reason == "the worker died once, at last: exit code 3"
 
 
@@ -264,7 +269,7 @@ def test_a_kill_between_any_two_writes_loses_nothing(tmp_path, path, undisturbed
             patch.setattr(RDBStorage, name, recording(getattr(RDBStorage, name)))
         journal = open_journal(path)  # the recovery of trial 0 is recorded, too,
         journal.start(1)
-        journal.retry(1, "killed by SIGKILL")  # and that of a worker's death
+        journal.requeue(1, "killed by SIGKILL")  # and that of a worker's death
         go_on(journal, batches=1, on_finished=finished.add)
     assert len(snapshots) > 30 and finished == set(range(4))
     for number, (copy, known) in enumerate(snapshots):
@@ -365,8 +370,8 @@ def test_any_path_will_do(tmp_path):
 
 def test_csv(path):
     journal = run(path)
-    for repeat, reward in ((2, -1.5), (1, -1.25)):
-        journal.note_retrial(1, repeat, reward)
+    for seed_offset, reward in ((2, -1.5), (1, -1.25)):
+        journal.note_reevaluation(1, seed_offset, reward)
     target = path.with_name("trials.csv")
     journal.export_csv(target)
     with target.open(newline="", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nasfcos.genotype import AGGREGATIONS, FPN_OPS, HEAD_OPS
 from nasfcos.search import plots, report
 from nasfcos.search.plots import kendall_tau, moving_average, pareto_front
+from nasfcos.search.ranking import Selected
 from nasfcos.search.records import (
     COMPLETE,
     FAILED,
@@ -28,7 +29,6 @@ from nasfcos.search.records import (
     ranked,
 )
 from nasfcos.search.report import StageReport, write_report
-from nasfcos.search.select import Selected
 from nasfcos.search.space import FPNSpace, HeadSpace
 from nasfcos.search.status import trials_per_hour
 from tests.known import PUBLISHED

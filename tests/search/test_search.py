@@ -31,7 +31,7 @@ from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.models import build_detector  # noqa: E402
 from nasfcos.search import select  # noqa: E402
-from nasfcos.search.agreement import check_repeats  # noqa: E402
+from nasfcos.search.agreement import check_repeatability  # noqa: E402
 from nasfcos.search.journal import read_records  # noqa: E402
 from nasfcos.search.neck import read_saved  # noqa: E402
 from nasfcos.search.prepare import prepare_config  # noqa: E402
@@ -97,7 +97,7 @@ def run(tool, config, *arguments, code=0):
 def trials(folder, stage):
     """What a search found out in a stage, without what a clock says."""
     return [
-        (r.index, r.choices, r.result.status, r.result.reward, r.result.losses, r.reused)
+        (r.index, r.choices, r.result.status, r.result.reward, r.result.losses, r.duplicate_of)
         for r in read_records(folder / "search.db", stage)
     ]
 
@@ -264,14 +264,14 @@ def check_trials_again(config_file):
 
     before = kept()
     for stage in ("fpn", "head"):
-        records = [r for r in read_records(folder / "search.db", stage) if r.reused is None]
+        records = [r for r in read_records(folder / "search.db", stage) if r.duplicate_of is None]
         rewards = {record.index: record.result.reward for record in records}
         task = reopen_task(cfg, device, stage)
         for record in records[:2]:
             again = task.run(TrialJob(record.index, record.genotype))
             assert again.reward == record.result.reward
         # From another seed they come out otherwise.
-        tau = check_repeats(cfg, device, folder, stage, 2)
+        tau = check_repeatability(cfg, device, folder, stage, 2)
         found = json.loads((folder / f"agreement/{stage}_again.json").read_text())
         assert found["tau"] == tau and len(found["rows"]) == 2
         for row in found["rows"]:
@@ -570,7 +570,7 @@ def test_the_head_alone_with_retinanet_in_worker_processes(search_file, tmp_path
     cfg = load_config(tmp_path / "out" / "best.yaml")
     given = load_config(search_file).MODEL.GENOTYPE
     assert cfg.MODEL.GENOTYPE[: len(given)] == given and cfg.MODEL.HEAD.NAME == "retinanet"
-    own = [r for r in records if r.reused is None]
+    own = [r for r in records if r.duplicate_of is None]
     assert all(len(r.result.curve) >= 1 for r in own)
     costly = [r for r in own if r.result.flops > 0.0001]
     assert costly and all(r.objective < r.result.reward for r in costly)

@@ -1,4 +1,4 @@
-"""What full trainings found out: when it holds, and how it is kept."""
+"""The results of full trainings: when they still hold, and how they are kept."""
 
 import json
 import math
@@ -9,19 +9,16 @@ import torch
 
 from nasfcos.config import load_config
 from nasfcos.data.catalog import find_dataset
-from nasfcos.search import select
-from nasfcos.search.select import (
+from nasfcos.search import full_training
+from nasfcos.search.full_training import (
     SUMMARY,
     TEST,
     TRAIN,
-    Selected,
     _annotations_hash,
-    by_merit,
     outdated,
-    read_ranking,
     train_in_full,
-    write_ranking,
 )
+from nasfcos.search.ranking import Selected, by_merit, read_ranking, write_ranking
 
 CPU = torch.device("cpu")
 
@@ -69,7 +66,7 @@ def test_a_full_training_is_for_the_annotations_that_it_had(
     assert not list((tmp_path / "run").glob("earlier_*"))
     change("TRAIN")
     with monkeypatch.context() as patch:  # what is cut off at its start is not forgotten
-        patch.setattr(select, "train", lambda *args, **to: 1 / 0)
+        patch.setattr(full_training, "train", lambda *args, **to: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_in_full(cfg, CPU)
     train_in_full(cfg, CPU)

@@ -20,7 +20,7 @@ from nasfcos.search.executors import InlineExecutor, WorkerLost  # noqa: E402
 from nasfcos.search.journal import Journal  # noqa: E402
 from nasfcos.search.records import COMPLETE, FAILED, PRUNED, TrialResult  # noqa: E402
 from nasfcos.search.simulate import EarlyStopping, replay_pruning  # noqa: E402
-from nasfcos.search.stage import Pruning, run_stage  # noqa: E402
+from nasfcos.search.stage import Pruning, StageRunner  # noqa: E402
 from nasfcos.search.strategies import RandomSearch  # noqa: E402
 from tests.search import table_search  # noqa: E402
 from tests.strategies import ppo  # noqa: E402
@@ -164,10 +164,10 @@ def run(tmp_path, proposals, task, batch=2, objective=None, pruning=None, execut
     strategy = Recorded(proposals)
     journal = Journal(tmp_path / "s.db", table_search.space(), retries=1, settings={})
     with executor(task) as runner:
-        run_stage(
-            journal, table_search.space(), strategy, runner, len(proposals), batch,
-            objective or Objective(), pruning or Pruning(), start=start,
-        )  # fmt: skip
+        stage = StageRunner(
+            journal, strategy, runner, objective or Objective(), pruning or Pruning()
+        )
+        stage.run(len(proposals), batch, start)
     return journal, strategy
 
 
@@ -182,7 +182,7 @@ def test_a_graph_written_twice_is_tried_once(tmp_path):
     journal, strategy = run(tmp_path, same, task)
     assert task.ran == [0, 3]
     records = journal.records()
-    assert [r.reused for r in records] == [None, 0, 0, None]
+    assert [r.duplicate_of for r in records] == [None, 0, 0, None]
     assert [r.objective for r in records] == [-2.0, -2.0, -2.0, -1.0]
     assert [rewards for _, rewards in strategy.lessons] == [[-2.0, -2.0], [-2.0, -1.0]]
 
@@ -199,8 +199,7 @@ def test_what_a_stage_starts_from_is_tried_first_and_learnt_from(tmp_path, first
 
     resumed = Recorded(proposals)
     with InlineExecutor(Scripted({})) as runner:
-        run_stage(journal, table_search.space(), resumed, runner, 4, 2, Objective(), Pruning(),
-                  start=first)  # fmt: skip
+        StageRunner(journal, resumed, runner, Objective(), Pruning()).run(4, 2, first)
     assert resumed.lessons == lessons
 
 
@@ -267,7 +266,7 @@ def test_pruning_judges_by_the_objective(tmp_path):
     # The second has the better rewards, and costs too much.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0)]
     results = {0: done(-1.0, flops=2.0, curve=((10, -3.0),)),
-               1: done(-0.5, flops=6.0, curve=((10, -2.0),)), 2: done(-1.0)}  # fmt: skip
+               1: done(-0.5, flops=6.0, curve=((10, -2.0),)), 2: done(-1.0, flops=2.0)}  # fmt: skip
     task = Scripted(results)
     objective = Objective("flops", target=2.0, weight=3.0)
     pruning = Pruning((10,), keep=0.5, startup=2)
@@ -279,9 +278,10 @@ def test_a_stopped_trial_teaches_what_it_would_have_reached(tmp_path):
     # The others gained 2, 4 and, in a later batch, 100 from the rung on.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2), (0, 0, 2, 0)]
     stopped = TrialResult(PRUNED, -9.0, {"loss": 9.0}, ((10, -9.0),), flops=4.0)
-    results = {0: done(-1.0, curve=((10, -3.0),)), 1: done(-2.0, curve=((10, -6.0),)),
+    results = {0: done(-1.0, flops=2.0, curve=((10, -3.0),)),
+               1: done(-2.0, flops=2.0, curve=((10, -6.0),)),
                2: stopped, 3: TrialResult(FAILED),
-               4: done(-1.0, curve=((10, -101.0),)), 5: stopped}  # fmt: skip
+               4: done(-1.0, flops=2.0, curve=((10, -101.0),)), 5: stopped}  # fmt: skip
     objective = Objective("flops", target=2.0, weight=0.5)
     journal, strategy = run(tmp_path, proposals, Scripted(results), objective=objective)
     lessons = [reward for _, rewards in strategy.lessons for reward in rewards]
@@ -292,9 +292,7 @@ def test_a_stopped_trial_teaches_what_it_would_have_reached(tmp_path):
 
     resumed = Recorded(proposals)
     with InlineExecutor(Scripted({})) as runner:  # the journal has all of them by now
-        run_stage(
-            journal, table_search.space(), resumed, runner, 6, 2, objective, Pruning()
-        )
+        StageRunner(journal, resumed, runner, objective, Pruning()).run(6, 2)
     assert str(resumed.lessons) == str(strategy.lessons)  # one of them is nan
 
 

@@ -142,7 +142,7 @@ def test_a_stage_in_a_line():
     records[3] = trial(3, -1.5, finished=1180)
     records[4] = trial(4, -1.0, status=PRUNED, finished=1240)
     records[5] = trial(5, -9.0, status=FAILED, finished=1300)
-    records[6] = trial(6, -1.5, finished=1360, reused=3)
+    records[6] = trial(6, -1.5, finished=1360, duplicate_of=3)
     line = format_stage("fpn", records, 40)
     assert line == (
         "fpn: 10 of 40 trials, best -1.5000 (trial 3), 54 trials/h, 00:30:00 left, "

@@ -1,29 +1,29 @@
 """The journal of a search: every proposal and every finished trial, durable in one SQLite file.
 
-The file is an Optuna storage with a study per stage, so ``optuna-dashboard sqlite:///search.db``
-and Optuna's plots and importances work on it. Of a proposal it keeps the decisions as categorical
-parameters, of a finished trial the objective as its value (to be maximised), the rewards at the
-rungs as intermediate values, and the rest as user attributes.
+The file is an Optuna storage with one study per stage, so ``optuna-dashboard sqlite:///search.db``
+and Optuna's plots and importances work on it. The decisions of a proposal are categorical
+parameters. The objective of a finished trial is its value (to be maximised), the rewards at the
+rungs are intermediate values, and everything else is stored in user attributes.
 
-What can happen to a trial::
+The states of a trial::
 
     propose -> WAITING -> start -> RUNNING -> finish -> COMPLETE, PRUNED or FAIL (finished)
                   ^                   |
-                  +------- FAIL <-----+   its worker died, or the search was killed: tried again
+                  +------- FAIL <-----+   its worker died, or the search was killed: requeued
 
-A trial that is tried again becomes a new trial of Optuna's, linked to the failed one by Optuna's
-own callback for that. So a proposal, known by its ``index``, may stand in several of them, of
-which at most one is finished: a FAIL that carries no ``status`` is none.
+A requeued trial is a new Optuna trial, which Optuna's own callback links to the failed one. So
+several Optuna trials may belong to one proposal, which is identified by its ``index``. At most one
+of them is finished: a FAIL without a ``status`` is an attempt that was cut off.
 
-Two things differ from how a study of Optuna's is mostly used. Trials are written through the
-storage's own interface, not by ``enqueue_trial``, ``ask`` and ``tell``: these write each of the
-decisions in a transaction of its own, and give out trials in their order only. And stale trials
-are found without a heartbeat: whoever opens a journal for writing holds the lock of OUTPUT_DIR, so
-a trial that is RUNNING at that moment belongs to a process that is gone.
+Optuna is used differently from usual in two ways. Trials are written through the storage interface
+and not by ``enqueue_trial``, ``ask`` and ``tell``, which write each decision in a transaction of
+its own and give out trials in their order only. And stale trials are found without a heartbeat:
+the process that opens a journal for writing holds the lock of OUTPUT_DIR, so a trial that is
+RUNNING at that moment belongs to a process that is gone.
 
-Writes go through SQLite's rollback journal in its safest mode. It is slower than a write-ahead log,
-but a crash of the machine loses nothing either, and a search on a network file system can be
-watched from another machine.
+SQLite writes with a rollback journal in its safest mode. This is slower than a write-ahead log, but
+even a crash of the machine loses nothing, and a search on a network file system can be watched from
+another machine.
 """
 
 try:
@@ -36,9 +36,9 @@ except ImportError as error:
 
 from .file import JOURNAL, JournalError, writing
 from .journal import Journal
-from .reading import check_settings, read_records, read_settings
+from .reading import check_settings, has_trials, read_records, read_settings
 
-# Otherwise there would be a line for each study that is made.
+# Otherwise Optuna logs a line for each study it creates.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Journal",
     "JournalError",
     "check_settings",
+    "has_trials",
     "read_records",
     "read_settings",
     "writing",

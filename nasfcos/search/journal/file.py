@@ -1,4 +1,4 @@
-"""The file of a journal: how it is opened, and what is said where it cannot be."""
+"""The file of a journal: opening it, and errors that say why it cannot be read or written."""
 
 from __future__ import annotations
 
@@ -16,40 +16,46 @@ from sqlalchemy.exc import SQLAlchemyError
 from ...config import ConfigError
 
 JOURNAL = "search.db"
-"""The file of a search's journals, in its OUTPUT_DIR."""
+"""Name of the file in OUTPUT_DIR that holds the journals of all stages."""
 
-# Seconds that a process waits while another one (the dashboard, a reader) holds the file.
 LOCK_TIMEOUT = 60.0
+"""Seconds to wait while another process (the dashboard, a reader) locks the file."""
 
-# `_engine` says which file is opened: in a URL some characters of its path would have a meaning.
+# A placeholder: some characters of a path would have a meaning in a URL, so `_engine` opens it.
 _URL = "sqlite:///journal"
 
 
 class JournalError(ConfigError):
-    """A journal that cannot be opened, or that belongs to a different search."""
+    """A journal cannot be opened, or belongs to a different search."""
 
 
 def open_storage(path: Path, mode: str, tables: bool = True) -> RDBStorage:
-    """The storage in a file, in a mode of SQLite's URIs; `tables`: made where they are missing.
+    """Open a file as a storage.
 
-    A reader needs "rw", too: after a kill in the middle of a transaction it is the next one to
-    open the file that takes back the half of it.
+    Args:
+        path: path of the file.
+        mode: mode of SQLite's URIs. Even a reader needs "rw": after a kill in the middle of a
+            transaction, the next process that opens the file rolls it back.
+        tables: whether to create missing tables.
     """
     return RDBStorage(_URL, _engine(path, mode), skip_table_creation=not tables)
 
 
 @contextmanager
 def open_study(path: Path, stage: str) -> Iterator[tuple[RDBStorage | None, int | None]]:
-    """A journal that may be written at the same time, and the number of a stage's study in it; None
-    where the stage has not begun.
+    """Open a journal for reading, while another process may write it.
+
+    Yields:
+        The storage and the id of the stage's study. The id is None if the stage has not begun;
+        both are None if the file is still being created.
 
     Raises:
-        JournalError: there is no such file, or it is no journal.
+        JournalError: the file does not exist or is no journal.
     """
     if not path.exists():
         raise JournalError(f"there is no search in {path.parent}: {path.name} is missing")
     with readable(path):
-        if not _is_made(path):
+        if not _is_initialised(path):
             yield None, None
             return
         storage = open_storage(path, "rw", tables=False)
@@ -63,8 +69,8 @@ def open_study(path: Path, stage: str) -> Iterator[tuple[RDBStorage | None, int 
             storage.engine.dispose()
 
 
-def _is_made(path: Path) -> bool:
-    """Whether Optuna has made all its tables: which version they are of is the last it writes."""
+def _is_initialised(path: Path) -> bool:
+    """Whether Optuna has created all its tables: it writes their version last."""
     with closing(_engine(path, "rw")["creator"]()) as connection:
         table = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
         return all(
@@ -74,7 +80,7 @@ def _is_made(path: Path) -> bool:
 
 
 def _engine(path: Path, mode: str) -> dict[str, Any]:
-    """How SQLAlchemy is to open a file, in a mode of SQLite's URIs."""
+    """SQLAlchemy options that open a file in a mode of SQLite's URIs."""
 
     def connect() -> sqlite3.Connection:
         uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
@@ -85,7 +91,7 @@ def _engine(path: Path, mode: str) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what is raised at a file that is no journal into `JournalError`."""
+    """Turn the exceptions of reading a file that is no journal into `JournalError`."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error, RuntimeError) as error:
@@ -94,7 +100,7 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns what is raised where a journal cannot be written into `JournalError`."""
+    """Turn the exceptions of a failed write into `JournalError`."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -105,6 +111,6 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """What SQLite said, below what SQLAlchemy and Optuna made of it."""
+    """The message of SQLite, without what SQLAlchemy and Optuna wrapped around it."""
     inner = error.__cause__ or error
     return str(getattr(inner, "orig", None) or inner).splitlines()[0]

@@ -1,4 +1,4 @@
-"""The journal of a stage, as the one process has it that writes it."""
+"""The journal of a stage, for the one process that writes it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ..records import COMPLETE, FAILED, PRUNED, TrialRecord, TrialResult
 from ..space import Space
 from .file import open_storage, readable
 from .reading import (
-    AGAIN,
     FIGURES,
+    REEVALUATION,
     SETTINGS,
     batch_stats,
     choices_of,
     is_finished,
     record_of,
+    reevaluation_rewards,
     refuse_others,
-    retrial_rewards,
 )
 
 logger = logging.getLogger(__name__)
 
-# User attributes of an Optuna trial that a further attempt at the same proposal inherits.
+# User attributes of an Optuna trial that the next attempt at the same proposal inherits.
 PROPOSAL = ("index", "batch", "batch_size", "key", "genotype", "deaths")
 
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
@@ -46,7 +46,7 @@ STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: Tria
 
 @dataclass
 class _Trial:
-    """The newest Optuna trial of a proposal."""
+    """The latest Optuna trial of a proposal."""
 
     id: int
     batch: int
@@ -55,19 +55,19 @@ class _Trial:
 
 
 class Journal:
-    """The journal of one stage, opened by the one process that writes it.
+    """The journal of one stage, opened for writing.
 
-    That process must hold the lock of OUTPUT_DIR: trials that are still running in the file are
-    taken for stale, and wait to be tried again.
+    The process must hold the lock of OUTPUT_DIR: trials that are still running according to the
+    file are considered stale and requeued.
 
     Args:
-        path: of the SQLite file; made when missing.
-        space: of the stage; its `stage` is the name of the study.
-        retries: how often a trial is tried again whose worker died.
-        settings: what must not change between the runs of one search, JSON values by name.
+        path: path of the SQLite file; it is created if missing.
+        space: search space of the stage; its `stage` is the name of the study.
+        retries: how often a trial is requeued if its worker died.
+        settings: JSON values by name that must not change between the runs of one search.
 
     Raises:
-        JournalError: the file is no journal, or its settings are others; the message names them.
+        JournalError: the file is no journal, or settings differ; the message names them.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Journal:
             attributes.get(SETTINGS),
         )
         self._figures = batch_stats(attributes)
-        self._retrials = retrial_rewards(attributes)
+        self._reevaluations = reevaluation_rewards(attributes)
         self._trials: dict[int, _Trial] = {}
         self._batch_sizes: dict[int, int] = {}
         self._records: list[TrialRecord] = []
@@ -107,27 +107,27 @@ class Journal:
         return list(self._records)
 
     def batch_size(self, batch: int) -> int:
-        """How many proposals a batch has; 0 where it has not been proposed yet."""
+        """The number of proposals in a batch; 0 if it has not been proposed yet."""
         return self._batch_sizes.get(batch, 0)
 
     def proposed(self, batch: int) -> list[tuple[int, ...]]:
-        """The choices of a batch's proposals, as far as they are in the journal, by index."""
+        """The choices of a batch's proposals as far as they are in the journal, in order."""
         return [t.choices for _, t in sorted(self._trials.items()) if t.batch == batch]
 
     def batch_stats(self) -> list[dict[str, float]]:
-        """What `note_batch` stored, by batch."""
+        """What `note_batch` stored, for each batch."""
         return list(self._figures)
 
-    def retrials(self) -> dict[tuple[int, int], float]:
-        """The rewards that `note_retrial` stored, by index and repeat."""
-        return dict(self._retrials)
+    def reevaluations(self) -> dict[tuple[int, int], float]:
+        """The rewards that `note_reevaluation` stored, by trial index and seed offset."""
+        return dict(self._reevaluations)
 
     # -------------------------------------------------------------------------------- writing
     def propose(self, batch: int, proposals: Sequence[tuple[int, ...]]) -> None:
-        """Note the proposals of a batch, before any of them runs.
+        """Record the proposals of a batch, before any of them runs.
 
-        Their indices follow those of the batch before. What is in the journal already stands: a
-        batch that a kill had cut short is completed.
+        Their indices continue those of the previous batch. Proposals that are in the journal
+        already are kept; only those that a kill cut off are added.
         """
         first = sum(self._batch_sizes[earlier] for earlier in range(batch))
         for index, choices in enumerate(proposals, start=first):
@@ -154,27 +154,27 @@ class Journal:
             self._batch_sizes[batch] = len(proposals)
 
     def start(self, index: int) -> None:
-        """Note that a proposed trial runs now.
+        """Record that a proposed trial is running.
 
         Raises:
-            ValueError: it is not waiting.
+            ValueError: the trial is not waiting.
         """
         if not self._storage.set_trial_state_values(self._trials[index].id, TrialState.RUNNING):
             raise ValueError(f"trial {index} is not waiting to be run")
 
     def finish(
-        self, index: int, result: TrialResult, objective: float, reused: int | None = None
+        self, index: int, result: TrialResult, objective: float, duplicate_of: int | None = None
     ) -> TrialRecord:
-        """Note the end of a started trial: all of it, or nothing if a kill comes between.
+        """Record the end of a running trial, completely or, if a kill interrupts it, not at all.
 
         Args:
-            index: of the trial.
-            result: how it ended.
+            index: index of the trial.
+            result: its result.
             objective: what the strategy learns from it; nan for a failed trial.
-            reused: index of the trial that `result` was taken from.
+            duplicate_of: index of the earlier trial whose result `result` is.
 
         Raises:
-            ValueError: a trial that did not fail has no objective.
+            ValueError: the objective of a trial that did not fail is nan.
         """
         objective = float(objective)
         if result.status != FAILED and math.isnan(objective):
@@ -182,24 +182,23 @@ class Journal:
         trial_id = self._trials[index].id
         for iteration, reward in result.curve:
             self._storage.set_trial_intermediate_value(trial_id, int(iteration), float(reward))
-        # The status is the last: a trial that has it has everything (`_recover`).
+        # The status is written last: a trial with a status is complete (`_recover`).
         attributes = _result_attributes(result) | {"objective": objective}
-        if reused is not None:
-            attributes["reused"] = reused
+        if duplicate_of is not None:
+            attributes["reused"] = duplicate_of
         for name, value in (attributes | {"status": result.status}).items():
             self._storage.set_trial_user_attr(trial_id, name, value)
         return self._settle(trial_id, result.status, objective)
 
-    def retry(self, index: int, reason: str) -> bool:
-        """Note that the worker of a running trial died.
+    def requeue(self, index: int, reason: str) -> bool:
+        """Requeue a running trial whose worker died, unless it has used up its retries.
 
         Args:
-            index: of the trial.
+            index: index of the trial.
             reason: how the worker died.
 
         Returns:
-            True when the trial waits to be started again. False when it has been tried again
-            often enough: then it has failed, and is finished.
+            Whether the trial waits to be started again; if not, it is finished as failed.
         """
         trial = self._trials[index]
         deaths = (*trial.deaths, reason)
@@ -213,13 +212,16 @@ class Journal:
             return False
         self._storage.set_trial_user_attr(trial.id, "deaths", list(deaths))
         self._fail(trial.id)
-        self._try_again(trial.id)
+        self._add_attempt(trial.id)
         return True
 
     def note_batch(self, batch: int, figures: Mapping[str, float]) -> None:
-        """Store what the strategy tells of a batch it has learnt from.
+        """Store the statistics that the strategy returned for a batch.
 
-        A batch that a resumed search learns from again is not stored twice.
+        A resumed search learns from earlier batches again; these are not stored twice.
+
+        Raises:
+            ValueError: an earlier batch is missing.
         """
         if batch < len(self._figures):
             return
@@ -229,21 +231,21 @@ class Journal:
         self._study.set_user_attr(f"{FIGURES}{batch}", figures)
         self._figures.append(figures)
 
-    def note_retrial(self, index: int, repeat: int, reward: float) -> None:
-        """Store what a finished trial came to when it was tried again; nan where that failed."""
-        self._study.set_user_attr(f"{AGAIN}{index}.{repeat}", reward)
-        self._retrials[index, repeat] = reward
+    def note_reevaluation(self, index: int, seed_offset: int, reward: float) -> None:
+        """Store the reward of a finished trial with another seed; nan if that attempt failed."""
+        self._study.set_user_attr(f"{REEVALUATION}{index}.{seed_offset}", reward)
+        self._reevaluations[index, seed_offset] = reward
 
     def export_csv(self, path: str | Path) -> None:
-        """Write the finished trials as CSV with a header, a line per trial; all of it or nothing.
+        """Write the finished trials to a CSV file, one per line, with a header; atomically.
 
-        The decisions are the last columns, with their names and by their names. The rewards of a
-        trial that was tried again are a list, as its curve is.
+        The last columns are the decisions, with the names of decisions and choices. The curve of a
+        trial and its rewards when re-evaluated (``again``) are JSON lists.
         """
         losses = sorted({name for record in self._records for name in record.result.losses})
         plain = [f.name for f in fields(TrialResult) if f.name not in ("losses", "curve")]
         again: dict[int, list[float]] = {}
-        for (index, _), reward in sorted(self._retrials.items()):
+        for (index, _), reward in sorted(self._reevaluations.items()):
             again.setdefault(index, []).append(reward)
         with (
             replacing(path) as temporary,
@@ -259,7 +261,7 @@ class Journal:
                 result = record.result
                 writer.writerow(
                     [record.index, record.batch, *(getattr(result, name) for name in plain)]
-                    + [record.objective, record.reused, record.finished]
+                    + [record.objective, record.duplicate_of, record.finished]
                     + [json.dumps(result.curve), json.dumps(again.get(record.index, []))]
                     + [result.losses.get(name) for name in losses]
                     + [record.key, json.dumps(record.genotype)]
@@ -271,21 +273,21 @@ class Journal:
                     ]
                 )
 
-    # -------------------------------------------------------------------------------- inner parts
+    # -------------------------------------------------------------------------------- internals
     def _check_settings(self, settings: dict[str, Any], before: dict[str, Any] | None) -> None:
-        """Store the settings in a journal without trials; refuse others in one that has some."""
+        """Store the settings if there are no trials yet; otherwise refuse different ones."""
         if before is None or not self._storage.get_n_trials(self._study_id):
             self._study.set_user_attr(SETTINGS, json.loads(json.dumps(settings)))
         else:
             refuse_others(self.path, self.space.stage, settings, before)
 
     def _recover(self) -> None:
-        """Read the file, and put in order what a kill left in it.
+        """Read the file, and repair what a kill left unfinished.
 
-        Every step may itself be cut off by a kill: the next opening takes it up again.
+        A kill may interrupt this, too; the next opening then continues.
         """
         trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        # Of a proposal the last one counts: it is tried again only after an attempt was cut off.
+        # The last trial of a proposal counts: the earlier ones are attempts that were cut off.
         newest = {t.user_attrs["index"]: t for t in trials if "index" in t.user_attrs}
         for index, trial in newest.items():
             self._note_trial(trial)
@@ -293,7 +295,7 @@ class Journal:
             if is_finished(trial):
                 self._add_record(trial)
             elif trial.state == TrialState.RUNNING and "status" in trial.user_attrs:
-                # Cut off in the last step of `finish`: only the state is missing.
+                # A kill interrupted `finish` before its last step: only the state is missing.
                 attributes = trial.user_attrs
                 self._settle(trial_id, attributes["status"], attributes["objective"])
             elif trial.state == TrialState.RUNNING:
@@ -307,13 +309,13 @@ class Journal:
                     else "",
                 )
                 self._fail(trial_id)
-                self._try_again(trial_id)
+                self._add_attempt(trial_id)
             elif trial.state == TrialState.FAIL:
-                # Cut off between these two steps, here or in `retry`.
-                self._try_again(trial_id)
+                # A kill came between the two steps above, or between those in `requeue`.
+                self._add_attempt(trial_id)
 
     def _note_trial(self, trial: FrozenTrial) -> None:
-        """Remember an Optuna trial as the newest of its proposal."""
+        """Remember an Optuna trial as the latest one of its proposal."""
         attributes = trial.user_attrs
         self._trials[attributes["index"]] = _Trial(
             self._id(trial),
@@ -327,7 +329,7 @@ class Journal:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
 
     def _settle(self, trial_id: int, status: str, objective: float) -> TrialRecord:
-        """Give a trial, whose attributes are written, its final state: now it is finished."""
+        """Set the final state of a trial whose attributes are written: it is finished now."""
         values = None if status == FAILED else [objective]
         self._storage.set_trial_state_values(trial_id, STATES[status], values)
         return self._add_record(self._storage.get_trial(trial_id))
@@ -340,15 +342,15 @@ class Journal:
     def _fail(self, trial_id: int) -> None:
         self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
-    def _try_again(self, trial_id: int) -> None:
+    def _add_attempt(self, trial_id: int) -> None:
         """Add a waiting trial for the proposal of a failed one."""
-        # A copy, for the callback changes it; without what `finish` had begun to write.
+        # A copy, since the callback changes it, and without what `finish` had begun to write.
         failed = copy.deepcopy(self._storage.get_trial(trial_id))
         failed.user_attrs = {k: v for k, v in failed.user_attrs.items() if k in PROPOSAL}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            again = RetryHeartbeatStaleTrialCallback()
-        again(self._study, failed)
+            add_attempt = RetryHeartbeatStaleTrialCallback()
+        add_attempt(self._study, failed)
         waiting = self._storage.get_all_trials(
             self._study_id, deepcopy=False, states=(TrialState.WAITING,)
         )
@@ -357,7 +359,7 @@ class Journal:
 
 
 def _result_attributes(result: TrialResult) -> dict[str, Any]:
-    """The fields of a result that differ from their defaults, in types that JSON knows."""
+    """The fields of a result that differ from their defaults, as JSON types."""
     values = {
         "reward": float(result.reward),
         "losses": {name: float(value) for name, value in result.losses.items()},
@@ -371,5 +373,5 @@ def _result_attributes(result: TrialResult) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if value != getattr(default, name) and value == value  # a nan is the default
+        if value != getattr(default, name) and value == value  # a nan is a default
     }

@@ -1,4 +1,4 @@
-"""What a journal says, also while another process writes it."""
+"""Reading a journal, possibly while another process writes it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from optuna.trial import FrozenTrial, TrialState
 from ..records import TrialRecord, TrialResult
 from .file import JournalError, open_study
 
-SETTINGS, FIGURES, AGAIN = "settings", "figures of batch ", "again "
-"""User attributes of a study: what must not change, what a batch (of this number) taught, and the
-reward of a trial (of this index) that was tried again (for this time)."""
+SETTINGS = "settings"
+"""User attribute of a study: settings that must not change, by name."""
+
+FIGURES = "figures of batch "
+"""Prefix of user attributes: statistics of the strategy after the batch with this number."""
+
+REEVALUATION = "again "
+"""Prefix of user attributes: reward of a re-evaluation, by "<trial index>.<seed offset>"."""
 
 
 def read_records(path: str | Path, stage: str) -> list[TrialRecord]:
-    """The finished trials of a stage, ordered by index, from a search that may be running.
+    """The finished trials of a stage, ordered by index; none if the stage has not begun.
 
-    Changes nothing and needs no lock.
+    Changes nothing and needs no lock: the search may be running.
 
     Raises:
-        JournalError: there is no such file, or it is no journal. A stage that has not begun has no
-            trials.
+        JournalError: the file does not exist or is no journal.
     """
     finished = tuple(state for state in TrialState if state.is_finished())
     with open_study(Path(path), stage) as (storage, study_id):
@@ -37,9 +41,9 @@ def read_records(path: str | Path, stage: str) -> list[TrialRecord]:
 
 
 def read_settings(path: str | Path, stage: str) -> dict[str, Any]:
-    """What must not change while a stage is searched, as its journal has it; see `read_records`.
+    """The settings in the journal of a stage, which must not change; none if it has not begun.
 
-    A stage that has not begun has none.
+    Changes nothing and needs no lock; raises as `read_records`.
     """
     with open_study(Path(path), stage) as (storage, study_id):
         if study_id is None:
@@ -47,35 +51,39 @@ def read_settings(path: str | Path, stage: str) -> dict[str, Any]:
         return storage.get_study_user_attrs(study_id).get(SETTINGS, {})
 
 
-def check_settings(path: str | Path, stage: str, settings: Mapping[str, Any]) -> bool:
-    """Refuse settings that `Journal` would refuse, some of them, before they do any harm.
-
-    For the process that holds the lock of OUTPUT_DIR.
-
-    Returns:
-        whether the stage has trials; one without any takes all settings.
+def has_trials(path: str | Path, stage: str) -> bool:
+    """Whether a stage has begun: whether its journal, if there is one, holds any trial.
 
     Raises:
-        JournalError: the file is no journal, or these settings are others; the message names them.
+        JournalError: the file is no journal.
     """
     path = Path(path)
     if not path.exists():
         return False
     with open_study(path, stage) as (storage, study_id):
-        if study_id is None or not storage.get_n_trials(study_id):
-            return False
-        before = storage.get_study_user_attrs(study_id).get(SETTINGS, {})
-    refuse_others(path, stage, settings, {n: v for n, v in before.items() if n in settings})
-    return True
+        return study_id is not None and storage.get_n_trials(study_id) > 0
+
+
+def check_settings(path: str | Path, stage: str, settings: Mapping[str, Any]) -> None:
+    """Refuse some of the settings as `Journal` would, but before anything is changed.
+
+    A stage without trials accepts all settings. For the process that holds the lock of OUTPUT_DIR.
+
+    Raises:
+        JournalError: the file is no journal, or settings differ; the message names them.
+    """
+    if has_trials(path, stage):
+        before = read_settings(path, stage)
+        refuse_others(Path(path), stage, settings, {n: before[n] for n in settings if n in before})
 
 
 def refuse_others(
     path: Path, stage: str, settings: Mapping[str, Any], before: Mapping[str, Any]
 ) -> None:
-    """Refuse settings that are not those from before.
+    """Refuse settings that differ from those of the journal.
 
     Raises:
-        JournalError: they are others; the message names them.
+        JournalError: settings differ; the message names them.
     """
     settings = json.loads(json.dumps(settings))
     missing = object()
@@ -102,13 +110,13 @@ def _brief(value: Any) -> str:
 
 
 def is_finished(trial: FrozenTrial) -> bool:
-    """Whether an Optuna trial is the end of a proposal, not an attempt that was cut off."""
+    """Whether an Optuna trial holds a result, and is not an attempt that was cut off."""
     attributes = trial.user_attrs
     return "index" in attributes and "status" in attributes and trial.state.is_finished()
 
 
 def choices_of(trial: FrozenTrial) -> tuple[int, ...]:
-    """Which choice was made in each decision."""
+    """The index of the choice made in each decision."""
     return tuple(
         int(trial.distributions[name].to_internal_repr(value))
         for name, value in trial.params.items()
@@ -116,7 +124,7 @@ def choices_of(trial: FrozenTrial) -> tuple[int, ...]:
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """A finished trial as the search knows it; the only reading of what `finish` writes."""
+    """The record of a finished Optuna trial, from what `Journal.finish` wrote."""
     attributes = trial.user_attrs
     names = [field.name for field in fields(TrialResult) if field.name != "curve"]
     return TrialRecord(
@@ -130,23 +138,23 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
             curve=tuple(sorted(trial.intermediate_values.items())),
         ),
         objective=attributes["objective"],
-        reused=attributes.get("reused"),
+        duplicate_of=attributes.get("reused"),
         finished=trial.datetime_complete.timestamp(),
     )
 
 
 def batch_stats(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The figures of the batches, in their order, from a study's attributes."""
+    """The strategy's statistics of each batch, in order, from the attributes of a study."""
     figures = []
     while f"{FIGURES}{len(figures)}" in attributes:
         figures.append(attributes[f"{FIGURES}{len(figures)}"])
     return figures
 
 
-def retrial_rewards(attributes: Mapping[str, Any]) -> dict[tuple[int, int], float]:
-    """The rewards of trials that were tried again, by index and repeat."""
+def reevaluation_rewards(attributes: Mapping[str, Any]) -> dict[tuple[int, int], float]:
+    """The rewards of re-evaluated trials by trial index and seed offset."""
     return {
-        tuple(map(int, name.removeprefix(AGAIN).split("."))): reward
+        tuple(map(int, name.removeprefix(REEVALUATION).split("."))): reward
         for name, reward in attributes.items()
-        if name.startswith(AGAIN)
+        if name.startswith(REEVALUATION)
     }

@@ -1,4 +1,4 @@
-"""The best trials again: which order they come to, what is kept of it, and what is not repeated."""
+"""Re-evaluation of the best trials: their new order, what is recorded, what is not repeated."""
 
 import math
 
@@ -6,15 +6,17 @@ import pytest
 
 pytest.importorskip("optuna")
 
+from nasfcos.search.cost import Objective  # noqa: E402
 from nasfcos.search.executors import WorkerLost  # noqa: E402
 from nasfcos.search.journal import Journal  # noqa: E402
 from nasfcos.search.records import COMPLETE, FAILED, TrialResult, ranked  # noqa: E402
-from nasfcos.search.retrials import try_again  # noqa: E402
+from nasfcos.search.reevaluation import reevaluate  # noqa: E402
 from tests.search import table_search  # noqa: E402
 
 FIRST = {0: -1.0, 1: -2.0, 2: -3.0, 3: -4.0}
 AGAIN = {(0, 1): -3.5, (0, 2): -2.5, (1, 1): -2.75, (1, 2): -2.25, (2, 1): -2.0, (2, 2): -2.0}
-PENALTY = {0: 0.0, 1: 0.75, 2: 0.0, 3: 0.0}
+FLOPS = {0: 1.0, 1: 4.0, 2: 2.0, 3: 2.0}
+OBJECTIVE = Objective("flops", target=2.0, weight=0.75)  # takes 0.75 off trial 1
 
 
 class Table:
@@ -28,10 +30,10 @@ class Table:
     def run(self, jobs):
         assert jobs  # an executor waits for a worker in any case
         for job in jobs:
-            self.ran.append((job.index, job.repeat))
-            if (job.index, job.repeat) not in self.rewards:
+            self.ran.append((job.index, job.seed_offset))
+            if (job.index, job.seed_offset) not in self.rewards:
                 raise KeyboardInterrupt
-            reward = self.rewards[job.index, job.repeat].pop(0)
+            reward = self.rewards[job.index, job.seed_offset].pop(0)
             if reward is None:
                 yield job, WorkerLost("the worker died")
             else:
@@ -51,15 +53,17 @@ def open_journal(folder):
         journal.propose(0, [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0)])
         for index, reward in FIRST.items():
             journal.start(index)
-            result = TrialResult(COMPLETE, reward, params=index)
-            journal.finish(index, result, reward - PENALTY[index])
+            result = TrialResult(COMPLETE, reward, params=index, flops=FLOPS[index])
+            journal.finish(index, result, OBJECTIVE(result))
     return journal
 
 
 def test_the_mean_of_the_trials_again_ranks(journal):
     candidates = ranked(journal.records())[:3]
     told = []
-    found = try_again(journal, Table(AGAIN), candidates, 2, lambda *done: told.append(done))
+    found = reevaluate(
+        journal, Table(AGAIN), OBJECTIVE, candidates, 2, lambda *done: told.append(done)
+    )
     # The first rewards do not count, what an architecture costs does.
     assert [(r.index, r.result.reward, r.objective) for r in found] == [
         (2, -2.0, -2.0), (0, -3.0, -3.0), (1, -2.5, -3.25),
@@ -74,12 +78,12 @@ def test_what_was_tried_again_is_not_tried_once_more(journal, tmp_path):
     candidates = ranked(journal.records())[:3]
     killed = {key: reward for key, reward in AGAIN.items() if key[1] == 1 and key[0] < 2}
     with pytest.raises(KeyboardInterrupt):
-        try_again(journal, Table(killed), candidates, 2)
+        reevaluate(journal, Table(killed), OBJECTIVE, candidates, 2)
 
     resumed = open_journal(tmp_path)
     for table, ran in ((AGAIN, [(2, 1), (0, 2), (1, 2), (2, 2)]), ({}, [])):
         executor = Table(table)
-        found = try_again(resumed, executor, ranked(resumed.records())[:3], 2)
+        found = reevaluate(resumed, executor, OBJECTIVE, ranked(resumed.records())[:3], 2)
         assert executor.ran == ran
         assert [(r.index, r.objective) for r in found] == [(2, -2.0), (0, -3.0), (1, -3.25)]
 
@@ -89,7 +93,7 @@ def test_failures(journal, caplog):
     nan = math.nan
     rewards = {**AGAIN, (0, 1): [None, -3.5], (1, 2): [None, None], (2, 1): nan}
     executor = Table(rewards)
-    found = try_again(journal, executor, ranked(journal.records())[:3], 2)
+    found = reevaluate(journal, executor, OBJECTIVE, ranked(journal.records())[:3], 2)
     assert [(r.index, r.result.reward) for r in found[:1]] == [(0, -3.0)]
     assert [r.index for r in found[1:]] == [1, 2]
     assert all(math.isnan(x) for r in found[1:] for x in (r.result.reward, r.objective))
