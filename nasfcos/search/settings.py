@@ -1,4 +1,4 @@
-"""What must stay the same as long as a stage is resumed."""
+"""Settings that must not change while a stage is resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from ..config.tree import get_setting, leaves
 
-# Of the sections on which a stage's trials depend, what matters to the other stage alone.
+# Keys in the sections that a stage depends on which only matter to the other stage.
 OF_OTHERS = {
     "fpn": (
         *("SEARCH.SPACE.HEAD_LAYERS", "SEARCH.SPACE.HEAD_OPS"),
@@ -21,7 +21,7 @@ OF_OTHERS = {
     ),
 }
 
-# What a stage's trials depend on beyond the config, by the names in its journal.
+# Names in the journal of what a stage's trials depend on besides the config.
 SPLIT = "the split of the data (DATASETS.TRAIN, their images and boxes)"
 FEATURES = ("features of meta-train (data, PREPARE, CACHE)", "features of meta-val (data, PREPARE)")
 FPN = "the FPN below the head (the best of the FPN stage, or MODEL.GENOTYPE)"
@@ -29,8 +29,10 @@ PYRAMIDS = ("outputs of the FPN on meta-train (neck.pth)", "outputs of the FPN o
 
 
 def fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
-    """All in the config that a stage's trials depend on, but for the training of the backbone; by
-    the names in its journal."""
+    """The settings that a stage's trials depend on, by their names in its journal.
+
+    Those of the backbone's training are not among them (see `prepare.backbone_changes`).
+    """
     sections = [
         f"SEARCH.{name}" for name in ("SPACE", "PROXY", "PPO", "EVOLUTION", "OBJECTIVE", "PRUNING")
     ]

@@ -1,4 +1,4 @@
-"""The caches of a search, and the trials of a stage on them."""
+"""The caches of a search, and the task that runs a stage's trials on them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .settings import FEATURES, PYRAMIDS
 
 
 def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
-    """The trials of a stage of the search in OUTPUT_DIR, on its caches. Changes nothing.
+    """The task of a stage of the search in OUTPUT_DIR, on its caches. Changes nothing.
 
     Args:
-        cfg: of the search.
-        device: of trials in this process.
+        cfg: config of the search.
+        device: device of trials in this process.
         stage: "fpn" or "head".
 
     Raises:
@@ -44,13 +44,13 @@ def reopen_task(cfg: CfgNode, device: torch.device, stage: str) -> ProxyTask:
 def build_task(
     cfg: CfgNode, stage: str, caches: tuple[FeatureCache, FeatureCache], device: torch.device
 ) -> ProxyTask:
-    """The trials of a stage.
+    """The task that runs the trials of a stage.
 
     Args:
-        cfg: of the search.
+        cfg: config of the search.
         stage: "fpn" or "head".
-        caches: of meta-train and meta-val, for that stage.
-        device: of trials in this process.
+        caches: caches of meta-train and meta-val for that stage.
+        device: device of trials in this process.
     """
     train, val = caches
     return ProxyTask(
@@ -59,14 +59,14 @@ def build_task(
         train=train.folder,
         val=val.folder,
         num_classes=len(class_names(cfg)),
-        # Workers elsewhere have devices of their own.
+        # Worker processes choose their own device.
         device=str(device) if cfg.SEARCH.EXECUTOR == "inline" else cfg.MODEL.DEVICE,
         seed=cfg.SEED,
     )
 
 
 def cache_folder(cfg: CfgNode) -> Path:
-    """Where a search has its caches."""
+    """The directory that holds all caches of a search."""
     given = cfg.SEARCH.CACHE.FOLDER
     return Path(given).expanduser() if given else Path(cfg.OUTPUT_DIR) / "cache"
 
@@ -77,7 +77,14 @@ def head_caches(
     cells: Sequence[Cell],
     device: torch.device,
 ) -> tuple[FeatureCache, FeatureCache]:
-    """The outputs of the FPN of the head stage, trained once with the plain head."""
+    """Caches of the outputs of the head stage's FPN, which is trained once with the plain head.
+
+    Args:
+        cfg: config of the search.
+        caches: features of meta-train and meta-val.
+        cells: cells of the FPN.
+        device: device of the training.
+    """
     classes = len(class_names(cfg))
     neck = train_neck(cfg, caches, cells, classes, device, Path(cfg.OUTPUT_DIR) / "neck")
     return tuple(cache_pyramid(cache_folder(cfg), neck, cache) for cache in caches)
