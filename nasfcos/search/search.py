@@ -204,7 +204,7 @@ class _Search:
             )
 
     def _check_features(self, *names: str) -> None:
-        """Refuse other features than those of finished trials; `names` are those of the caches."""
+        """Refuse features that differ from those of finished trials; `names`: of their caches."""
         for stage in self.cfg.SEARCH.STAGES:
             check_settings(self.journal, stage, dict(zip(FEATURES, names, strict=True)))
 

@@ -151,7 +151,7 @@ class StageRunner:
             self.on_progress(self.journal)
 
     def _thresholds(self, batch: int) -> tuple[tuple[int, float], ...]:
-        """Of a batch's jobs: from the trials that were run in earlier batches."""
+        """The thresholds of a batch's jobs, from the trials that were run in earlier batches."""
         earlier = [record for record in own_trials(self.journal.records()) if record.batch < batch]
         return self.pruning.thresholds([self._curve(record.result) for record in earlier])
 

@@ -1,8 +1,8 @@
-"""A search that needs no training: rewards are a fixed function of the graph. Run as a script.
+"""A search without training, as a script: rewards are a fixed function of the graph.
 
     python table_search.py FOLDER [local]
 
-It is the real loop, journal and executor, made quick enough to be killed many times.
+Loop, journal and executors are the real ones; it is fast enough to be killed many times.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ TRIALS, BATCH, SEED = 60, 5, 3
 
 
 class TableTask:
-    """Rewards from a hash; every twelfth graph fails. Each trial leaves its index and its process
-    in a file."""
+    """Rewards from a hash; about every twelfth graph fails. Each trial appends its index and its
+    process id to a file."""
 
     def __init__(self, log):
         self.log = Path(log)

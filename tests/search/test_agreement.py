@@ -1,4 +1,4 @@
-"""Which trials are trained in full to check the proxy, and what becomes of those that diverge."""
+"""Checks of the proxy: the choice of trials, and full trainings that diverge."""
 
 import json
 
@@ -23,7 +23,7 @@ def record(index, reward, status=COMPLETE, duplicate_of=None):
 
 
 def test_the_chosen_are_spread_over_the_rewards_not_over_the_ranks():
-    # Nine good ones close together, and two far below.
+    # Nine good rewards close together, and two far below.
     rewards = [-5.0, -3.0, *(-1.0 - 0.01 * i for i in range(9))]
     records = [record(i, reward) for i, reward in enumerate(rewards)]
     chosen = [r.result.reward for r in spread(records, 3)]

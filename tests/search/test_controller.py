@@ -16,7 +16,7 @@ SPACES = pytest.mark.parametrize("space", [FPN, HEAD], ids=["fpn", "head"])
 
 
 def controller(space, scale=10.0):
-    """One with opinions: fresh weights are so small that every choice is about as likely."""
+    """A controller with larger weights: with fresh ones, choices are almost equally likely."""
     controller = Controller(space, 8, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in controller.parameters():
@@ -64,7 +64,7 @@ def test_samples_follow_the_probabilities():
 def test_samples_of_a_large_space_are_valid():
     space = FPNSpace(7)
     for sequence in controller(space).sample(50, torch.Generator().manual_seed(0)):
-        space.genotype(sequence)  # raises where it is not
+        space.genotype(sequence)  # raises if it is invalid
 
 
 def test_hot_samples_are_even():
@@ -86,7 +86,7 @@ def test_masked_choices_have_no_share():
     probabilities = policy._log_probs(features, 10, masks[:, 10]).exp()
     assert (probabilities[0, 4:] == 0).all()
     assert probabilities.sum().item() == pytest.approx(1)
-    # Decided by the mask alone (operations and aggregations of one choice): no entropy.
+    # Decisions with a single choice (operations and aggregations) have no entropy.
     log_probs, entropy = policy((choices, masks))
     assert (entropy[0, 2:5] == 0).all() and (log_probs[0, 2:5] == 0).all()
     assert 0 < entropy[0, 10] <= math.log(4)
@@ -130,20 +130,20 @@ def test_clipped_objective_by_hand():
     # min(1.5, 1.2), min(0.5, 0.8); min(-3, -2.4), min(-1, -1.6); 3.3, 2.7
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 3.0 - 1.6 + 3.3 + 2.7) / 6)
     loss.backward()
-    # Where the ratio has gone far enough the way of the advantage there is nothing to gain.
+    # No gradient where the ratio has moved beyond the clip in the direction of the advantage.
     assert (log_probs.grad == 0).tolist() == [[True, False], [False, True], [False, False]]
 
 
 def test_advantages_are_measured_from_the_moving_baseline():
     policy = ppo(HEAD, 0, baseline_decay=0.5)
     first = policy._update_baseline(torch.tensor([1.0, 3.0], dtype=torch.double))
-    # Of a normal distribution half lies within 0.6745 deviations; then by halves.
+    # Half of a normal distribution is within 0.6745 deviations; then decay 0.5.
     spread = (0.6745**-2 + 1) / 2
     assert first.tolist() == pytest.approx([-(spread**-0.5), spread**-0.5])
     assert policy.baseline == 2
     second = policy._update_baseline(torch.tensor([4.0, 4.0], dtype=torch.double))
     assert policy.baseline == 3
-    # Better than before, though alike.
+    # Positive advantages, although the rewards are equal.
     spread = (spread + 4) / 2
     assert second.tolist() == pytest.approx([2 * spread**-0.5] * 2)
     third = policy._update_baseline(torch.tensor([3.0, -1e9], dtype=torch.double))
@@ -164,13 +164,13 @@ def test_a_strategy_of_its_seed_and_its_lessons_alone():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     proposals, figures = lessons(ppo(HEAD, 7))
-    assert torch.equal(torch.random.get_rng_state(), before)  # and others draw undisturbed
+    assert torch.equal(torch.random.get_rng_state(), before)  # the global generator is untouched
     torch.manual_seed(2)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
         policy = ppo(HEAD, 7)
-        policy.propose(11)  # proposing is no lesson
+        policy.propose(11)  # proposing does not change the state
         assert lessons(policy) == (proposals, figures)
     finally:
         torch.set_num_threads(threads)
@@ -189,11 +189,11 @@ def test_no_graph_twice_while_there_are_others():
         assert len(batch) == 4 and len(new) == min(4, len(graphs) - len(tried))
         tried |= new
         policy.learn(batch, [0.0] * 4)
-    assert len(policy.propose(4)) == 4  # exhausted: known ones
+    assert len(policy.propose(4)) == 4  # the space is exhausted: duplicates
 
 
 def test_it_learns_the_best_choice():
-    """One operation is worth more wherever it stands: the policy comes to prefer it."""
+    """The policy learns to prefer an operation that is better in every position."""
     space = HeadSpace(PUBLISHED.cells, 6)
     policy = ppo(space, 0)
     for _ in range(25):
@@ -225,8 +225,8 @@ def test_a_failed_trial_counts_as_the_worst_so_far():
     batches = [[(0, 0, 0), (0, 1, 0), (1, 2, 2)], [(0, 2, 0), (1, 1, 2)]]
     policy, other = ppo(HEAD, 0), ppo(HEAD, 0)
     for one in (policy, other):
-        assert one.learn(one.propose(2), [math.nan, -math.inf]) == {}  # before any is known
-        # Half way between those that did not fail, then a tenth of the way to the mean of all.
+        assert one.learn(one.propose(2), [math.nan, -math.inf]) == {}  # none is finite
+        # The median of the finite ones, then a tenth of the way to the mean of all.
         assert one.learn(batches[0], [1.0, math.nan, 4.0])["baseline"] == pytest.approx(2.45)
     policy.learn(batches[1], [-math.inf, 3.0])
     other.learn(batches[1], [1.0, 3.0])

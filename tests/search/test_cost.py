@@ -1,4 +1,4 @@
-"""Counted multiply-adds against a hand count and the published figures; latency."""
+"""Multiply-adds against a hand count and the published numbers; latency; penalties."""
 
 import math
 import time
@@ -49,7 +49,7 @@ def test_counting_leaves_the_module_as_it_was():
     ],
 )
 def test_published_figures(config, channels, published, request):
-    """The paper's table, with which an input of 800 x 1088 agrees within 2%."""
+    """The numbers in the paper's table agree with an input of 800 x 1088 within 2 %."""
     path = request.config.rootpath / "configs" / f"{config}.yaml"
     overrides = ["MODEL.NECK.CHANNELS", channels, "MODEL.NUM_CLASSES", 80]
     model = nasfcos.build_detector(nasfcos.load_config(path, overrides))
@@ -60,7 +60,7 @@ def test_published_figures(config, channels, published, request):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_same_on_every_device(request, format):
-    """Operators of ours are counted where they are computed as where PyTorch's stand for them."""
+    """Our operators count the same where they are computed as where PyTorch's replace them."""
     cfg = nasfcos.load_config(request.config.rootpath / "configs/demo/nas_fcos.yaml",
                               ["MODEL.NUM_CLASSES", 3])  # fmt: skip
     model = nasfcos.build_detector(cfg)

@@ -1,4 +1,4 @@
-"""Executors with real processes: a worker that is said to die here does die."""
+"""Executors with real processes, which really die."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ from nasfcos.search.records import COMPLETE, TrialJob, TrialResult
 
 @dataclass
 class Play:
-    """A task that does what the genotype of a job says: [what, argument]."""
+    """A task that does what the job's "genotype" says: [action, argument]."""
 
     folder: Path | None = None
     opening: float = 0.0
@@ -50,15 +50,15 @@ class Play:
             os.kill(os.getpid(), argument)
         elif what == "raise":
             raise LookupError(argument)
-        elif what == "note":  # (a file with the worker's process id, seconds)
+        elif what == "note":  # (file for the worker's process id, seconds)
             name, seconds = argument
             (self.folder / name).write_text(str(os.getpid()))
             time.sleep(seconds)
-        elif what == "meet":  # every worker has come
+        elif what == "meet":  # wait until both workers are here
             (self.folder / f"{argument}.{os.getpid()}").touch()
             wait_for(lambda: len(list(self.folder.glob(f"{argument}.*"))) == 2)
         elif what == "place":
-            time.sleep(0.2)  # for another worker to come to its turn
+            time.sleep(0.2)  # so that another worker gets a job
             return TrialResult(
                 COMPLETE, reward=torch.get_num_threads(), reason=str(os.environ.get(argument))
             )
@@ -167,7 +167,7 @@ def test_leaving_a_run_ends_its_trials(pair):
         process_id = read_when_there(pickle.loads(pair._task).folder / "left")
         break
     wait_for(lambda: not is_alive(process_id))
-    # What was left does not come up again.
+    # The job that was left does not come back.
     assert [finished.index for finished, _ in pair.run([job(7)])] == [7]
 
 
@@ -193,7 +193,7 @@ def test_a_worker_that_takes_too_long_is_ended(tmp_path):
     cfg = get_defaults()
     cfg.MODEL.DEVICE, cfg.SEARCH.EXECUTOR, cfg.SEARCH.WORKERS = "cpu", "local", 2
     cfg.SEARCH.TRIAL_TIMEOUT = 2
-    # What all trials have in common is not of their time.
+    # The time limit does not include the opening of the task.
     with build_executor(cfg, Play(tmp_path, opening=2.5)) as executor:
         list(executor.run([job(i, "meet", "ready") for i in range(2)]))
         jobs = [job(0, "note", ("slow", 60.0)), *(job(i, "sleep", 0.2) for i in range(1, 4))]
@@ -207,7 +207,7 @@ def test_a_worker_that_takes_too_long_is_ended(tmp_path):
 def test_workers_that_only_die_are_an_error(monkeypatch):
     monkeypatch.setattr(pool, "MAX_DEATHS", 2)
     with LocalExecutor(Play(), workers=1) as executor:
-        # Not where one trial kills its worker each time.
+        # Deaths by one and the same trial are no error.
         for _ in range(2):
             [(_, outcome)] = executor.run([job(1, "exit", 9)])
             assert isinstance(outcome, WorkerLost)
@@ -228,7 +228,7 @@ from nasfcos.search.executors import LocalExecutor
 from tests.search.test_executors import Play, job
 
 if __name__ == "__main__":
-    # A shell that started the tests in the background has them ignore it.
+    # Tests started by a shell in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     with LocalExecutor(Play(folder), workers=1) as executor:
@@ -321,7 +321,7 @@ def test_ray_goes_on_without_a_machine_that_is_lost(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    # Two of Ray's nodes with stores, schedulers and workers of their own, as on two machines.
+    # Two Ray nodes, each with its own store, scheduler and workers, as on two machines.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = cluster.add_node(num_cpus=1)

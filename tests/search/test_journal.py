@@ -43,7 +43,7 @@ def proposals(batch, count=BATCH):
 
 
 def result_of(index):
-    """Some result of every kind, the same whenever it is asked for."""
+    """A result that depends on the index only; all kinds occur."""
     rng = random.Random(index)
     curve = ((10, -rng.random() - 1), (20, -rng.random()))
     if index % 4 == 3:
@@ -68,7 +68,7 @@ def open_journal(path):
 
 
 def go_on(journal, batches=2, on_finished=lambda index: None):
-    """A search whose trials take no time, from wherever its journal stands."""
+    """Continue a search whose trials take no time, from the state of its journal."""
     for batch in range(batches):
         journal.propose(batch, proposals(batch))
         finished = {record.index for record in journal.records()}
@@ -87,7 +87,7 @@ def run(path, batches=2, on_finished=lambda index: None):
 
 
 def comparable(records):
-    """Records without their times, and with a nan that equals another."""
+    """Records as text, without times; so a nan equals a nan."""
     return [repr(record)[: repr(record).rindex("finished=")] for record in records]
 
 
@@ -179,7 +179,7 @@ def test_settings_are_refused_before_the_search_goes_on(tmp_path, path):
                        r"now 8; SEED was \(nothing\) and is now 1\. .*OUTPUT_DIR"):  # fmt: skip
         check_settings(path, "head", {"SEARCH.BATCH": 8, "SEED": 1})
     assert path.read_bytes() == content
-    # Of a search that was killed as it made the file.
+    # The file of a search that was killed while creating it.
     (tmp_path / "new.db").write_bytes(b"")
     check_settings(tmp_path / "new.db", "head", {"SEARCH.BATCH": 8})
     assert not has_trials(tmp_path / "new.db", "head")
@@ -190,7 +190,7 @@ def test_a_worker_that_dies_costs_a_try(path):
     journal.propose(0, proposals(0))
     journal.start(1)
     assert journal.requeue(1, "killed by SIGSEGV")
-    # A search that is killed meanwhile forgets nothing, and is itself not counted.
+    # A kill of the search forgets no death, and does not count as one.
     journal.start(1)
     journal = open_journal(path)
     journal.propose(0, proposals(0))
@@ -245,7 +245,7 @@ def test_misuse_is_told(path):
 
 
 def test_a_kill_between_any_two_writes_loses_nothing(tmp_path, path, undisturbed, monkeypatch):
-    """Exhaustive: the file as it is before each write is what a kill there leaves."""
+    """Tests every moment: a kill leaves the file as it is before one of the writes."""
     snapshots = []
     finished = set()
 
@@ -267,7 +267,7 @@ def test_a_kill_between_any_two_writes_loses_nothing(tmp_path, path, undisturbed
             "set_trial_intermediate_value", "set_trial_state_values",
         ):  # fmt: skip
             patch.setattr(RDBStorage, name, recording(getattr(RDBStorage, name)))
-        journal = open_journal(path)  # the recovery of trial 0 is recorded, too,
+        journal = open_journal(path)  # takes snapshots of the recovery of trial 0, too,
         journal.start(1)
         journal.requeue(1, "killed by SIGKILL")  # and that of a worker's death
         go_on(journal, batches=1, on_finished=finished.add)
@@ -316,7 +316,7 @@ def test_sigkill_at_random_moments_loses_nothing(path, undisturbed):
         if told:
             assert set(told) - {"done"} <= {r.index for r in read_records(path, "head")}
         if told and told[-1] == "done":
-            # The rest of the kills go to a second search.
+            # The remaining kills are for another search.
             assert comparable(read_records(path, "head")) == undisturbed
             assert sorted(told[:-1]) == sorted(set(told[:-1])), "a trial was done twice"
             path.unlink()

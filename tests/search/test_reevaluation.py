@@ -20,15 +20,15 @@ OBJECTIVE = Objective("flops", target=2.0, weight=0.75)  # takes 0.75 off trial 
 
 
 class Table:
-    """An executor whose rewards are in a table: a list's one after the other, and None for a worker
-    that is lost. Where there is none, the search is killed."""
+    """An executor that looks rewards up in a table. A list holds those of successive attempts, None
+    is a lost worker, and a missing entry kills the search."""
 
     def __init__(self, rewards):
         self.rewards = {key: list(x) if isinstance(x, list) else [x] for key, x in rewards.items()}
         self.ran = []
 
     def run(self, jobs):
-        assert jobs  # an executor waits for a worker in any case
+        assert jobs  # an executor waits for a worker even if there are no jobs
         for job in jobs:
             self.ran.append((job.index, job.seed_offset))
             if (job.index, job.seed_offset) not in self.rewards:
@@ -64,13 +64,13 @@ def test_the_mean_of_the_trials_again_ranks(journal):
     found = reevaluate(
         journal, Table(AGAIN), OBJECTIVE, candidates, 2, lambda *done: told.append(done)
     )
-    # The first rewards do not count, what an architecture costs does.
+    # The first rewards do not count, but the penalty does.
     assert [(r.index, r.result.reward, r.objective) for r in found] == [
         (2, -2.0, -2.0), (0, -3.0, -3.0), (1, -2.5, -3.25),
     ]  # fmt: skip
     assert [r.result.params for r in found] == [2, 0, 1]
     assert told == [(done, 6) for done in range(7)]
-    # The trials themselves stay what they were.
+    # The records of the trials are unchanged.
     assert {r.index: r.result.reward for r in journal.records()} == FIRST
 
 
@@ -89,7 +89,7 @@ def test_what_was_tried_again_is_not_tried_once_more(journal, tmp_path):
 
 
 def test_failures(journal, caplog):
-    """One costs an architecture its place, as in the full trainings; a lost worker does not."""
+    """A failure excludes an architecture, as in full trainings; a lost worker is retried."""
     nan = math.nan
     rewards = {**AGAIN, (0, 1): [None, -3.5], (1, 2): [None, None], (2, 1): nan}
     executor = Table(rewards)

@@ -1,4 +1,4 @@
-"""Whole searches through the command line: to best.yaml, killed and resumed, with bad settings."""
+"""Whole searches, mostly by the command line: results, kill and resume, invalid settings."""
 
 import hashlib
 import itertools
@@ -68,7 +68,7 @@ SEARCH = {
 
 @pytest.fixture
 def search_file(config_file):
-    """The tiny job's config, inherited by that of a search."""
+    """The config of a search, which inherits from that of the tiny training."""
     path = config_file.with_name("search.yaml")
     path.write_text(
         yaml.safe_dump({"_BASE_": config_file.name, "TEST": {"NMS_IOU": 0.5}, "SEARCH": SEARCH})
@@ -95,7 +95,7 @@ def run(tool, config, *arguments, code=0):
 
 
 def trials(folder, stage):
-    """What a search found out in a stage, without what a clock says."""
+    """The finished trials of a stage, without durations and times."""
     return [
         (r.index, r.choices, r.result.status, r.result.reward, r.result.losses, r.duplicate_of)
         for r in read_records(folder / "search.db", stage)
@@ -109,7 +109,7 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
     assert [len(trials(out, stage)) for stage in ("fpn", "head")] == [6, 6]
     assert {t[2] for stage in ("fpn", "head") for t in trials(out, stage)} == {COMPLETE}
 
-    # best.yaml is an ordinary config: what it names is what was trained.
+    # best.yaml is an ordinary config, and names the architecture that was trained.
     cfg = load_config(out / "best.yaml")
     assert yaml.safe_load((out / "best.yaml").read_text())["_BASE_"] == "base/tiny.yaml"
     assert cfg.TEST.NMS_IOU == 0.5 and cfg.SOLVER.MAX_ITER == 6
@@ -121,7 +121,7 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
     trained = [row for row in ranking if row["AP"] is not None]
     assert len(trained) == 2 and trained[0]["AP"] >= trained[1]["AP"]
     assert [row["stage"] for row in ranking] == ["head", "head", "fpn"]
-    # The two best of each stage were tried again, and what came then counts.
+    # The two best of each stage were re-evaluated, and only the new rewards count.
     again = re.findall(r"(fpn|head) trial (\d+) again: reward (\S+) \(\d/2 done\)", whole)
     for stage in ("fpn", "head"):
         rewards = sorted((float(reward) for s, _, reward in again if s == stage), reverse=True)
@@ -130,7 +130,7 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
         assert [ranks[rank] for rank in sorted(ranks)] == pytest.approx(
             rewards[: len(ranks)], abs=1e-4
         )
-    # Both heads stand on the best FPN.
+    # Both heads are on top of the best FPN.
     assert ranking[0]["genotype"][:4] == ranking[2]["genotype"]
 
     tested = run("test_net.py", out / "best.yaml", "MODEL.WEIGHT", out / "best.pth")
@@ -141,22 +141,22 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
 
     page = (out / "report" / "report.html").read_text()
     assert "<img" in page
-    # By chance, an image's letters may spell it.
+    # The base64 text of an image may contain these letters by chance.
     assert "http" not in re.sub(r"base64,[\w+/=]+|http://www\.w3\.org\S*", "", page)
     status = run("search_net.py", search_file, "--status")
     assert "finished" in status and "fpn: 6 of 6 trials" in status
 
     check_trials_again(search_file)
 
-    # Nothing of a finished search is done again, and nothing is overwritten unasked.
+    # Resuming a finished search repeats nothing; without --resume nothing is overwritten.
     before = {stage: trials(out, stage) for stage in ("fpn", "head")}
     assert "another folder" in run("search_net.py", search_file, code=2)
     again = run("search_net.py", search_file, "--resume")
     assert "training from iteration" not in again and "/h, " not in again
     assert {stage: trials(out, stage) for stage in ("fpn", "head")} == before
 
-    # More trials, and another schedule: what is trained in full is found by what it is, not by its
-    # rank, and trained anew under the new schedule.
+    # With more trials and another schedule, full trainings are identified by the architecture, not
+    # by its rank, and are repeated with the new schedule.
     more = run(
         "search_net.py", search_file, "--resume", "SEARCH.TRIALS.HEAD", 9, "SEARCH.SELECT.HEAD", 3,
         "SEARCH.SELECT.OVERRIDES", "['SOLVER.MAX_ITER', 7]",
@@ -174,13 +174,13 @@ def test_from_the_data_to_a_detector_that_trains(search_file, tmp_path, caplog, 
 
 
 def go_on(config, *overrides, resume=True):
-    """As the tool does, but in this process."""
+    """Run the search as the tool does, but in this process."""
     cfg = load_config(config, overrides)
     return search(cfg, torch.device("cpu"), config, overrides, resume)
 
 
 def refused_changes(search_file, tmp_path):
-    """A search with other settings is another search; nothing is changed before that is said."""
+    """Settings that make it another search are refused before any file is changed."""
     out = tmp_path / "out"
     same = ("SEARCH.TRIALS.HEAD", 9, "SEARCH.SELECT.HEAD", 3)
     data = tmp_path / "other"
@@ -210,7 +210,7 @@ def refused_changes(search_file, tmp_path):
 
 
 def contents(folder):
-    """What is in the files, but for the logs of the tools and the lock."""
+    """Hashes of all files except for the tools' logs and the lock."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -220,7 +220,7 @@ def contents(folder):
 
 
 def moved_and_tidied(search_file, tmp_path, caplog):
-    """A search goes on wherever its folder lies, and without the checkpoints of its trainings."""
+    """A search can be resumed in another place, and without the checkpoints of its trainings."""
     out, moved = tmp_path / "out", tmp_path / "else/where"
     moved.parent.mkdir()
     out.rename(moved)
@@ -243,7 +243,7 @@ def moved_and_tidied(search_file, tmp_path, caplog):
     assert all(torch.equal(found["model"][name], x) for name, x in weights["model"].items())
     assert load_config(moved / "best.yaml").MODEL.GENOTYPE == best.MODEL.GENOTYPE
 
-    # What is gone altogether is trained again.
+    # If best.pth is gone, too, the architecture is trained again.
     (moved / "best.pth").write_bytes(b"")
     caplog.clear()
     go_on(*again)
@@ -254,7 +254,7 @@ def moved_and_tidied(search_file, tmp_path, caplog):
 
 
 def check_trials_again(config_file):
-    """What tools/check_proxy.py --again finds of a finished search, and that it changes nothing."""
+    """tools/check_proxy.py --again re-evaluates trials of a finished search and changes nothing."""
     cfg, device = load_config(config_file), torch.device("cpu")
     folder = Path(cfg.OUTPUT_DIR)
 
@@ -270,7 +270,7 @@ def check_trials_again(config_file):
         for record in records[:2]:
             again = task.run(TrialJob(record.index, record.genotype))
             assert again.reward == record.result.reward
-        # From another seed they come out otherwise.
+        # With another seed the rewards differ.
         tau = check_repeatability(cfg, device, folder, stage, 2)
         found = json.loads((folder / f"agreement/{stage}_again.json").read_text())
         assert found["tau"] == tau and len(found["rows"]) == 2
@@ -288,7 +288,7 @@ def check_trials_again(config_file):
 
 
 def test_the_configs_below_travel_with_the_best(tmp_path):
-    """Relative, from another folder of the same name, through a link, absolute, or as a list."""
+    """Bases that are relative, in a folder of the same name, behind a link, absolute, or a list."""
     configs = tmp_path / "configs"
     files = {
         "base/part.yaml": "SOLVER: {MAX_ITER: 11}",
@@ -311,7 +311,7 @@ def test_the_configs_below_travel_with_the_best(tmp_path):
 
 
 def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, caplog, one_thread):
-    """It is tried first, and trained in full beside what was found, though that has other cells."""
+    """It is tried first, and is trained in full, though the search found other cells."""
     caplog.set_level("INFO")
     cells = [[0, 1, 0, 0, 0], [1, 2, 0, 0, 0], [2, 3, 0, 0, 0], [3, 3, 0, 0, 0]]
     given = [*([cell] for cell in cells), [1], [1, 2]]
@@ -355,8 +355,8 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     settings = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3)
     settings += ("SEARCH.SELECT.FPN", 2, "SEARCH.SELECT.SEEDS")
     train_in_full, trained, names = select.train_in_full, [], []
-    # Of the architectures, in the order of their training, with each seed: the first is the better
-    # one with two seeds, the second with three, and the only one with four.
+    # APs of two architectures, in the order of their training, by seed. The first one is better
+    # with two seeds, the second one with three; with four, the second one diverges.
     APs = [[0.2, 0.6, 0.1, 0.5], [0.1, 0.5, 0.5, math.nan]]
 
     def judged(cfg, device):
@@ -378,7 +378,7 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
         f"select/fpn/{name}_seed_1" for name in (one, other)
     ]
     assert ranking[0]["APs"] == [0.2, 0.6] and ranking[0]["AP"] == pytest.approx(0.4)
-    # The best weights come with the seed that they come from.
+    # best.yaml names the seed with which the best weights were trained.
     best = load_config(out / "best.yaml")
     assert best.SEED == 1 and best.MODEL.GENOTYPE == ranking[0]["genotype"]
     weights = [
@@ -396,7 +396,7 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     assert [row["folder"] for row in ranking] == [
         f"select/fpn/{name}_seed_1" for name in (other, one)
     ]
-    go_on(*settings, 4)  # one that does not always come to its end is out of the ranking
+    go_on(*settings, 4)  # an architecture with a training that diverges is out of the ranking
     ranking = json.loads((out / "ranking.json").read_text())
     assert [row["AP"] for row in ranking] == [pytest.approx(0.35), None]
     assert ranking[0]["folder"] == f"select/fpn/{one}_seed_1" and ranking[1]["folder"] == ""
@@ -407,7 +407,7 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
 ):
     train_in_full = select.train_in_full
 
-    steps = iter([0.1, 0.2] + 9 * [0.0])  # the second FPN is the best of all, later the first
+    steps = iter([0.1, 0.2] + 9 * [0.0])  # the second FPN is best at first, the first one later
 
     def judged(cfg, device):
         is_head = "select/head" in cfg.OUTPUT_DIR
@@ -428,10 +428,10 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
     assert head.stat().st_mtime_ns > before
     after = json.loads((tmp_path / "out/ranking.json").read_text())
     assert [row["stage"] for row in ranking] == ["fpn", "fpn", "head"]
-    # What an FPN came to with the old schedule says nothing beside the head's new figure.
+    # The AP of an FPN with the old schedule cannot be compared with the head's new one.
     assert [(row["stage"], row["AP"]) for row in after] == [("head", 0.4)] + 2 * [("fpn", None)]
     assert load_config(tmp_path / "out/best.yaml").MODEL.HEAD.TOWER == "searched"
-    # Nor does what is done about FPNs by themselves move the one below the head.
+    # A run of the FPN stage alone does not change the FPN below the head either.
     go_on(*settings, "SEARCH.STAGES", ["fpn"])
     again = json.loads((tmp_path / "out/ranking.json").read_text())
     assert again[0]["genotype"] != ranking[0]["genotype"]
@@ -443,7 +443,7 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
 @pytest.mark.slow
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
     run_trial = ProxyTask.run
-    # The later the better, whatever the machine's arithmetic makes of the rewards.
+    # Rewards that rise with the index, independently of the machine's arithmetic.
     monkeypatch.setattr(
         ProxyTask, "run", lambda task, job: replace(run_trial(task, job), reward=job.index - 99.0)
     )
@@ -454,7 +454,7 @@ def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_
     records = read_records(tmp_path / "out/search.db", "fpn")
     assert len(records) == 12
     assert max(r.objective for r in records) > max(r.objective for r in records[:3])
-    # The curves of both runs are one, though the first one's end of writing does not show.
+    # TensorBoard shows the trials of both runs as one curve.
     board = EventAccumulator(str(tmp_path / "out/tensorboard/fpn")).Reload()
     for curve in ("reward", "best"):
         assert [event.step for event in board.Scalars(f"fpn/{curve}")] == list(range(12))
@@ -468,7 +468,7 @@ def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_
 
 
 def test_what_happens_while_the_best_are_trained(search_file, tmp_path, monkeypatch, one_thread):
-    """The ranking grows with each training, and the config files may be changed or go."""
+    """The ranking grows with each training, and the config files may be changed or deleted."""
     out, tiny = tmp_path / "out", search_file.with_name("tiny.yaml")
     settings = ("SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3, "SEARCH.SELECT.FPN", 2)
     asked, base, text = load_config(search_file), tiny.read_text(), search_file.read_text()
@@ -488,7 +488,7 @@ def test_what_happens_while_the_best_are_trained(search_file, tmp_path, monkeypa
     best = load_config(out / "best.yaml")
     assert best.SOLVER.BASE_LR == asked.SOLVER.BASE_LR and best.DATASETS == asked.DATASETS
 
-    # The trials of the FPN do not depend on what the head stage would be.
+    # The FPN's trials do not depend on the settings of the head stage.
     tiny.write_text(base)
     search_file.write_text(text)
     go_on(search_file, *settings, "SEARCH.SPACE.HEAD_LAYERS", 3, "SEARCH.PROXY.NECK_ITERATIONS", 9)
@@ -522,7 +522,7 @@ def test_the_report_tells_of_a_bad_end(search_file, tmp_path, one_thread):
 def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path):
     started = time.monotonic()
     run("search_net.py", search_file, "OUTPUT_DIR", tmp_path / "whole")
-    # The first seconds go by with imports.
+    # The first seconds are spent on imports.
     whole = max(1, time.monotonic() - started - 4)
     seconds = float(os.environ.get("NASFCOS_KILL_WITHIN", whole))
     rng = random.Random(int(os.environ.get("NASFCOS_KILL_SEED", 0)))
@@ -536,7 +536,7 @@ def test_a_search_killed_anywhere_ends_as_one_undisturbed(search_file, tmp_path)
             process.communicate()
             if kills:
                 break
-            shutil.rmtree(tmp_path / "cut")  # it was too fast: once more
+            shutil.rmtree(tmp_path / "cut")  # it ended before the kill: try again
             continue
         before = {stage: finished(tmp_path / "cut", stage) for stage in ("fpn", "head")}
         os.killpg(process.pid, signal.SIGKILL)

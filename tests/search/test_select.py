@@ -65,14 +65,14 @@ def test_a_full_training_is_for_the_annotations_that_it_had(
     assert json.loads(summary.read_text())[TEST] != tested[TEST]
     assert not list((tmp_path / "run").glob("earlier_*"))
     change("TRAIN")
-    with monkeypatch.context() as patch:  # what is cut off at its start is not forgotten
+    with monkeypatch.context() as patch:  # a training interrupted at its start is remembered
         patch.setattr(full_training, "train", lambda *args, **to: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_in_full(cfg, CPU)
     train_in_full(cfg, CPU)
     assert final.stat().st_mtime_ns != trained
     assert (tmp_path / "run" / "earlier_1" / "model_final.pth").stat().st_mtime_ns == trained
-    # A summary of a time without hashes is taken as it is.
+    # A summary without hashes is accepted.
     summary.write_text('{"AP": 0.25, "AP50": 0.5}')
     assert train_in_full(cfg, CPU) == {"AP": 0.25, "AP50": 0.5}
 

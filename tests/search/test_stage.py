@@ -1,4 +1,4 @@
-"""The loop of a stage: killed and resumed, repeated graphs, failures, objectives, thresholds."""
+"""The loop of a stage: kill and resume, duplicates, failures, objectives, thresholds."""
 
 import csv
 import math
@@ -46,7 +46,7 @@ def succeed(process, timeout=120):
 
 
 def rows(folder):
-    """The exported trials, without what a clock says."""
+    """The exported trials, without durations and times."""
     with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     for row in found:
@@ -70,7 +70,7 @@ def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, t
         log = tmp_path / "runs.txt"
         before = log.read_text().count("\n") if log.exists() else 0
         deadline = time.monotonic() + 60
-        # Somewhere in the next few trials; the start of Python is no moment of the search.
+        # Within the next few trials, not during the start of Python.
         target = before + rng.randint(1, 5)
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.read_text().count("\n") >= target:
@@ -88,7 +88,7 @@ def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, t
     assert rows(tmp_path) == undisturbed
     own = sum(row["reused"] == "" for row in undisturbed)
     runs = Counter(line.split()[0] for line in (tmp_path / "runs.txt").read_text().splitlines())
-    # Only the trial that a kill cut off is run again.
+    # Only trials that a kill interrupted are run again.
     assert len(runs) == own and sum(runs.values()) <= own + kills
 
 
@@ -104,7 +104,7 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path):
                 ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
                 capture_output=True, text=True, check=False,
             ).stdout.split()  # fmt: skip
-            # Of those that have begun to work: dying at the start again and again is another thing.
+            # Only workers that have run a trial; repeated deaths at the start are an error.
             at_work = sorted(set(found) & set(runs.read_text().split()[1::2]))
             if at_work:
                 os.kill(int(rng.choice(at_work)), signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_equal_seeds_propose_equal_architectures_and_others_do_not(undisturbed, 
 
 
 class Recorded(RandomSearch):
-    """Proposes what it is told, and keeps what it is taught."""
+    """Makes given proposals, and records what it learns."""
 
     def __init__(self, proposals):
         self.proposals = list(proposals)
@@ -141,7 +141,7 @@ class Recorded(RandomSearch):
 
 
 class Scripted:
-    """A task whose results are given by index."""
+    """A task with given results by trial index."""
 
     def __init__(self, results):
         self.results = results
@@ -176,7 +176,7 @@ def done(reward, **kwargs):
 
 
 def test_a_graph_written_twice_is_tried_once(tmp_path):
-    # A skip moved along the layers: the same graph, in the same batch and in a later one.
+    # The same graph with the skip in another layer, in the same batch and in a later one.
     same = [(1, 0, 1, 2), (1, 0, 2, 1), (1, 0, 1, 2), (0, 0, 0, 0)]
     task = Scripted({0: done(-2.0), 3: done(-1.0)})
     journal, strategy = run(tmp_path, same, task)
@@ -253,7 +253,7 @@ def test_thresholds_are_the_quantiles_of_those_that_reached_a_rung():
 
 
 def test_pruning_learns_from_trials_of_their_own_in_finished_batches(tmp_path):
-    # The third batch is judged by the two before it, in which one trial is another's result.
+    # The third batch is judged by the two before it, of which one trial is a duplicate.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 0, 0), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2)]
     results = {i: done(-float(i), curve=((10, -10.0 * i),)) for i in range(6)}
     task = Scripted(results)
@@ -263,7 +263,7 @@ def test_pruning_learns_from_trials_of_their_own_in_finished_batches(tmp_path):
 
 
 def test_pruning_judges_by_the_objective(tmp_path):
-    # The second has the better rewards, and costs too much.
+    # The second trial has better rewards, but costs too much.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0)]
     results = {0: done(-1.0, flops=2.0, curve=((10, -3.0),)),
                1: done(-0.5, flops=6.0, curve=((10, -2.0),)), 2: done(-1.0, flops=2.0)}  # fmt: skip
@@ -275,7 +275,7 @@ def test_pruning_judges_by_the_objective(tmp_path):
 
 
 def test_a_stopped_trial_teaches_what_it_would_have_reached(tmp_path):
-    # The others gained 2, 4 and, in a later batch, 100 from the rung on.
+    # From the rung on, the others gained 2, 4 and, in a later batch, 100.
     proposals = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 2, 0, 0), (0, 2, 2, 0), (0, 0, 2, 2), (0, 0, 2, 0)]
     stopped = TrialResult(PRUNED, -9.0, {"loss": 9.0}, ((10, -9.0),), flops=4.0)
     results = {0: done(-1.0, flops=2.0, curve=((10, -3.0),)),
@@ -291,7 +291,7 @@ def test_a_stopped_trial_teaches_what_it_would_have_reached(tmp_path):
     assert journal.records()[2].objective == -9.5
 
     resumed = Recorded(proposals)
-    with InlineExecutor(Scripted({})) as runner:  # the journal has all of them by now
+    with InlineExecutor(Scripted({})) as runner:  # the journal holds all results
         StageRunner(journal, resumed, runner, objective, Pruning()).run(6, 2)
     assert str(resumed.lessons) == str(strategy.lessons)  # one of them is nan
 
@@ -300,6 +300,6 @@ def test_what_early_stopping_would_have_done():
     rewards = [-1.0, -2.0, -3.0, -4.0]
     curves = [{10: -1.0}, {10: -3.0}, {10: -2.0}, {10: -4.0}]
     outcome = replay_pruning(rewards, curves, Pruning((10,), 0.5, startup=2), 40, batch=2)
-    # The thresholds of the second batch are -2: its first trial stands just on it.
-    # Of the six pairs one is the other way round.
+    # The threshold of the second batch is -2, which its first trial just reaches.
+    # One of the six pairs is in the opposite order.
     assert outcome == EarlyStopping(30 / 160, 1, 1.0, 0.0, {10: pytest.approx(4 / 6)})

@@ -41,7 +41,7 @@ def test_replaying_its_lessons_gives_the_same_strategy(make, space):
     strategy, journal = make(space, 3), []
     for _ in range(5):
         batch = strategy.propose(6)
-        assert strategy.propose(6) == batch  # until something is learnt
+        assert strategy.propose(6) == batch  # until the next learn
         rewards = [reward(choices) for choices in batch]
         journal.append((batch, rewards, strategy.learn(batch, rewards)))
     random.seed(99)
@@ -165,7 +165,7 @@ def test_ppo_and_evolution_find_the_best_before_random_does():
         return statistics.median(first_hits(HEAD, table, build, range(12), 0.01, 10, 313))
 
     by_chance = median(lambda seed: RandomSearch(HEAD, seed))
-    assert 40 < by_chance < 120  # of 313 with three to find
+    assert 40 < by_chance < 120  # of 313 graphs, three of which are to be found
     by_chance = min(by_chance, statistics.median(uniform_hits(313, 3, 100)))
     assert median(lambda seed: evolution(HEAD, seed)) < by_chance
     assert median(lambda seed: ppo(HEAD, seed)) < by_chance
