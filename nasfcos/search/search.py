@@ -295,9 +295,8 @@ class _Search:
 
     def _train_in_full(self, candidates: Sequence[Candidate]) -> None:
         """Train candidates in full, and add them to the ranking."""
-        before = self.ranking
-        training = FullTraining(self.cfg, self.device, self.folder)
-        training.train(candidates, lambda rows: self._update_ranking(before + rows))
+        for row in FullTraining(self.cfg, self.device, self.folder).train(candidates):
+            self._update_ranking([*self.ranking, row])
 
     def _update_ranking(self, rows: Sequence[Selected]) -> None:
         self.ranking = sorted(rows, key=by_merit)

@@ -1,10 +1,10 @@
-"""The selection of a stage: its best architectures are trained in full, and compared by AP."""
+"""The selection of a stage: its best architectures are chosen and trained in full."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -16,7 +16,7 @@ from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..genotype import Genotype
 from .full_training import METRICS, full_config, train_in_full
-from .ranking import Selected, by_merit
+from .ranking import Selected
 from .records import COMPLETE, TrialRecord, TrialResult
 from .space import graph_key
 from .status import write_progress
@@ -101,7 +101,7 @@ def _untried(stage: str, given: Genotype, records: Sequence[TrialRecord]) -> Can
 
 
 class FullTraining:
-    """Trains candidates in full, with SEARCH.SELECT.SEEDS seeds each, and compares them.
+    """Trains candidates in full, with SEARCH.SELECT.SEEDS seeds each.
 
     Args:
         cfg: config of the search, with the whole training data.
@@ -115,24 +115,16 @@ class FullTraining:
         self.folder = folder
         self.seeds = cfg.SEARCH.SELECT.SEEDS
 
-    def train(
-        self,
-        candidates: Sequence[Candidate],
-        on_progress: Callable[[list[Selected]], None] = lambda rows: None,
-    ) -> list[Selected]:
-        """Train candidates of one stage.
+    def train(self, candidates: Sequence[Candidate]) -> Iterator[Selected]:
+        """Train candidates of one stage, at least one, one after the other.
 
-        Args:
-            candidates: at least one.
-            on_progress: called after each candidate, with the rows of those so far.
-
-        Returns:
-            Their rows, best first; last those of which a training diverged, without AP.
+        Yields:
+            The row of each after its trainings; without AP if one of them diverged.
 
         Raises:
             NonFiniteLossError: a training of every candidate diverged.
         """
-        rows: list[Selected] = []
+        diverged = 0
         for number, candidate in enumerate(candidates):
             row = candidate.row
             logger.info(
@@ -140,15 +132,14 @@ class FullTraining:
                 number + 1, len(candidates), row.stage, candidate.name, row.reward,
                 Genotype.parse(row.genotype).describe(),
             )  # fmt: skip
-            rows.append(self._train_seeds(candidate, number, len(candidates)))
-            on_progress(sorted(rows, key=by_merit))
-        if all(row.AP is None for row in rows):
+            row = self._train_seeds(candidate, number, len(candidates))
+            diverged += row.AP is None
+            yield row
+        if diverged == len(candidates):
             raise NonFiniteLossError(
-                f"none of the {len(rows)} full trainings of the {rows[0].stage} stage came to its "
-                "end; see the log, change the solver by SEARCH.SELECT.OVERRIDES, and go on with "
-                "--resume"
+                f"none of the {diverged} full trainings of the {row.stage} stage came to its end; "
+                "see the log, change the solver by SEARCH.SELECT.OVERRIDES, and go on with --resume"
             )
-        return sorted(rows, key=by_merit)
 
     def _train_seeds(self, candidate: Candidate, number: int, total: int) -> Selected:
         """The row of a candidate with the results of its trainings; without, if one diverged."""
