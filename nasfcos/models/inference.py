@@ -57,7 +57,9 @@ def optimize_for_inference(
     """
     device = next(model.parameters()).device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"detectors run in float32, bfloat16 or float16, not {dtype}")
+        raise ValueError(
+            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}"
+        )
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("float16 needs a GPU; take bfloat16 or float32 on the CPU")
     # First everything in float32: norms are folded in it, and some parts stay in it.
