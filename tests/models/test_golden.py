@@ -197,6 +197,7 @@ def test_trajectory():
     check_as_recorded(model, names, losses_of, (1e-4, 1e-4, 1e-2))
 
 
+@pytest.mark.slow
 def test_trajectory_of_plain_operators(monkeypatch):
     """All six steps, if each operation rounds as it did in the recording."""
     if not rounds_as_recorded():

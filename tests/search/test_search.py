@@ -67,6 +67,12 @@ SEARCH = {
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """For searches in this process whose pictures nobody looks at: drawing takes a third."""
+    monkeypatch.setattr("nasfcos.search.search.write_report", lambda *arguments: None)
+
+
+@pytest.fixture
 def search_file(config_file):
     """The config of a search, which inherits from that of the tiny training."""
     path = config_file.with_name("search.yaml")
@@ -350,6 +356,7 @@ def test_a_search_from_the_given_decoder(search_file, tmp_path, monkeypatch, cap
         assert "Head stage, given" in (out / "report/report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, one_thread):
     out = tmp_path / "out"
     settings = (search_file, "SEARCH.STAGES", "('fpn',)", "SEARCH.TRIALS.FPN", 3)
@@ -402,6 +409,7 @@ def test_several_seeds_choose_by_their_mean(search_file, tmp_path, monkeypatch, 
     assert ranking[0]["folder"] == f"select/fpn/{one}_seed_1" and ranking[1]["folder"] == ""
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_fpn_below_the_head_is_not_chosen_anew(
     search_file, tmp_path, monkeypatch, one_thread
 ):
@@ -441,6 +449,7 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_thread):
     run_trial = ProxyTask.run
     # Rewards that rise with the index, independently of the machine's arithmetic.
@@ -467,6 +476,7 @@ def test_only_the_planned_trials_choose(search_file, tmp_path, monkeypatch, one_
     assert "fpn: 3 of 3 trials" in search_status(load_config(search_file))
 
 
+@pytest.mark.usefixtures("no_report")
 def test_what_happens_while_the_best_are_trained(search_file, tmp_path, monkeypatch, one_thread):
     """The ranking grows with each training, and the config files may be changed or deleted."""
     out, tiny = tmp_path / "out", search_file.with_name("tiny.yaml")
@@ -496,6 +506,7 @@ def test_what_happens_while_the_best_are_trained(search_file, tmp_path, monkeypa
         go_on(search_file, *settings, "SEARCH.PROXY.FPN_CHANNELS", 16)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_other_weights_are_refused_before_they_are_cached(search_file, tmp_path, one_thread):
     weights, out = tmp_path / "weights.pth", tmp_path / "out"
     given = (search_file, "SEARCH.PREPARE.WEIGHT", str(weights), "SEARCH.STAGES", "('fpn',)",

@@ -64,7 +64,7 @@ def undisturbed(tmp_path_factory):
 def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, tmp_path):
     rng = random.Random(0)
     kills = 0
-    wanted = int(os.environ.get("NASFCOS_KILLS", 4))
+    wanted = int(os.environ.get("NASFCOS_KILLS", 2))
     while kills < wanted:
         process = start(tmp_path)
         log = tmp_path / "runs.txt"
@@ -95,7 +95,7 @@ def test_a_stage_killed_at_random_moments_ends_as_one_undisturbed(undisturbed, t
 def test_killed_workers_change_nothing(undisturbed, tmp_path):
     process = start(tmp_path, "local")
     rng = random.Random(1)
-    killed, wanted = 0, int(os.environ.get("NASFCOS_KILLS", 3))
+    killed, wanted = 0, int(os.environ.get("NASFCOS_KILLS", 2))
     apart = table_search.TRIALS // (2 * wanted)
     while process.poll() is None and killed < wanted:
         runs = tmp_path / "runs.txt"
