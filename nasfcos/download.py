@@ -73,7 +73,9 @@ def local_path(source: str) -> Path | None:
     if scheme in ("http", "https", "catalog", "torchvision"):
         return None
     if scheme == "file":
-        return Path(url2pathname(urlparse(source).path))
+        url = urlparse(source)
+        folder = "" if url.netloc == "localhost" else url.netloc  # of a relative path
+        return Path(url2pathname(folder + url.path)).expanduser()
     return Path(source).expanduser()
 
 

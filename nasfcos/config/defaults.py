@@ -197,13 +197,13 @@ _C.TEST.IMS_PER_BATCH = 8
 _C.TEST.DTYPE = "float32"
 # Iterations between evaluations while training; 0: only at the end.
 _C.TEST.EVAL_PERIOD = 0
-# Predictions with a lower class probability are dropped before NMS.
+# Predictions with this class probability or a lower one are dropped before NMS.
 _C.TEST.SCORE_THRESHOLD = 0.05
 # Number of predictions per level and image, best first, that are passed to NMS.
 _C.TEST.PRE_NMS_TOP_N = 1000
-# IoU above which NMS drops the lower-scoring of two boxes of the same class.
+# IoU from which on NMS drops the lower-scoring of two boxes of the same class.
 _C.TEST.NMS_IOU = 0.6
-# Largest number of detections per image.
+# Largest number of detections per image, apart from ties with the last one.
 _C.TEST.DETECTIONS_PER_IMAGE = 100
 
 # ------------------------------------------------------------------------------------------ search
@@ -306,8 +306,8 @@ _C.SEARCH.OBJECTIVE.WEIGHT = 0.0
 _C.SEARCH.PRUNING = CN()
 # Iterations (rungs) at which a trial may be stopped. Empty: every trial is trained to the end.
 _C.SEARCH.PRUNING.RUNGS = ()
-# Share of the trials that continue at each rung, and number of finished trials before any is
-# stopped.
+# Share of the trials that continue at each rung, and number of trials that must have reached the
+# rung, in earlier batches, before any is stopped there.
 _C.SEARCH.PRUNING.KEEP = 0.5
 _C.SEARCH.PRUNING.STARTUP = 20
 

@@ -30,7 +30,7 @@ class Preprocess(nn.Module):
     width of the batch, rounded up to a multiple of `size_divisibility`.
 
     The mean and deviation (RGB, in 0..255) are buffers because they belong to the weights:
-    `nasfcos.models.weights` sets those of the backbone that it loads.
+    `nasfcos.models.weights` sets those of the weights that it loads.
 
     Args:
         size_divisibility: the batch's height and width are multiples of it, in pixels.

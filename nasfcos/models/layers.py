@@ -30,7 +30,8 @@ Norm = Callable[[int], nn.Module]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or fewer where a group would have fewer than two channels."""
+    """GroupNorm with 32 groups; for other widths than multiples of 64, with as many as divide both
+    32 and half of the channels."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 2)), channels)
 
 

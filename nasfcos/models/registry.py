@@ -9,8 +9,9 @@ A builder takes the config tree and what the part depends on, and returns a modu
   with MODEL.NECK.CHANNELS channels. It has ``deepest_input``, the index of the deepest map that it
   uses.
 - ``HEADS``: ``build(cfg, num_classes, post_process)``. The module is a
-  `nasfcos.models.heads.dense.DenseHead`. In a search MODEL.HEAD.TOWER says whether its towers
-  should be those of the genotype.
+  `nasfcos.models.heads.dense.DenseHead`, whose abstract methods it defines (or a subclass of
+  `FCOSHead` or `RetinaNetHead`, which define them). In a search MODEL.HEAD.TOWER says whether
+  its towers should be those of the genotype.
 
 For inference, a detector's parameters and maps have the dtype TEST.DTYPE; buffers stay float32. A
 part must return maps in the dtype of its input.

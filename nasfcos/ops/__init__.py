@@ -2,7 +2,8 @@
 
 Each operator is ``torch.ops.nasfcos.<name>``; ``torch.compile``, ``torch.export`` and autocast work
 through it. Where no compiled kernel exists (no compiler at installation, or a device for which
-``csrc/`` has none), a reference implementation in PyTorch takes its place, see :mod:`.library`.
+``csrc/`` has none), a reference implementation in PyTorch takes its place, see :mod:`.library`; for
+gradients, call the functions of this package then, not the operators.
 """
 
 from .aggregation import fused_concat, rectified_pairs, weighted_sum

@@ -147,7 +147,11 @@ def operators_for(maps: Tensor) -> ModuleType:
     """The module whose operators run, and have a gradient, on the device of `maps`:
     ``torch.ops.nasfcos`` or the reference implementations. For operators that ``csrc/`` has only
     for the CPU."""
-    return torch.ops.nasfcos if runs_on_cpu_kernels(maps) else reference
+    if runs_on_cpu_kernels(maps):
+        return torch.ops.nasfcos
+    if maps.device.type == "cpu" and not torch.compiler.is_compiling():
+        _warn_slow("cpu")
+    return reference
 
 
 def deform_output_size(

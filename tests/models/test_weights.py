@@ -510,6 +510,8 @@ def test_a_file_url_is_a_path(tmp_path):
     path.write_bytes(b"")
     assert download.resolve_source(path.as_uri()) == path
     assert download.resolve_source(path.as_uri().replace("///", "//localhost/")) == path
+    assert download.resolve_source("file://weights/one.pth") == Path("weights/one.pth")
+    assert download.resolve_source("file://~/one.pth") == Path.home() / "one.pth"
 
 
 def test_what_only_begins_like_a_url():

@@ -29,6 +29,12 @@ DEFINITE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """A GPU would multiply in TF32, which is too coarse for comparisons."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def typical(name, format=torch.channels_last, dtype=torch.float64):
     """An operator, its tensors and settings."""
     operator = OPERATORS[name]
