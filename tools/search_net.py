@@ -5,7 +5,7 @@
 
 Fine-tunes the backbone, searches the FPN and then the head (SEARCH.STAGES), and trains the best
 architectures in full. Writes to OUTPUT_DIR: best.yaml and best.pth (config and weights of the best
-detector), ranking.json (all architectures trained in full), report/report.html, search.db (all
+detector), ranking.json (all selected architectures), report/report.html, search.db (all
 trials), trials_<stage>.csv (a table of them), and folders with what the stages hand on.
 """
 

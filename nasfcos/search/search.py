@@ -174,13 +174,15 @@ class _Search:
         check_training(prepared, self.device, prepared.TEST.EVAL_PERIOD > 0)
         _check_seed(self.cfg, "")
         _check_seed(prepared, "SEARCH.PREPARE.OVERRIDES: ")
+        trainings = []
         for stage in self.cfg.SEARCH.STAGES:
             example = [[[0, 1, 0, 0, 0]]] * 3 + ([[0], [0]] if stage == "head" else [])
             starting_choices(self.cfg, build_space(self.cfg, stage, Genotype.parse(example).cells))
-            full = full_config(self.cfg, stage, example, self.folder)
-            _check_seed(full, "SEARCH.SELECT.OVERRIDES: ")
-            # Once the search has begun, the weight file is not needed any more.
-            check_full_training(full, self.device, weights=not self.journal.exists())
+            trainings.append(full_config(self.cfg, stage, example, self.folder))
+            _check_seed(trainings[-1], "SEARCH.SELECT.OVERRIDES: ")
+        # This reads the data, so it is done for one stage: they differ in the decoder only. Once
+        # the search has begun, the weight file is not needed any more.
+        check_full_training(trainings[-1], self.device, weights=not self.journal.exists())
 
     def _check_changes(self, split: Split, cells: tuple[Cell, ...] | None) -> None:
         """Refuse settings for which finished trials would not count, before anything is changed."""

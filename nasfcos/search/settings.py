@@ -42,6 +42,9 @@ def fixed_settings(cfg: CfgNode, stage: str) -> dict[str, Any]:
     names += ["SEARCH.FROM_GENOTYPE", *(["MODEL.GENOTYPE"] if cfg.SEARCH.FROM_GENOTYPE else [])]
     fixed = {name: get_setting(cfg, name) for name in names}
     fixed["SEARCH.PREPARE.WEIGHT"] = "a file" if cfg.SEARCH.PREPARE.WEIGHT else "none"
+    if stage == "fpn":
+        # How trials draw first weights, by its version: with another, rewards would not compare.
+        fixed["first weights of the plain head (by the version of nasfcos)"] = "as in all trials"
     if stage == "head" and "fpn" in cfg.SEARCH.STAGES:
         chose = ["SEARCH.TRIALS.FPN", "SEARCH.SELECT.FPN"]
         chose += ["SEARCH.SELECT.RETRIALS"]

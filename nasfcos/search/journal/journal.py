@@ -94,7 +94,7 @@ class Journal:
             {**settings, "decisions": [[d.name, list(d.choices)] for d in space.decisions]},
             attributes.get(SETTINGS),
         )
-        self._figures = batch_stats(attributes)
+        self._stats = batch_stats(attributes)
         self._reevaluations = reevaluation_rewards(attributes)
         self._trials: dict[int, _Trial] = {}
         self._batch_sizes: dict[int, int] = {}
@@ -116,7 +116,7 @@ class Journal:
 
     def batch_stats(self) -> list[dict[str, float]]:
         """What `note_batch` stored, for each batch."""
-        return list(self._figures)
+        return list(self._stats)
 
     def reevaluations(self) -> dict[tuple[int, int], float]:
         """The rewards that `note_reevaluation` stored, by trial index and seed offset."""
@@ -215,7 +215,7 @@ class Journal:
         self._add_attempt(trial.id)
         return True
 
-    def note_batch(self, batch: int, figures: Mapping[str, float]) -> None:
+    def note_batch(self, batch: int, stats: Mapping[str, float]) -> None:
         """Store the statistics that the strategy returned for a batch.
 
         A resumed search learns from earlier batches again; these are not stored twice.
@@ -223,13 +223,13 @@ class Journal:
         Raises:
             ValueError: an earlier batch is missing.
         """
-        if batch < len(self._figures):
+        if batch < len(self._stats):
             return
-        if batch > len(self._figures):
-            raise ValueError(f"batch {batch} is learnt from before batch {len(self._figures)}")
-        figures = {name: float(value) for name, value in figures.items()}
-        self._study.set_user_attr(f"{FIGURES}{batch}", figures)
-        self._figures.append(figures)
+        if batch > len(self._stats):
+            raise ValueError(f"batch {batch} is learnt from before batch {len(self._stats)}")
+        stats = {name: float(value) for name, value in stats.items()}
+        self._study.set_user_attr(f"{FIGURES}{batch}", stats)
+        self._stats.append(stats)
 
     def note_reevaluation(self, index: int, seed_offset: int, reward: float) -> None:
         """Store the reward of a finished trial with another seed; nan if that attempt failed."""

@@ -145,10 +145,10 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
 
 def batch_stats(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
     """The strategy's statistics of each batch, in order, from the attributes of a study."""
-    figures = []
-    while f"{FIGURES}{len(figures)}" in attributes:
-        figures.append(attributes[f"{FIGURES}{len(figures)}"])
-    return figures
+    stats = []
+    while f"{FIGURES}{len(stats)}" in attributes:
+        stats.append(attributes[f"{FIGURES}{len(stats)}"])
+    return stats
 
 
 def reevaluation_rewards(attributes: Mapping[str, Any]) -> dict[tuple[int, int], float]:
