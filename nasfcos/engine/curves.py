@@ -102,7 +102,7 @@ def _plot_learning_rate(axis: Axes, series: Series) -> None:
     axis.set_ylim(bottom=0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axis.set_title("learning rate")
-    axis.set_ylabel("rate of the weights")
+    axis.set_ylabel("learning rate of the weights")
 
 
 def _plot_average_precision(axis: Axes, figures: Mapping[str, Series]) -> None:
