@@ -157,8 +157,9 @@ class ProxyTask:
             reason = f"{type(error).__name__}: {message[:REASON_LENGTH]}"
             if training is not None:
                 reason += f" (after {training.done} iterations)"
-            expected = isinstance(error, (NonFiniteLossError, torch.OutOfMemoryError))
-            logger.warning("trial %d: %s", job.index, reason, exc_info=not expected)
+            # The reason is logged by the process that asked for the trial.
+            if not isinstance(error, (NonFiniteLossError, torch.OutOfMemoryError)):
+                logger.warning("unexpected error in trial %d", job.index, exc_info=True)
             return TrialResult(FAILED, reason=reason)
 
     def _latency(self, decoder: Decoder, maps: list[Tensor]) -> float:
