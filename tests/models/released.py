@@ -32,26 +32,19 @@ Terms = dict[str, Tensor]
 
 
 def preprocess(
-    images: list[Tensor], torchvision_backbone: bool = False, dtype: torch.dtype = torch.float32
+    images: list[Tensor], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """RGB images [3, H, W] in 0..255 -> batch [N, 3, H', W'] and each image's (height, width).
 
-    All eight released checkpoints want BGR less the mean; `torchvision_backbone` is for models
-    begun from torchvision's ImageNet weights.
+    All eight released checkpoints want BGR less the mean.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     height = math.ceil(max(h for h, _ in sizes) / 32) * 32
     width = math.ceil(max(w for _, w in sizes) / 32) * 32
     batch = torch.zeros(len(images), 3, height, width, dtype=dtype)
+    mean = torch.tensor([102.9801, 115.9465, 122.7717], dtype=dtype)
     for image, (h, w), padded in zip(images, sizes, batch, strict=True):
-        if torchvision_backbone:
-            mean = torch.tensor([0.485, 0.456, 0.406], dtype=dtype)
-            deviation = torch.tensor([0.229, 0.224, 0.225], dtype=dtype)
-            normalised = (image.to(dtype) / 255 - mean[:, None, None]) / deviation[:, None, None]
-        else:
-            mean = torch.tensor([102.9801, 115.9465, 122.7717], dtype=dtype)
-            normalised = image.flip(0).to(dtype) - mean[:, None, None]
-        padded[:, :h, :w] = normalised
+        padded[:, :h, :w] = image.flip(0).to(dtype) - mean[:, None, None]
     return batch, sizes
 
 

@@ -76,10 +76,12 @@ def by_class(detections):
     return {key: x[order] for key, x in detections.items()}
 
 
-def test_losses_and_gradients(pair):
+@pytest.mark.parametrize("objects", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_losses_and_gradients(pair, objects):
     name, model, weights = pair
     batch, _ = released.preprocess(images(), dtype=torch.float64)
-    boxes, labels = zip((BOXES.double(), LABELS), NONE, strict=True)
+    first = (BOXES.double(), LABELS) if objects else NONE
+    boxes, labels = zip(first, NONE, strict=True)
     trained = {key: x.requires_grad_() for key, x in weights.items() if released.trains(key)}
     outputs = released.outputs(name, weights, batch, training=True)
     expected = released.losses(name, outputs, boxes, labels)
@@ -87,7 +89,8 @@ def test_losses_and_gradients(pair):
         sum(expected.values()), trained.values(), allow_unused=True
     )
 
-    outputs = model.train().head(model.neck(model.backbone(batch)))
+    model.train().zero_grad()
+    outputs = model.head(model.neck(model.backbone(batch)))
     targets = [{"boxes": b, "labels": x} for b, x in zip(boxes, labels, strict=True)]
     losses = model.head.losses(outputs, targets)
     torch.testing.assert_close(losses, expected)
