@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,28 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# Names of the temporary files of `replacing`.
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.(csv|html|json|png|pth|yaml)")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files in a folder and below it that killed processes have left there."""
+    for path in folder.rglob(".*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of somebody else
+        pass
+    return True
 
 
 def write_json(path: str | Path, value: object, indent: int | None = None) -> None:

@@ -1,9 +1,12 @@
 import json
+import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
-from nasfcos.files import read_json, replacing, write_json
+from nasfcos.files import read_json, remove_temporary, replacing, write_json
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -14,6 +17,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("disk full")
     assert json.loads(path.read_text()) == {"AP": 0.5}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = (
+        "import os, sys; from nasfcos.files import replacing\n"
+        "with replacing(sys.argv[1]) as path: path.touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "below" / "best.pth"])
+    (left,) = (tmp_path / "below").iterdir()
+    others = [tmp_path / name for name in (".notes.txt", ".a.json", f".b.{os.getpid()}.json")]
+    for other in others:
+        other.touch()
+    remove_temporary(tmp_path)
+    assert not left.exists() and all(other.exists() for other in others)
 
 
 def test_what_a_disk_refuses_names_the_file(tmp_path):
