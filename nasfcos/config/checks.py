@@ -274,6 +274,12 @@ def _check_settings(cfg: CfgNode, fail: Fail) -> None:
         fail("INPUT.HUE", f"is {cfg.INPUT.HUE}, but must be at most 0.5, half the colour circle")
     if not -1 <= cfg.SEED < 2**31:
         fail("SEED", f"is {cfg.SEED}, but must be -1 or lie in 0..{2**31 - 1}")
+    if cfg.SEED + cfg.SEARCH.SELECT.SEEDS > 2**31:
+        fail(
+            "SEARCH.SELECT.SEEDS",
+            f"is {cfg.SEARCH.SELECT.SEEDS}, but the seeds from SEED {cfg.SEED} on must not exceed "
+            f"{2**31 - 1}",
+        )
     if not 0 < cfg.MODEL.HEAD.PRIOR_PROB < 1:
         fail("MODEL.HEAD.PRIOR_PROB", f"is {cfg.MODEL.HEAD.PRIOR_PROB}, but must be within 0..1")
     if cfg.MODEL.RETINANET.BG_IOU > cfg.MODEL.RETINANET.FG_IOU:

@@ -13,6 +13,9 @@ from .errors import ConfigError
 
 RUN_CONFIG = "config.yaml"
 
+JOURNAL = "search.db"
+"""File in OUTPUT_DIR that holds the journals of all stages of an architecture search."""
+
 
 def write_run_config(cfg: CfgNode) -> None:
     """Write the whole tree to OUTPUT_DIR (see `check_run_config`)."""

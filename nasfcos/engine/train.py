@@ -12,7 +12,7 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
-from ..config.run_file import check_run_config, write_run_config
+from ..config.run_file import JOURNAL, check_run_config, write_run_config
 from ..data import build_train_loader, class_names
 from ..locks import only_one
 from ..models import build_detector, load_weights
@@ -73,6 +73,11 @@ def train(
         f"another training is running in OUTPUT_DIR {cfg.OUTPUT_DIR}: wait for its end, or name "
         "another folder"
     )
+    if (Path(cfg.OUTPUT_DIR) / JOURNAL).exists():
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds an architecture search ({JOURNAL}), whose files a "
+            "training would replace: name another folder"
+        )
     # A config beside checkpoints is that of their run, damaged or not.
     if not checkpoint_files(cfg.OUTPUT_DIR):
         check_run_config(cfg)
