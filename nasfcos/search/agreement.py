@@ -11,13 +11,15 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.run_file import JOURNAL
 from ..engine.monitor import NonFiniteLossError
 from ..files import replacing, write_json
 from .executors import WorkerLost, build_executor
 from .full_training import check_full_training, full_config, train_in_full
-from .journal import JOURNAL, read_records
+from .journal import differences, read_records, read_settings
 from .plots import draw_agreement
 from .records import COMPLETE, TrialJob, TrialRecord, kendall_tau, ranked
+from .settings import fixed_settings
 from .tasks import reopen_task
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ def check_repeatability(
     """
     chosen = {record.index: record for record in _chosen(folder, stage, count)}
     task = reopen_task(cfg, device, stage)
+    _warn_of_changes(cfg, folder, stage)
     jobs = [TrialJob(index, record.genotype, seed_offset=1) for index, record in chosen.items()]
     rows = []
     with build_executor(cfg, task) as executor:
@@ -140,6 +143,17 @@ def check_repeatability(
     rows.sort(key=lambda row: row["reward"])
     title = f"{stage} stage, {cfg.DATASETS.TRAIN[0]}"
     return _compare(folder, f"{stage}_again", rows, "again", "reward when re-evaluated", title)
+
+
+def _warn_of_changes(cfg: CfgNode, folder: Path, stage: str) -> None:
+    """Tell by which settings new trials differ from those of a search, beside their seed."""
+    before = read_settings(folder / JOURNAL, stage)
+    matter = ("MODEL.", "INPUT.", "SEARCH.PROXY.", "SEARCH.CACHE.")
+    settings = {
+        name: value for name, value in fixed_settings(cfg, stage).items() if name.startswith(matter)
+    }
+    if changes := differences(settings, {name: before.get(name) for name in settings}):
+        logger.warning("the new trials differ from those of the search: %s", changes)
 
 
 def _chosen(folder: Path, stage: str, count: int) -> list[TrialRecord]:

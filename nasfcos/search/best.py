@@ -67,7 +67,7 @@ def write_best(
     base: Path,
     keys: Sequence[str],
 ) -> Path:
-    """Write ``best.yaml`` and ``best.pth``, and check that the former can be loaded.
+    """Write ``best.yaml``, if it can be loaded, and ``best.pth``.
 
     Args:
         cfg: config of the search.
@@ -91,7 +91,7 @@ def write_best(
     with replacing(path) as temporary:
         text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
         temporary.write_text(_title(best, full.DATASETS.TEST[0]) + text, encoding="utf-8")
-    load_config(path)
+        load_config(temporary)
     with replacing(folder / WEIGHTS) as temporary:
         torch.save(weights, temporary)
     return path

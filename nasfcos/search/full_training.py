@@ -125,6 +125,14 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
     return found
 
 
+def finished(cfg: CfgNode) -> dict[str, float] | None:
+    """The metrics of an earlier `train_in_full` of this config, if it ended and they still hold."""
+    before = _read_summary(Path(cfg.OUTPUT_DIR) / SUMMARY)
+    if not before.keys() >= set(METRICS) or outdated(cfg):
+        return None
+    return {name: before[name] for name in METRICS}
+
+
 def outdated(cfg: CfgNode) -> list[str]:
     """Why the metrics of an earlier `train_in_full` in the config's directory no longer hold.
 

@@ -17,9 +17,11 @@ from yacs.config import CfgNode
 
 from ..config import ConfigError
 from ..config.inheritance import copy_with_bases, ordinary_base
-from ..config.run_file import RUN_CONFIG, check_run_config, write_run_config
+from ..config.run_file import JOURNAL, RUN_CONFIG, check_run_config, write_run_config
 from ..engine import distributed
+from ..engine.checkpoint import checkpoint_files
 from ..engine.train import check_training
+from ..files import remove_temporary
 from ..genotype import Cell, Genotype
 from ..locks import only_one
 from ..signals import StopRequest
@@ -30,7 +32,6 @@ from .cost import Objective, build_objective
 from .executors import Executor, build_executor
 from .full_training import check_full_training, full_config, outdated
 from .journal import (
-    JOURNAL,
     Journal,
     check_settings,
     has_trials,
@@ -88,12 +89,12 @@ def search(
         )
     folder = Path(cfg.OUTPUT_DIR)
     if not (folder / JOURNAL).exists():
-        check_run_config(cfg)
+        _check_folder(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another search is running in OUTPUT_DIR {folder}; see it with --status"
     with (
         only_one(folder / LOCK_FILE, busy),  # --status, too, holds the lock for a moment
-        StopRequest() as stop,
+        StopRequest("--resume goes on from what is finished") as stop,
         stop.heeded_at_once(),
     ):
         if (folder / JOURNAL).exists() and not resume:
@@ -101,6 +102,7 @@ def search(
                 f"OUTPUT_DIR {folder} holds a search: go on with it by --resume, or name another "
                 "folder"
             )
+        remove_temporary(folder)
         return _Search(cfg, device, Path(config_file), overrides).run()
 
 
@@ -287,7 +289,10 @@ class _Search:
         else:
             count = self.cfg.SEARCH.SELECT.FPN
             candidates = choose_candidates("fpn", records, count)
-            if count > 1 and not begun:
+            if begun:  # the file of the ranking is lost
+                full = FullTraining(self.cfg, self.device, self.folder)
+                self._update_ranking([full.recall(candidate) for candidate in candidates])
+            elif count > 1:
                 self._train_in_full(candidates)
             else:
                 self._update_ranking([candidate.row for candidate in candidates])
@@ -350,6 +355,21 @@ def search_status(cfg: CfgNode) -> str:
         records = read_records(path, stage) if path.exists() else []
         stages.append((stage, [record for record in records if record.index < trials], trials))
     return format_status(folder, stages)
+
+
+def _check_folder(cfg: CfgNode, folder: Path) -> None:
+    """Refuse to start in an output folder whose files the search would replace."""
+    check_run_config(cfg)
+    if checkpoint_files(folder):
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} holds a training, whose config a search would replace: name "
+            "another folder"
+        )
+    if (folder / RANKING).exists():
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} holds the results of a search, but not its journal {JOURNAL}: "
+            "put that back to go on, or name another folder"
+        )
 
 
 def _check_seed(cfg: CfgNode, source: str) -> None:

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from ..config import ConfigError
 from ..engine.monitor import NonFiniteLossError
 from ..genotype import Genotype
-from .full_training import METRICS, full_config, train_in_full
+from .full_training import METRICS, finished, full_config, train_in_full
 from .ranking import Selected
 from .records import COMPLETE, TrialRecord, TrialResult
 from .space import graph_key
@@ -141,15 +141,23 @@ class FullTraining:
                 "see the log, change the solver by SEARCH.SELECT.OVERRIDES, and go on with --resume"
             )
 
+    def recall(self, candidate: Candidate) -> Selected:
+        """The row of a candidate with the results of earlier trainings, if all are finished and
+        still hold; without them otherwise."""
+        row, metrics = candidate.row, []
+        for seed_offset, run in enumerate(self._runs(candidate)):
+            path = self.folder / run
+            found = finished(full_config(self.cfg, row.stage, row.genotype, path, seed_offset))
+            if found is None:
+                return row
+            metrics.append(found)
+        return self._with_metrics(candidate, metrics)
+
     def _train_seeds(self, candidate: Candidate, number: int, total: int) -> Selected:
         """The row of a candidate with the results of its trainings; without, if one diverged."""
-        row = candidate.row
-        name = candidate.name.replace(" ", "_")
-        names = [name, *(f"{name}_seed_{n}" for n in range(1, self.seeds))]
-        places = [Path("select") / row.stage / name for name in names]
-        metrics = []
+        row, metrics = candidate.row, []
         try:
-            for seed_offset, run in enumerate(places):
+            for seed_offset, run in enumerate(self._runs(candidate)):
                 write_progress(
                     self.folder,
                     f"training the best of the {row.stage} stage in full",
@@ -162,6 +170,16 @@ class FullTraining:
         except (NonFiniteLossError, torch.OutOfMemoryError) as error:
             logger.warning("%s is out of the ranking: %s", candidate.name, error)
             return row
+        return self._with_metrics(candidate, metrics)
+
+    def _runs(self, candidate: Candidate) -> list[Path]:
+        """The directories of a candidate's trainings, by seed, relative to that of the search."""
+        name = candidate.name.replace(" ", "_")
+        names = [name, *(f"{name}_seed_{n}" for n in range(1, self.seeds))]
+        return [Path("select") / candidate.row.stage / name for name in names]
+
+    def _with_metrics(self, candidate: Candidate, metrics: Sequence[dict[str, float]]) -> Selected:
+        """The row of a candidate with the metrics of its trainings, by seed."""
         means = {key: mean(each[key] for each in metrics) for key in METRICS}
-        row = replace(row, APs=[each["AP"] for each in metrics], **means)
-        return replace(row, folder=str(places[row.best_seed]))
+        row = replace(candidate.row, APs=[each["AP"] for each in metrics], **means)
+        return replace(row, folder=str(self._runs(candidate)[row.best_seed]))

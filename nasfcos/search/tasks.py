@@ -9,10 +9,11 @@ import torch
 from yacs.config import CfgNode
 
 from ..config import ConfigError
+from ..config.run_file import JOURNAL
 from ..data.catalog import class_names
 from ..genotype import Cell
 from .cache import FeatureCache, cache_pyramid
-from .journal import JOURNAL, read_settings
+from .journal import read_settings
 from .neck import train_neck
 from .proxy import ProxyTask
 from .settings import FEATURES, PYRAMIDS

@@ -28,6 +28,7 @@ from nasfcos.config import ConfigError, load_config  # noqa: E402
 from nasfcos.config.inheritance import copy_with_bases  # noqa: E402
 from nasfcos.engine.launch import USER_ERRORS  # noqa: E402
 from nasfcos.engine.monitor import NonFiniteLossError  # noqa: E402
+from nasfcos.engine.train import train  # noqa: E402
 from nasfcos.genotype import Genotype  # noqa: E402
 from nasfcos.models import build_detector  # noqa: E402
 from nasfcos.search import select  # noqa: E402
@@ -286,6 +287,7 @@ def check_trials_again(config_file):
     other = ("SEARCH.PROXY.ITERATIONS", 2, "SOLVER.BASE_LR", 0.1)
     output = run("check_proxy.py", config_file, "--again", "--count", 2, *other)
     assert re.search(r"trial \d+: reward .* \(2 of 2\)", output)
+    assert re.search(r"differ.*: SEARCH\.PROXY\.ITERATIONS was 3 and is now 2$", output, re.M)
     assert kept() == before
     (folder / "cache").rename(folder / "moved")
     with pytest.raises(ConfigError, match=r"SEARCH\.CACHE\.FOLDER.*--resume"):
@@ -444,8 +446,16 @@ def test_the_fpn_below_the_head_is_not_chosen_anew(
     again = json.loads((tmp_path / "out/ranking.json").read_text())
     assert again[0]["genotype"] != ranking[0]["genotype"]
     go_on(*settings)
+    # Without its file, the ranking is made of the full trainings that are there.
     (tmp_path / "out/ranking.json").unlink()
     go_on(*settings)
+    ranking = json.loads((tmp_path / "out/ranking.json").read_text())
+    fpns = [row for row in ranking if row["stage"] == "fpn"]
+    assert len(fpns) == 2
+    for row in fpns:
+        assert row["folder"].startswith("select/fpn/")
+        summary = tmp_path / "out" / row["folder"] / "selected.json"
+        assert row["AP"] == json.loads(summary.read_text())["AP"]
 
 
 @pytest.mark.slow
@@ -609,6 +619,7 @@ def test_a_full_training_that_diverges_costs_its_own_place_only(search_file, tmp
         (("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty"),
         (("DATASETS.TEST", "('vall',)"), r"vall.*val"),
         (("SEED", -1), r"SEED is -1"),
+        (("SEED", 2**31 - 1, "SEARCH.SELECT.SEEDS", 2), r"SELECT\.SEEDS is 2, .* 2147483647"),
         (("SEARCH.PREPARE.OVERRIDES", "['SEED', -1]"), r"PREPARE\.OVERRIDES: SEED is -1"),
         (("SEARCH.SELECT.OVERRIDES", "['SEED', -1]"), r"SELECT\.OVERRIDES: SEED is -1"),
         (("SEARCH.SELECT.OVERRIDES", "['MODEL.WEIGHT', 'gone.pth']"), r"gone\.pth does not exist"),
@@ -626,6 +637,31 @@ def test_mistakes_are_found_before_the_search_begins(search_file, tmp_path, over
     with pytest.raises(USER_ERRORS, match=message):
         go_on(search_file, *overrides, resume=False)
     assert not (tmp_path / "out" / "search.db").exists()
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("model_final.pth", r"holds a training"),
+        ("ranking.json", r"holds the results of a search, but not its journal search\.db"),
+    ],
+)
+def test_files_of_others_are_not_replaced(search_file, tmp_path, file, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_text("[]")
+    with pytest.raises(ConfigError, match=message):
+        go_on(search_file)
+    assert [path.name for path in out.iterdir()] == [file]
+
+
+def test_no_training_in_the_folder_of_a_search(search_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/search.db").touch()
+    cfg = load_config(search_file)
+    with pytest.raises(ConfigError, match=r"holds an architecture search \(search\.db\)"):
+        train(cfg, torch.device("cpu"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["search.db"]
 
 
 def test_a_mistake_ends_the_tool_with_a_message(search_file, tmp_path):

@@ -34,18 +34,18 @@ except ImportError as error:
         "pip install 'nasfcos[search]'"
     ) from error
 
-from .file import JOURNAL, JournalError, writing
+from .file import JournalError, writing
 from .journal import Journal
-from .reading import check_settings, has_trials, read_records, read_settings
+from .reading import check_settings, differences, has_trials, read_records, read_settings
 
 # Otherwise Optuna logs a line for each study it creates.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 __all__ = [
-    "JOURNAL",
     "Journal",
     "JournalError",
     "check_settings",
+    "differences",
     "has_trials",
     "read_records",
     "read_settings",

@@ -15,9 +15,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...config import ConfigError
 
-JOURNAL = "search.db"
-"""Name of the file in OUTPUT_DIR that holds the journals of all stages."""
-
 LOCK_TIMEOUT = 60.0
 """Seconds to wait while another process (the dashboard, a reader) locks the file."""
 

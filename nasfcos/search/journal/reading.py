@@ -85,23 +85,23 @@ def refuse_others(
     Raises:
         JournalError: settings differ; the message names them.
     """
-    settings = json.loads(json.dumps(settings))
-    missing = object()
-    different = [
-        name
-        for name in sorted({*settings, *before})
-        if settings.get(name, missing) != before.get(name, missing)
-    ]
-    if different:
-        changes = "; ".join(
-            f"{name} was {_brief(before.get(name, '(nothing)'))} and is now "
-            f"{_brief(settings.get(name, '(nothing)'))}"
-            for name in different
-        )
+    if changes := differences(settings, before):
         raise JournalError(
             f"{path} holds a search of the {stage} stage with other settings: {changes}. Set them "
             "as they were to go on with it, or name another OUTPUT_DIR (and leave out --resume)"
         )
+
+
+def differences(settings: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """In words, how settings differ from those of a journal; "" if they do not."""
+    settings = json.loads(json.dumps(settings))
+    missing = object()
+    return "; ".join(
+        f"{name} was {_brief(before.get(name, '(nothing)'))} and is now "
+        f"{_brief(settings.get(name, '(nothing)'))}"
+        for name in sorted({*settings, *before})
+        if settings.get(name, missing) != before.get(name, missing)
+    )
 
 
 def _brief(value: Any) -> str:
