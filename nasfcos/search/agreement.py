@@ -147,12 +147,12 @@ def check_repeatability(
 
 def _warn_of_changes(cfg: CfgNode, folder: Path, stage: str) -> None:
     """Tell by which settings new trials differ from those of a search, beside their seed."""
-    before = read_settings(folder / JOURNAL, stage)
     matter = ("MODEL.", "INPUT.", "SEARCH.PROXY.", "SEARCH.CACHE.")
-    settings = {
-        name: value for name, value in fixed_settings(cfg, stage).items() if name.startswith(matter)
-    }
-    if changes := differences(settings, {name: before.get(name) for name in settings}):
+    before, now = (
+        {name: value for name, value in settings.items() if name.startswith(matter)}
+        for settings in (read_settings(folder / JOURNAL, stage), fixed_settings(cfg, stage))
+    )
+    if changes := differences(now, before):
         logger.warning("the new trials differ from those of the search: %s", changes)
 
 
