@@ -106,6 +106,8 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
             "architectures are trained and compared by one process; train one config with several "
             "by tools/train_net.py"
         )
+    if (known := finished(cfg)) is not None:
+        return known
     folder = Path(cfg.OUTPUT_DIR)
     summary = folder / SUMMARY
     same = is_run_of(cfg, folder)
@@ -114,8 +116,6 @@ def train_in_full(cfg: CfgNode, device: torch.device) -> dict[str, float]:
     changed = [key for key in _DATA if before.get(key, data[key]) != data[key]]
     if changed:
         logger.warning("%s: the annotations have changed since (%s)", folder, ", ".join(changed))
-    if before.keys() >= set(METRICS) and not changed:
-        return {name: before[name] for name in METRICS}
     retrain = TRAIN in changed
     # Record the training data first, so that an interrupted training is recognised.
     write_json(summary, {TRAIN: before[TRAIN] if retrain else data[TRAIN]})
